@@ -1,0 +1,142 @@
+package admit
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"tailscale.com/types/key"
+)
+
+// KeySet is a set of node keys.
+type KeySet map[key.NodePublic]struct{}
+
+// ParseKeys reads node keys ("nodekey:" and 64 hex digits, as `tailscale
+// status --json` prints them), separated by white space or commas; what
+// follows a # is a comment. All errors are returned at once, by line.
+func ParseKeys(text string) (KeySet, error) {
+	keys := make(KeySet)
+	var errs []error
+	lines := bufio.NewScanner(strings.NewReader(text))
+	for n := 1; lines.Scan(); n++ {
+		line, _, _ := strings.Cut(lines.Text(), "#")
+		for _, field := range strings.FieldsFunc(line, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\r' }) {
+			k, err := parseKey(field)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("line %d: %w", n, err))
+				continue
+			}
+			keys[k] = struct{}{}
+		}
+	}
+	if err := lines.Err(); err != nil {
+		errs = append(errs, err)
+	}
+	if len(errs) == 0 && len(keys) == 0 {
+		errs = append(errs, errors.New("holds no node key"))
+	}
+	return keys, errors.Join(errs...)
+}
+
+func parseKey(field string) (key.NodePublic, error) {
+	if strings.HasPrefix(field, "privkey:") {
+		return key.NodePublic{}, errors.New("want a public node key (nodekey:…), got a private key; remove it from here")
+	}
+	var k key.NodePublic
+	if err := k.UnmarshalText([]byte(field)); err != nil || k.IsZero() {
+		return key.NodePublic{}, fmt.Errorf("want nodekey: and 64 hex digits, got %q", field)
+	}
+	return k, nil
+}
+
+// Keys admits the nodes of a fixed set.
+func Keys(keys KeySet) Source {
+	return Source{
+		Name: fmt.Sprintf("%d keys", len(keys)),
+		Ask: func(_ context.Context, node key.NodePublic, _ netip.Addr) error {
+			return keys.ask(node)
+		},
+	}
+}
+
+func (keys KeySet) ask(node key.NodePublic) error {
+	if _, ok := keys[node]; !ok {
+		return ErrRefused
+	}
+	return nil
+}
+
+// LoadKeys reads a key file.
+func LoadKeys(path string) (KeySet, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading node keys: %w", err)
+	}
+	keys, err := ParseKeys(string(text))
+	if err != nil {
+		return nil, fmt.Errorf("reading node keys from %s: %w", path, err)
+	}
+	return keys, nil
+}
+
+// KeyFile admits the nodes listed in a file, which is read again when it
+// changes. A file that became empty, broken or unreadable keeps the last good
+// list, and says so.
+func KeyFile(path string, log zerolog.Logger) (Source, error) {
+	f := &keyFile{path: path, log: log}
+	// The stamp is taken before the read: a write in between is read again.
+	f.stamp = stampOf(path)
+	keys, err := LoadKeys(path)
+	if err != nil {
+		return Source{}, err
+	}
+	f.keys = keys
+	return Source{Name: "keys " + path, Ask: f.ask}, nil
+}
+
+type keyFile struct {
+	path string
+	log  zerolog.Logger
+
+	mu    sync.Mutex
+	stamp stamp  // of the file as it was last looked at; guarded by mu
+	keys  KeySet // the last good list; guarded by mu
+}
+
+// stamp tells two states of a file apart.
+type stamp struct {
+	modified time.Time
+	size     int64
+}
+
+// stampOf returns the zero stamp for a file that cannot be looked at.
+func stampOf(path string) stamp {
+	info, err := os.Stat(path)
+	if err != nil {
+		return stamp{}
+	}
+	return stamp{info.ModTime(), info.Size()}
+}
+
+func (f *keyFile) ask(_ context.Context, node key.NodePublic, _ netip.Addr) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if now := stampOf(f.path); now != f.stamp {
+		f.stamp = now
+		keys, err := LoadKeys(f.path)
+		if err != nil {
+			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read: the last good list stays in force")
+		} else {
+			f.keys = keys
+			f.log.Info().Str("file", f.path).Int("keys", len(keys)).Msg("node keys read again")
+		}
+	}
+	return f.keys.ask(node)
+}

@@ -1,0 +1,52 @@
+package relay
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"tailscale.com/atomicfile"
+	"tailscale.com/types/key"
+)
+
+// keyFile has the shape of derper's own configuration file, so that the key of
+// an existing derper can be kept by copying the file.
+type keyFile struct {
+	PrivateKey key.NodePrivate
+}
+
+// LoadKey reads the node key from path. The error wraps [fs.ErrNotExist] when
+// there is no file; any other error means that a key may be there and must not
+// be replaced.
+func LoadKey(path string) (key.NodePrivate, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return key.NodePrivate{}, fmt.Errorf("reading node key: %w", err)
+	}
+	var f keyFile
+	if err := json.Unmarshal(data, &f); err != nil || f.PrivateKey.IsZero() {
+		// The cause is left out: it may quote the key.
+		return key.NodePrivate{}, fmt.Errorf("reading node key: %s holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)", path)
+	}
+	return f.PrivateKey, nil
+}
+
+// LoadOrCreateKey reads the node key from path, or makes one there, mode 0600,
+// when there is no file. It never writes over a file.
+func LoadOrCreateKey(path string) (key.NodePrivate, error) {
+	private, err := LoadKey(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return private, err
+	}
+	private = key.NewNode()
+	data, err := json.Marshal(keyFile{PrivateKey: private})
+	if err != nil {
+		return key.NodePrivate{}, fmt.Errorf("encoding node key: %w", err)
+	}
+	if err := atomicfile.WriteFile(path, append(data, '\n'), 0o600); err != nil {
+		return key.NodePrivate{}, fmt.Errorf("writing node key: %w", err)
+	}
+	return private, nil
+}
