@@ -1,0 +1,112 @@
+package healthz
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/net/stun"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+)
+
+// stunRetry is how long a probe waits before it asks again: UDP may be lost
+// even on the loopback interface.
+const stunRetry = 500 * time.Millisecond
+
+// DERPProbe connects to a relay as a client does.
+type DERPProbe struct {
+	// URL is what a client would dial: https://HOST[:PORT]/derp, or http.
+	URL string
+
+	// Dial reaches the listener, whatever host the URL names.
+	Dial func(ctx context.Context) (net.Conn, error)
+
+	// Leaf, if set, is the certificate that must be presented, besides
+	// those that chain to a public root.
+	Leaf *x509.Certificate
+
+	// Key is the node key of the probe.
+	Key key.NodePrivate
+}
+
+// Run shakes hands: TCP, TLS, HTTP, DERP, admission. It returns how long that
+// took.
+func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
+	start := time.Now()
+	client, err := derphttp.NewClient(p.Key, p.URL, logger.Discard, netmon.NewStatic())
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = client.Close() }()
+	client.IsProber = true
+	client.SetURLDialer(func(ctx context.Context, _, _ string) (net.Conn, error) { return p.Dial(ctx) })
+	if p.Leaf != nil {
+		roots := x509.NewCertPool()
+		roots.AddCert(p.Leaf)
+		client.TLSConfig = &tls.Config{RootCAs: roots}
+	}
+	if err := client.Connect(ctx); err != nil {
+		return 0, err
+	}
+	// The relay says whether it admits a client only after the handshake:
+	// it sends its server information, or it hangs up.
+	stop := context.AfterFunc(ctx, func() { _ = client.Close() })
+	defer stop()
+	message, err := client.Recv()
+	if err != nil {
+		return 0, fmt.Errorf("the relay hung up after the handshake: %w", errors.Join(context.Cause(ctx), err))
+	}
+	if _, ok := message.(derp.ServerInfoMessage); !ok {
+		return 0, fmt.Errorf("the relay sent %T where its server information belongs", message)
+	}
+	return time.Since(start), nil
+}
+
+// STUN asks the STUN server at addr for the address it sees, and checks that
+// it is the one that asked. It returns the round trip time.
+func STUN(ctx context.Context, addr netip.AddrPort) (time.Duration, error) {
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(addr))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = conn.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+
+	tx := stun.NewTxID()
+	buf := make([]byte, 1500)
+	for ctx.Err() == nil {
+		start := time.Now()
+		if _, err := conn.Write(stun.Request(tx)); err != nil {
+			return 0, err
+		}
+		if err := conn.SetReadDeadline(start.Add(stunRetry)); err != nil {
+			return 0, err
+		}
+		n, err := conn.Read(buf)
+		if err != nil {
+			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+				continue
+			}
+			return 0, err
+		}
+		got, seen, err := stun.ParseResponse(buf[:n])
+		if err != nil || got != tx {
+			continue
+		}
+		if self := conn.LocalAddr().(*net.UDPAddr).AddrPort(); seen.Port() != self.Port() || seen.Addr().Unmap() != self.Addr().Unmap() {
+			return 0, fmt.Errorf("the answer names %s, the request came from %s", seen, self)
+		}
+		return time.Since(start), nil
+	}
+	return 0, fmt.Errorf("no answer from %s: %w", addr, context.Cause(ctx))
+}
