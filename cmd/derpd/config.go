@@ -1,0 +1,580 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/mail"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"derpd/certs"
+	"derpd/relay"
+	"derpd/relay/admit"
+	"derpd/relay/derpmap"
+
+	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
+)
+
+// The TLS modes of DERP_CERT_MODE.
+const (
+	modeLetsEncrypt = "letsencrypt"
+	modeManual      = "manual"
+	modePinned      = "pinned"
+	modeOff         = "off"
+)
+
+// config is the environment after validation: every value is typed, and every
+// file it names was there and could be read.
+type config struct {
+	loaded *loaded
+
+	domains []string // DNS names and addresses; the first is the HostName
+
+	addr     string // HTTPS, host:port
+	httpAddr string // plain HTTP, host:port; empty when off
+	stunAddr string // UDP, host:port; empty when off
+	admin    string // host:port
+
+	dataDir, certDir string
+
+	mode     string
+	manual   certs.Manager // loaded, in manual mode
+	pinFile  string        // in pinned mode
+	acme     certs.ACMEConfig
+	acmeHTTP bool // whether HTTP-01 may be used
+	acmeTLS  bool // whether TLS-ALPN-01 may be used
+
+	sockets      []string // tailscaled sockets to ask
+	verifyURLs   []string
+	keys         admit.KeySet
+	keysFile     string // watched, instead of keys
+	openOnOrder  bool   // DERP_VERIFY_CLIENTS=false, and no other source
+	disallowApps []string
+
+	node       derpmap.Node // without what is only known when listening
+	publicTLS  int          // 0: as listened
+	publicHTTP int          // 0: as listened
+	publicSTUN int          // 0: as listened
+	discovery  []string     // STUN servers to ask for the public address
+
+	bootstrap []string
+	home      http.Handler
+
+	logLevel  zerolog.Level
+	logFormat string
+
+	warnings []string
+}
+
+// publicSTUNServers are Tailscale's own, far apart, so that one of them is
+// near enough to answer within discoveryTimeout.
+var publicSTUNServers = []string{"derp1.tailscale.com:3478", "derp3.tailscale.com:3478", "derp4.tailscale.com:3478", "derp7.tailscale.com:3478"}
+
+// open reports whether anybody may use the relay.
+func (c *config) open() bool {
+	return len(c.sockets) == 0 && len(c.verifyURLs) == 0 && c.keys == nil && c.keysFile == ""
+}
+
+// nodeKeyFile holds the node key.
+func (c *config) nodeKeyFile() string { return filepath.Join(c.dataDir, "node.key") }
+
+// loadConfig reads and validates the whole environment. It changes nothing on
+// disk and opens no socket. The error holds all problems, one to a line.
+func loadConfig(pairs []string) (*config, error) {
+	l, err := loadEnvironment(pairs)
+	p := &parser{loaded: l}
+	if err != nil {
+		p.errs = append(p.errs, err)
+	}
+	c := &config{loaded: l}
+	for _, name := range l.ignored {
+		c.warnings = append(c.warnings, name+" looks injected by Docker or Kubernetes and is ignored")
+	}
+	p.addresses(c)
+	p.directories(c)
+	p.certificates(c)
+	p.admission(c)
+	p.publicFace(c)
+	p.rest(c)
+	return c, errors.Join(p.errs...)
+}
+
+// parser collects problems while it turns strings into values.
+type parser struct {
+	*loaded
+	errs []error
+}
+
+func (p *parser) fail(name, format string, args ...any) {
+	p.errs = append(p.errs, fmt.Errorf(name+": "+format, args...))
+}
+
+func (p *parser) addresses(c *config) {
+	for _, d := range splitList(p.Domain) {
+		if d, ok := p.domain(d); ok {
+			if slices.Contains(c.domains, d) {
+				p.fail("DERP_DOMAIN", "names %q twice", d)
+			}
+			c.domains = append(c.domains, d)
+		}
+	}
+	c.addr = p.hostPort("DERP_ADDR", p.Addr)
+	c.admin = p.hostPort("DERP_ADMIN_ADDR", p.Admin)
+	host, _, _ := net.SplitHostPort(c.addr)
+	httpPort := p.HTTP
+	if httpPort == "" {
+		httpPort = "80"
+		if p.CertMode == modeOff {
+			httpPort = "-1" // what terminates TLS has port 80 too
+		}
+	}
+	if n, ok := p.port("DERP_HTTP_PORT", httpPort, -1); ok && n != -1 {
+		c.httpAddr = net.JoinHostPort(host, httpPort)
+	}
+	if p.yes("DERP_STUN", p.loaded.STUN) {
+		stunHost := host
+		if p.STUNIP != "" {
+			stunHost = p.STUNIP
+			if _, err := netip.ParseAddr(stunHost); err != nil && !hostName.MatchString(stunHost) {
+				p.fail("DERP_STUN_ADDR", "want a host name or an address, without port, got %q", p.STUNIP)
+			}
+		}
+		if _, ok := p.port("DERP_STUN_PORT", p.STUNUDP, 0); ok {
+			c.stunAddr = net.JoinHostPort(stunHost, p.STUNUDP)
+		}
+	}
+	p.distinct("DERP_HTTP_PORT", c.httpAddr, "DERP_ADDR", c.addr)
+	p.distinct("DERP_ADMIN_ADDR", c.admin, "DERP_ADDR", c.addr)
+	p.distinct("DERP_ADMIN_ADDR", c.admin, "DERP_HTTP_PORT", c.httpAddr)
+}
+
+// distinct refuses two TCP listeners on one port; 0 stands for any free one.
+func (p *parser) distinct(name, addr, otherName, other string) {
+	_, port, _ := net.SplitHostPort(addr)
+	_, otherPort, _ := net.SplitHostPort(other)
+	if port == otherPort && port != "" && port != "0" {
+		p.fail(name, "port %s is taken by %s; want another", port, otherName)
+	}
+}
+
+var hostName = regexp.MustCompile(`^([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
+
+// domain normalises one entry of DERP_DOMAIN.
+func (p *parser) domain(d string) (string, bool) {
+	bare := strings.Trim(d, "[]")
+	if addr, err := netip.ParseAddr(bare); err == nil {
+		if addr.Zone() != "" || addr.IsUnspecified() || addr.IsMulticast() {
+			p.fail("DERP_DOMAIN", "want an address that clients can dial, got %q", d)
+			return "", false
+		}
+		return addr.Unmap().String(), true
+	}
+	switch {
+	case strings.Contains(d, "://"):
+		p.fail("DERP_DOMAIN", "want a name without a scheme, such as derp.example.com, got %q", d)
+	case strings.HasPrefix(d, "*."):
+		p.fail("DERP_DOMAIN", "want the one name that clients dial, not a wildcard, got %q", d)
+	case strings.Contains(d, "/"):
+		p.fail("DERP_DOMAIN", "want a name without a path, got %q", d)
+	case strings.Contains(d, ":"):
+		p.fail("DERP_DOMAIN", "want a name without a port, got %q; the port goes into DERP_ADDR, or DERP_PUBLIC_PORT behind a port mapping", d)
+	case len(d) > 253 || !hostName.MatchString(d):
+		p.fail("DERP_DOMAIN", "want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got %q", d)
+	default:
+		return strings.ToLower(strings.TrimSuffix(d, ".")), true
+	}
+	return "", false
+}
+
+// hostPort checks a TCP listen address.
+func (p *parser) hostPort(name, value string) string {
+	host, port, err := net.SplitHostPort(value)
+	if err != nil {
+		p.fail(name, "want host:port or :port, got %q", value)
+		return ""
+	}
+	if _, err := netip.ParseAddr(host); err != nil && host != "" && !hostName.MatchString(host) {
+		p.fail(name, "want a host name or an address before the port, got %q", value)
+		return ""
+	}
+	if _, ok := p.port(name, port, 0); !ok {
+		return ""
+	}
+	return value
+}
+
+// port parses a port; lowest is what is allowed below 1: 0 for any free port,
+// -1 for off.
+func (p *parser) port(name, value string, lowest int) (int, bool) {
+	n, err := strconv.Atoi(value)
+	if err != nil || n < lowest || n > 65535 {
+		off := ""
+		if lowest == -1 {
+			off = ", or -1 for off"
+		}
+		p.fail(name, "want a port from 1 to 65535%s, got %q", off, value)
+		return 0, false
+	}
+	return n, true
+}
+
+func (p *parser) yes(name, value string) bool {
+	b, err := strconv.ParseBool(strings.ToLower(value))
+	if err != nil {
+		p.fail(name, "want true or false, got %q", value)
+	}
+	return b
+}
+
+func (p *parser) directories(c *config) {
+	c.dataDir = p.directory("DERP_DATA_DIR", p.DataDir)
+	c.certDir = filepath.Join(p.DataDir, "certs")
+	if p.CertDir != "" {
+		c.certDir = p.directory("DERP_CERT_DIR", p.CertDir)
+	}
+	if _, err := relay.LoadKey(c.nodeKeyFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		p.fail("DERP_DATA_DIR", "%w%s", err, secretHint(err))
+	}
+}
+
+// directory checks that path is a directory that can be written to, or that it
+// can be made.
+func (p *parser) directory(name, path string) string {
+	existing := filepath.Clean(path)
+	for {
+		info, err := os.Stat(existing)
+		if err == nil {
+			if !info.IsDir() {
+				p.fail(name, "want a directory, but %s is a file", existing)
+				return path
+			}
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			p.fail(name, "%w", err)
+			return path
+		}
+		existing = filepath.Dir(existing)
+	}
+	if err := unix.Access(existing, unix.W_OK|unix.X_OK); err != nil {
+		p.fail(name, "%s cannot be written to by uid %d: %w; on the host: chown -R %d DIRECTORY, or use a named volume", existing, os.Getuid(), err, os.Getuid())
+	}
+	return path
+}
+
+func (p *parser) certificates(c *config) {
+	c.mode = p.CertMode
+	switch c.mode {
+	case "":
+		c.mode = modePinned
+		if len(c.domains) > 0 && net.ParseIP(c.domains[0]) == nil {
+			c.mode = modeLetsEncrypt
+		}
+	case "gcp":
+		c.mode = modeLetsEncrypt
+		if p.ACMECA != "" && p.ACMECA != "google" {
+			p.fail("DERP_ACME_CA", "DERP_CERT_MODE=gcp means google, got %q; want DERP_CERT_MODE=letsencrypt", p.ACMECA)
+		}
+		p.ACMECA = "google"
+	case modeLetsEncrypt, modeManual, modePinned, modeOff:
+	default:
+		p.fail("DERP_CERT_MODE", "want letsencrypt, manual, pinned, off or gcp, got %q", p.CertMode)
+		return
+	}
+	if c.mode != modeManual {
+		p.unwanted(c.mode, "DERP_CERT_FILE", "DERP_KEY_FILE")
+	}
+	if c.mode != modeLetsEncrypt {
+		p.unwanted(c.mode, "DERP_ACME_CA", "DERP_ACME_CA_ROOTS", "DERP_ACME_EMAIL", "DERP_ACME_EAB_KID", "DERP_ACME_EAB_KEY", "DERP_ACME_CHALLENGES")
+	}
+	c.pinFile = filepath.Join(c.certDir, "pinned.pem")
+	switch c.mode {
+	case modeLetsEncrypt:
+		p.acme(c)
+	case modeManual:
+		p.manual(c)
+	case modePinned:
+		if _, err := certs.LoadPinned(c.pinFile, c.domains, time.Now()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			p.fail("DERP_CERT_DIR", "%w%s", err, secretHint(err))
+		}
+	}
+}
+
+// unwanted refuses variables that have no meaning in a mode: whoever set them
+// expects another one.
+func (p *parser) unwanted(mode string, names ...string) {
+	for _, name := range names {
+		if p.given[name] {
+			p.fail(name, "has no meaning when DERP_CERT_MODE is %s; remove one of them", mode)
+		}
+	}
+}
+
+func (p *parser) acme(c *config) {
+	if len(c.domains) == 0 && p.Domain == "" {
+		p.fail("DERP_DOMAIN", "want the name that the certificate is for, since DERP_CERT_MODE is letsencrypt; got nothing")
+	}
+	c.acme = certs.ACMEConfig{Names: c.domains, Dir: c.certDir, Email: p.ACMEEmail, EABKeyID: p.ACMEKeyID, EABKey: p.ACMEKey}
+
+	name := p.ACMECA
+	if name == "" {
+		name = "letsencrypt"
+	}
+	if directory, ok := certs.Directories[name]; ok {
+		c.acme.Directory = directory
+	} else if u, err := url.Parse(name); err == nil && u.Scheme == "https" && u.Host != "" {
+		c.acme.Directory = name
+	} else {
+		p.fail("DERP_ACME_CA", "want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got %q", name)
+	}
+	if p.ACMERoots != "" {
+		data, err := os.ReadFile(p.ACMERoots)
+		c.acme.Roots = x509.NewCertPool()
+		if err != nil {
+			p.fail("DERP_ACME_CA_ROOTS", "%w%s", err, secretHint(err))
+		} else if !c.acme.Roots.AppendCertsFromPEM(data) {
+			p.fail("DERP_ACME_CA_ROOTS", "want a file of PEM certificates, but %s holds none", p.ACMERoots)
+		}
+	}
+	if p.ACMEEmail != "" {
+		if _, err := mail.ParseAddress(p.ACMEEmail); err != nil {
+			p.fail("DERP_ACME_EMAIL", "want an e-mail address, got %q", p.ACMEEmail)
+		}
+	}
+	switch {
+	case p.ACMEKeyID != "" && p.ACMEKey == "":
+		p.fail("DERP_ACME_EAB_KEY", "want the key that belongs to DERP_ACME_EAB_KID, got nothing")
+	case p.ACMEKeyID == "" && p.ACMEKey != "":
+		p.fail("DERP_ACME_EAB_KID", "want the ID that belongs to DERP_ACME_EAB_KEY, got nothing")
+	case p.ACMEKeyID == "" && name == "google":
+		p.fail("DERP_ACME_EAB_KID", "Google's authority wants an external account binding; make one with `gcloud publicca external-account-keys create`")
+	case p.ACMEKey != "":
+		if key, ok := eabKey(p.ACMEKey); ok {
+			c.acme.EABKey = key
+		} else {
+			p.fail("DERP_ACME_EAB_KEY", "want base64, got something else")
+		}
+	}
+	for _, challenge := range splitList(p.Challenges) {
+		switch challenge {
+		case "http":
+			c.acmeHTTP = true
+		case "tls-alpn":
+			c.acmeTLS = true
+		default:
+			p.fail("DERP_ACME_CHALLENGES", "want http, tls-alpn or both, got %q", challenge)
+		}
+	}
+	if c.acmeHTTP && !c.acmeTLS && c.httpAddr == "" {
+		p.fail("DERP_ACME_CHALLENGES", "http needs the plain HTTP listener, but DERP_HTTP_PORT is -1")
+	}
+}
+
+// eabKey brings a MAC key into the base64url form that RFC 8555 wants; some
+// authorities hand out the padded standard form.
+func eabKey(s string) (string, bool) {
+	if _, err := base64.RawURLEncoding.DecodeString(s); err == nil {
+		return s, true
+	}
+	for _, enc := range []*base64.Encoding{base64.StdEncoding, base64.URLEncoding, base64.RawStdEncoding} {
+		if raw, err := enc.DecodeString(s); err == nil {
+			return base64.RawURLEncoding.EncodeToString(raw), true
+		}
+	}
+	return "", false
+}
+
+// unsafeFileName is what derper leaves out of a file name (cmd/derper/cert.go).
+var unsafeFileName = regexp.MustCompile(`[^a-zA-Z0-9-.]`)
+
+func (p *parser) manual(c *config) {
+	certFile, keyFile := p.CertFile, p.KeyFile
+	if (certFile == "") != (keyFile == "") {
+		p.fail("DERP_CERT_FILE", "want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them")
+		return
+	}
+	if certFile == "" {
+		if len(c.domains) == 0 {
+			if p.Domain == "" {
+				p.fail("DERP_DOMAIN", "want the name that the certificate is for, since DERP_CERT_MODE is manual; got nothing")
+			}
+			return
+		}
+		base := filepath.Join(c.certDir, unsafeFileName.ReplaceAllString(c.domains[0], ""))
+		certFile, keyFile = base+".crt", base+".key"
+		// derper makes a self-signed certificate in this one case. Ours is
+		// the pinned one.
+		if _, err := os.Stat(certFile); errors.Is(err, fs.ErrNotExist) && net.ParseIP(c.domains[0]) != nil {
+			c.mode = modePinned
+			c.warnings = append(c.warnings, "DERP_CERT_MODE is manual, DERP_DOMAIN is an address and "+certFile+" is not there: using a pinned certificate, as with DERP_CERT_MODE=pinned")
+			return
+		}
+	}
+	m, err := certs.LoadManual(certFile, keyFile, c.domains, nil, time.Now())
+	if err != nil {
+		p.fail("DERP_CERT_FILE", "%w%s", err, secretHint(err))
+		return
+	}
+	c.manual = m
+}
+
+func (p *parser) admission(c *config) {
+	sockets := splitList(p.Socket)
+	for _, s := range sockets {
+		if !filepath.IsAbs(s) {
+			p.fail("DERP_TAILSCALED_SOCKET", "want absolute paths, got %q", s)
+		}
+	}
+	useSockets := false
+	switch value := strings.ToLower(p.Verify); value {
+	case "auto":
+		sockets = slices.DeleteFunc(sockets, func(s string) bool {
+			info, err := os.Stat(s)
+			return err != nil || info.Mode().Type() != fs.ModeSocket
+		})
+		useSockets = true
+	default:
+		b, err := strconv.ParseBool(value)
+		if err != nil {
+			p.fail("DERP_VERIFY_CLIENTS", "want auto, true or false, got %q", p.Verify)
+		}
+		useSockets = b
+	}
+	if useSockets {
+		c.sockets = sockets
+	}
+	for _, target := range splitList(p.VerifyURL) {
+		u, err := url.Parse(target)
+		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+			p.fail("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
+			continue
+		}
+		c.verifyURLs = append(c.verifyURLs, target)
+	}
+	p.allowKeys(c)
+	c.disallowApps = splitList(p.Disallow)
+	c.openOnOrder = c.open() && !useSockets
+}
+
+// allowKeys reads the node keys: from the value, or from a file that is read
+// again when it changes, which both DERP_ALLOW_KEYS=/path and
+// DERP_ALLOW_KEYS_FILE=/path name.
+func (p *parser) allowKeys(c *config) {
+	value := p.AllowKeys
+	path, fromFile := p.fromFile["DERP_ALLOW_KEYS"]
+	name := "DERP_ALLOW_KEYS"
+	switch {
+	case value == "":
+		return
+	case fromFile:
+		name += "_FILE"
+	case strings.HasPrefix(value, "/") || strings.HasPrefix(value, "./"):
+		path = value
+	default:
+		keys, err := admit.ParseKeys(value)
+		if err != nil {
+			p.fail(name, "%w", err)
+			return
+		}
+		c.keys = keys
+		return
+	}
+	if _, err := admit.LoadKeys(path); err != nil {
+		p.fail(name, "%w%s", err, secretHint(err))
+	}
+	c.keysFile = path
+}
+
+var regionCode = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)
+
+func (p *parser) publicFace(c *config) {
+	id, err := strconv.Atoi(p.RegionID)
+	if err != nil || id < 900 || id > 999 {
+		p.fail("DERP_REGION_ID", "want a number from 900 to 999 (the others are Tailscale's), got %q", p.RegionID)
+	}
+	c.node = derpmap.Node{RegionID: id, RegionCode: p.RegionCode, RegionName: p.RegionName, Name: p.NodeName}
+	if !regionCode.MatchString(p.RegionCode) {
+		p.fail("DERP_REGION_CODE", "want letters, digits, dots, underscores and hyphens, got %q", p.RegionCode)
+	}
+	if p.NodeName == "" {
+		c.node.Name = derpmap.DefaultNodeName(id)
+	} else if !regionCode.MatchString(p.NodeName) {
+		p.fail("DERP_NODE_NAME", "want letters, digits, dots, underscores and hyphens, got %q", p.NodeName)
+	}
+	c.node.IPv4 = p.publicAddress("DERP_PUBLIC_IPV4", "IPv4", p.PublicV4, netip.Addr.Is4)
+	c.node.IPv6 = p.publicAddress("DERP_PUBLIC_IPV6", "IPv6", p.PublicV6, netip.Addr.Is6)
+	if p.PublicTLS != "" {
+		c.publicTLS, _ = p.port("DERP_PUBLIC_PORT", p.PublicTLS, 1)
+	} else if c.mode == modeOff {
+		c.publicTLS = 443
+	}
+	if p.PublicHTTP != "" {
+		c.publicHTTP, _ = p.port("DERP_PUBLIC_HTTP_PORT", p.PublicHTTP, 1)
+	}
+	if p.PublicSTUN != "" {
+		c.publicSTUN, _ = p.port("DERP_PUBLIC_STUN_PORT", p.PublicSTUN, -1)
+	}
+	switch p.Discovery {
+	case "stun":
+		c.discovery = publicSTUNServers
+	case "off":
+	default:
+		c.discovery = splitList(p.Discovery)
+		for _, server := range c.discovery {
+			if host, port, err := net.SplitHostPort(server); err != nil || host == "" || port == "" {
+				p.fail("DERP_DISCOVERY", "want stun, off or STUN servers as HOST:PORT, got %q", server)
+			}
+		}
+	}
+}
+
+func (p *parser) publicAddress(name, family, value string, is func(netip.Addr) bool) string {
+	if value == "" || value == derpmap.None {
+		return value
+	}
+	addr, err := netip.ParseAddr(value)
+	if err != nil || !is(addr) || addr.Is4In6() || addr.IsUnspecified() || addr.Zone() != "" {
+		p.fail(name, "want an %s address or none, got %q", family, value)
+		return ""
+	}
+	return addr.String()
+}
+
+func (p *parser) rest(c *config) {
+	for _, name := range splitList(p.Bootstrap) {
+		if !hostName.MatchString(name) {
+			p.fail("DERP_BOOTSTRAP_DNS", "want DNS names, got %q", name)
+		}
+		c.bootstrap = append(c.bootstrap, name)
+	}
+	home, err := relay.Home(p.Home)
+	if err != nil {
+		p.fail("DERP_HOME", "%w", err)
+	}
+	c.home = home
+	switch p.LogLevel {
+	case "debug", "info", "warn", "error":
+		c.logLevel, _ = zerolog.ParseLevel(p.LogLevel)
+	default:
+		p.fail("DERP_LOG_LEVEL", "want debug, info, warn or error, got %q", p.LogLevel)
+	}
+	switch p.LogFormat {
+	case "", "json", "console":
+		c.logFormat = p.LogFormat
+	default:
+		p.fail("DERP_LOG_FORMAT", "want json or console, got %q", p.LogFormat)
+	}
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// printEnvironment is the command `derpd env`.
+func printEnvironment(args, env []string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("env", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	example := flags.Bool("example", false, "print an environment file to fill in")
+	if err := flags.Parse(args); err != nil {
+		return noStart{errQuiet}
+	}
+	if flags.NArg() > 0 {
+		return noStart{fmt.Errorf("env: unexpected argument %q", flags.Arg(0))}
+	}
+	if *example {
+		_, err := io.WriteString(stdout, exampleFile())
+		return err
+	}
+	l, loadErr := loadEnvironment(env)
+	if _, err := io.WriteString(stdout, l.effective()); err != nil {
+		return err
+	}
+	if _, err := loadConfig(env); err != nil {
+		return configError(err)
+	}
+	return loadErr
+}
+
+// effective lists every variable with its value and where that came from.
+func (l *loaded) effective() string {
+	var b strings.Builder
+	for _, v := range l.variables() {
+		source := "default"
+		if path, ok := l.fromFile[v.name]; ok {
+			source = "from " + path
+		} else if l.given[v.name] {
+			source = "set"
+		}
+		value := v.shown()
+		if value == "" && v.computed != "" {
+			source += ": " + v.computed
+		}
+		fmt.Fprintf(&b, "%s=%s  # %s\n", v.name, value, source)
+	}
+	return b.String()
+}
+
+// exampleFile is docker/env.example.
+func exampleFile() string {
+	var b strings.Builder
+	b.WriteString(`# Copy this file to .env beside compose.yaml and uncomment what you need.
+# Each variable can be given as a file: NAME_FILE=/run/secrets/name.
+# Made by: derpd env --example
+`)
+	for _, v := range (environment{}).variables() {
+		fmt.Fprintf(&b, "\n# %s\n", v.en)
+		if v.computed != "" {
+			fmt.Fprintf(&b, "# default: %s\n", v.computed)
+		}
+		fmt.Fprintf(&b, "#%s=%s\n", v.name, v.fallback)
+	}
+	return b.String()
+}
+
+// table is the table of variables in README.md ("en") and README.zh-CN.md
+// ("zh").
+func table(language string) string {
+	var b strings.Builder
+	if language == "zh" {
+		b.WriteString("| 变量 | 默认值 | 含义 |\n|---|---|---|\n")
+	} else {
+		b.WriteString("| variable | default | meaning |\n|---|---|---|\n")
+	}
+	for _, v := range (environment{}).variables() {
+		meaning, fallback := v.en, v.computed
+		if language == "zh" {
+			meaning, fallback = v.zh, v.zhHow
+		}
+		if v.fallback != "" {
+			fallback = "`" + v.fallback + "`"
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", v.name, fallback, meaning)
+	}
+	return b.String()
+}

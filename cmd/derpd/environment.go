@@ -1,0 +1,266 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/sethvargo/go-envconfig"
+)
+
+// environment is every variable that derpd reads, as it is given: config.go
+// turns it into typed, valid values. It is the documentation too: `derpd env`,
+// docker/env.example and the tables in both READMEs are made from its tags.
+type environment struct {
+	Domain  string `env:"DERP_DOMAIN" en:"DNS names or IP addresses of this node, comma-separated; the first is the HostName in the map" zh:"本节点的域名或 IP 地址，逗号分隔；第一个是 DERPMap 里的 HostName" or:"none: a pinned certificate on the public address found" zhor:"无：在找到的公网地址上使用 pinned 证书"`
+	Addr    string `env:"DERP_ADDR,default=:443" en:"HTTPS listen address, host:port" zh:"HTTPS 监听地址，host:port"`
+	HTTP    string `env:"DERP_HTTP_PORT" en:"plain HTTP port, for the captive portal check and ACME's HTTP-01; -1 is off" zh:"明文 HTTP 端口，用于强制门户检测和 ACME HTTP-01；-1 为关闭" or:"80; -1 when DERP_CERT_MODE is off" zhor:"80；DERP_CERT_MODE 为 off 时是 -1"`
+	STUN    string `env:"DERP_STUN,default=true" en:"whether to answer STUN" zh:"是否提供 STUN"`
+	STUNUDP string `env:"DERP_STUN_PORT,default=3478" en:"STUN port, UDP" zh:"STUN 的 UDP 端口"`
+	STUNIP  string `env:"DERP_STUN_ADDR" en:"host or address that STUN listens on (fly-global-services on Fly.io)" zh:"STUN 监听的主机名或地址（Fly.io 上是 fly-global-services）" or:"the host of DERP_ADDR" zhor:"DERP_ADDR 的主机部分"`
+	Admin   string `env:"DERP_ADMIN_ADDR,default=127.0.0.1:9090" en:"where health is served; never on the public listener" zh:"健康检查的监听地址；不会出现在公网端口上"`
+
+	DataDir string `env:"DERP_DATA_DIR,default=/data" en:"where the node key is kept" zh:"保存节点密钥的目录"`
+	CertDir string `env:"DERP_CERT_DIR" en:"where certificates and ACME accounts are kept" zh:"保存证书和 ACME 账户的目录" or:"certs in DERP_DATA_DIR" zhor:"DERP_DATA_DIR 下的 certs"`
+
+	CertMode   string `env:"DERP_CERT_MODE" en:"letsencrypt (any ACME authority), manual (files), pinned (self-signed, its hash in the map), off (something else terminates TLS); gcp is letsencrypt with Google's authority" zh:"letsencrypt（任意 ACME 机构）、manual（证书文件）、pinned（自签名，哈希写进 DERPMap）、off（由别的程序终结 TLS）；gcp 即使用 Google 机构的 letsencrypt" or:"letsencrypt if DERP_DOMAIN starts with a name, else pinned" zhor:"DERP_DOMAIN 以域名开头时为 letsencrypt，否则为 pinned"`
+	CertFile   string `env:"DERP_CERT_FILE" en:"manual: certificate file, PEM, leaf first and then its issuers" zh:"manual 模式：证书文件，PEM，先叶子证书，再各级签发者" or:"NAME.crt in DERP_CERT_DIR" zhor:"DERP_CERT_DIR 下的 NAME.crt"`
+	KeyFile    string `env:"DERP_KEY_FILE" en:"manual: private key file, PEM" zh:"manual 模式：私钥文件，PEM" or:"NAME.key in DERP_CERT_DIR" zhor:"DERP_CERT_DIR 下的 NAME.key"`
+	ACMECA     string `env:"DERP_ACME_CA" en:"letsencrypt, letsencrypt-staging, zerossl, google, or the https URL of a directory" zh:"letsencrypt、letsencrypt-staging、zerossl、google，或 ACME 目录的 https 网址" or:"letsencrypt" zhor:"letsencrypt"`
+	ACMERoots  string `env:"DERP_ACME_CA_ROOTS" en:"file of the roots of a private authority, PEM" zh:"私有机构根证书的文件，PEM"`
+	ACMEEmail  string `env:"DERP_ACME_EMAIL" en:"address for the authority's notices" zh:"接收机构通知的邮箱"`
+	ACMEKeyID  string `env:"DERP_ACME_EAB_KID" en:"external account binding: key ID" zh:"外部账户绑定：密钥 ID"`
+	ACMEKey    string `env:"DERP_ACME_EAB_KEY" en:"external account binding: MAC key, base64" zh:"外部账户绑定：MAC 密钥，base64" secret:"true"`
+	Challenges string `env:"DERP_ACME_CHALLENGES,default=http,tls-alpn" en:"which challenges may be used: http, tls-alpn" zh:"可以使用的验证方式：http、tls-alpn"`
+
+	Verify    string `env:"DERP_VERIFY_CLIENTS,default=auto" en:"auto: the tailscaled socket if it is there; true: the socket, and nobody while it does not answer; false: not the socket" zh:"auto：tailscaled 的 socket 存在就用；true：必须用 socket，它不回答就谁也不放行；false：不用 socket"`
+	Socket    string `env:"DERP_TAILSCALED_SOCKET,default=/var/run/tailscale/tailscaled.sock" en:"tailscaled sockets, one for each tailnet, comma-separated" zh:"tailscaled 的 socket，每个 tailnet 一个，逗号分隔"`
+	VerifyURL string `env:"DERP_VERIFY_CLIENT_URL" en:"admission URLs, comma-separated (Headscale's /verify)" zh:"准入网址，逗号分隔（Headscale 的 /verify）" secret:"url"`
+	AllowKeys string `env:"DERP_ALLOW_KEYS" en:"node keys (nodekey:…) that may connect, or the path of a file of them, read again when it changes" zh:"允许连接的节点公钥（nodekey:…），或存放它们的文件路径，文件改动后自动重读"`
+	Disallow  string `env:"DERP_DISALLOW_APPS" en:"app names that may not connect, comma-separated" zh:"不允许连接的应用名，逗号分隔"`
+
+	RegionID   string `env:"DERP_REGION_ID,default=900" en:"region in the map, 900 to 999" zh:"DERPMap 里的区域编号，900 到 999"`
+	RegionCode string `env:"DERP_REGION_CODE,default=derpd" en:"short name of the region" zh:"区域短名"`
+	RegionName string `env:"DERP_REGION_NAME,default=derpd" en:"name of the region for people" zh:"给人看的区域名"`
+	NodeName   string `env:"DERP_NODE_NAME" en:"name of the node, unique over the whole map" zh:"节点名，在整个 DERPMap 里唯一" or:"DERP_REGION_ID and the letter a" zhor:"DERP_REGION_ID 加字母 a"`
+	PublicV4   string `env:"DERP_PUBLIC_IPV4" en:"IPv4 address that clients dial; none if there is none" zh:"客户端连接的 IPv4 地址；没有就写 none" or:"found, without DERP_DOMAIN; else DNS" zhor:"没有 DERP_DOMAIN 时自动查找，否则用 DNS"`
+	PublicV6   string `env:"DERP_PUBLIC_IPV6" en:"IPv6 address that clients dial; none if there is none" zh:"客户端连接的 IPv6 地址；没有就写 none" or:"found, without DERP_DOMAIN; else DNS" zhor:"没有 DERP_DOMAIN 时自动查找，否则用 DNS"`
+	PublicTLS  string `env:"DERP_PUBLIC_PORT" en:"HTTPS port that clients dial, where it differs" zh:"客户端连接的 HTTPS 端口（与监听端口不同时）" or:"as listened; 443 when DERP_CERT_MODE is off" zhor:"同监听端口；DERP_CERT_MODE 为 off 时是 443"`
+	PublicHTTP string `env:"DERP_PUBLIC_HTTP_PORT" en:"plain HTTP port as seen from outside, where it differs" zh:"从外面看到的明文 HTTP 端口（与监听端口不同时）" or:"as listened" zhor:"同监听端口"`
+	PublicSTUN string `env:"DERP_PUBLIC_STUN_PORT" en:"STUN port that clients ask, where it differs; -1 to say there is none" zh:"客户端使用的 STUN 端口（与监听端口不同时）；-1 表示没有" or:"as listened" zhor:"同监听端口"`
+	Discovery  string `env:"DERP_DISCOVERY,default=stun" en:"how the public address is found without DERP_DOMAIN: stun asks Tailscale's public STUN servers once, HOST:PORT,… asks others, off takes the outbound interface" zh:"没有 DERP_DOMAIN 时如何得知公网地址：stun 启动时询问一次 Tailscale 的公共 STUN 服务器，HOST:PORT,… 询问别的服务器，off 取出口网卡的地址"`
+
+	Bootstrap string `env:"DERP_BOOTSTRAP_DNS" en:"names answered at /bootstrap-dns, comma-separated" zh:"/bootstrap-dns 回答的域名，逗号分隔"`
+	Home      string `env:"DERP_HOME,default=blank" en:"what a browser sees: blank, page, or a URL to redirect to" zh:"浏览器看到的内容：blank、page，或要跳转到的网址"`
+	LogLevel  string `env:"DERP_LOG_LEVEL,default=info" en:"debug, info, warn or error; debug names client addresses" zh:"debug、info、warn 或 error；debug 会写出客户端地址"`
+	LogFormat string `env:"DERP_LOG_FORMAT" en:"json or console" zh:"json 或 console" or:"console on a terminal, else json" zhor:"在终端上为 console，否则为 json"`
+}
+
+// variable is one field of environment.
+type variable struct {
+	name     string
+	value    string // as given, or the default
+	fallback string // the default
+	computed string // how the default is found, where it is not one value
+	en, zh   string // what the variable means
+	zhHow    string // computed, in Chinese
+	secret   bool   // never shown
+	url      bool   // shown without what may be secret in it
+}
+
+// variables lists the fields of e in the order of the documentation.
+func (e environment) variables() []variable {
+	v := reflect.ValueOf(e)
+	list := make([]variable, v.NumField())
+	for i, field := range reflect.VisibleFields(v.Type()) {
+		name, fallback, _ := strings.Cut(field.Tag.Get("env"), ",default=")
+		list[i] = variable{
+			name:     name,
+			value:    v.Field(i).String(),
+			fallback: fallback,
+			computed: field.Tag.Get("or"),
+			en:       field.Tag.Get("en"),
+			zh:       field.Tag.Get("zh"),
+			zhHow:    field.Tag.Get("zhor"),
+			secret:   field.Tag.Get("secret") == "true",
+			url:      field.Tag.Get("secret") == "url",
+		}
+	}
+	return list
+}
+
+// shown is the value without its secrets.
+func (v variable) shown() string {
+	switch {
+	case v.value == "":
+		return ""
+	case v.secret:
+		return "(secret)"
+	case v.url:
+		targets := splitList(v.value)
+		for i, target := range targets {
+			targets[i] = redactURL(target)
+		}
+		return strings.Join(targets, ",")
+	}
+	return v.value
+}
+
+// redactURL leaves out the parts of a URL that people put tokens in.
+func redactURL(target string) string {
+	u, err := url.Parse(target)
+	if err != nil {
+		return "(unparsable URL)"
+	}
+	if u.User != nil {
+		u.User = url.User("xxxxx")
+	}
+	if u.RawQuery != "" {
+		u.RawQuery = "xxxxx"
+	}
+	return u.String()
+}
+
+// derperDebug are variables with our prefix that upstream's own code reads.
+var derperDebug = []string{"DERP_DEBUG_LOGS", "DERP_PROBER_DEBUG_LOGS"}
+
+// injected matches what Docker links and Kubernetes put into the environment
+// of a container that has a service called derp, or derp-something, beside it.
+var (
+	injectedValue = regexp.MustCompile(`^(tcp|udp|sctp)://`)
+	injectedName  = regexp.MustCompile(`^DERP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?|ENV_\w+|NAME)$`)
+)
+
+// loaded is the environment as it was found.
+type loaded struct {
+	environment
+
+	// fromFile holds the path for each variable that was given as X_FILE.
+	fromFile map[string]string
+
+	// given tells what was set from what is a default.
+	given map[string]bool
+
+	// ignored are variables that Docker or Kubernetes injected.
+	ignored []string
+}
+
+// loadEnvironment reads "NAME=value" pairs. A variable that is set but empty
+// counts as unset, since compose files pass variables on that way.
+func loadEnvironment(pairs []string) (*loaded, error) {
+	known := make(map[string]bool)
+	for _, v := range (environment{}).variables() {
+		known[v.name] = true
+	}
+	l := &loaded{fromFile: make(map[string]string), given: make(map[string]bool)}
+	values := make(map[string]string)
+	var errs []error
+	for _, pair := range pairs {
+		name, value, _ := strings.Cut(pair, "=")
+		if !strings.HasPrefix(name, "DERP_") || value == "" || slices.Contains(derperDebug, name) {
+			continue
+		}
+		target, isFile := strings.CutSuffix(name, "_FILE")
+		switch {
+		case injectedValue.MatchString(value) || !known[name] && injectedName.MatchString(name):
+			l.ignored = append(l.ignored, name)
+		case known[name]:
+			values[name] = value
+		case isFile && known[target]:
+			l.fromFile[target] = value
+		default:
+			errs = append(errs, fmt.Errorf("%s: unknown variable%s", name, suggestion(name, known)))
+		}
+	}
+	for name, path := range l.fromFile {
+		if _, both := values[name]; both {
+			errs = append(errs, fmt.Errorf("%s: set beside %s_FILE; want one of them", name, name))
+			continue
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s_FILE: %w%s", name, err, secretHint(err)))
+			continue
+		}
+		// The newline that an editor leaves is not part of a secret.
+		values[name] = strings.TrimRight(string(data), "\r\n")
+		if values[name] == "" {
+			errs = append(errs, fmt.Errorf("%s_FILE: %s is empty", name, path))
+		}
+	}
+	for name := range values {
+		l.given[name] = true
+	}
+	if err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
+		Target:   &l.environment,
+		Lookuper: envconfig.MapLookuper(values),
+	}); err != nil {
+		errs = append(errs, err)
+	}
+	// Maps have no order; messages should.
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return l, errors.Join(errs...)
+}
+
+func secretHint(err error) string {
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Sprintf("; derpd runs as uid %d, which must be able to read it (a secret with mode 0600 that root owns cannot be)", os.Getuid())
+	}
+	return ""
+}
+
+// suggestion names the known variable that is nearest to name, if one is near.
+func suggestion(name string, known map[string]bool) string {
+	best, bestDistance := "", 4
+	for candidate := range known {
+		for _, form := range []string{candidate, candidate + "_FILE"} {
+			d := distance(name, form)
+			if d < bestDistance || d == bestDistance && best != "" && form < best {
+				best, bestDistance = form, d
+			}
+		}
+	}
+	if best == "" {
+		return "; `derpd env` lists the ones there are"
+	}
+	return "; did you mean " + best + "?"
+}
+
+// distance is the number of letters to insert, delete or replace to get from
+// a to b (Levenshtein).
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+// splitList splits a comma-separated list, and drops what is empty.
+func splitList(s string) []string {
+	var list []string
+	for _, item := range strings.Split(s, ",") {
+		if item = strings.TrimSpace(item); item != "" {
+			list = append(list, item)
+		}
+	}
+	return list
+}

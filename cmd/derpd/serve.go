@@ -1,0 +1,538 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"derpd/certs"
+	"derpd/healthz"
+	"derpd/relay"
+	"derpd/relay/admit"
+	"derpd/relay/derpmap"
+
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/errgroup"
+	"tailscale.com/types/key"
+)
+
+// stopTimeout bounds the stop: a container manager starts the next relay only
+// when this one is gone.
+const stopTimeout = 800 * time.Millisecond
+
+// serve is the command `derpd`. It returns nil when ctx ended it.
+func serve(ctx context.Context, start time.Time, args, env []string, stdout, stderr io.Writer) error {
+	if len(args) > 0 {
+		return noStart{fmt.Errorf("serve: unexpected argument %q; configuration is by environment variables", args[0])}
+	}
+	c, err := loadConfig(env)
+	if err != nil {
+		return configError(err)
+	}
+	log := newLogger(c, stderr)
+	n, err := newNode(ctx, start, c, log, stdout)
+	if err != nil {
+		return err
+	}
+	return runTasks(ctx, n.tasks(), log)
+}
+
+// node is one relay with everything around it, bound and ready to run.
+type node struct {
+	config *config
+	log    zerolog.Logger
+	start  time.Time
+	stdout io.Writer
+
+	listeners *listeners
+	relay     *relay.Relay
+	stun      *relay.STUN   // nil when off
+	certs     certs.Manager // nil in mode off
+	gate      *admit.Gate   // nil when open
+	bootstrap *relay.BootstrapDNS
+	health    *healthz.Health
+	probe     key.NodePrivate // of the self-check, in memory only
+
+	https, http, admin *http.Server // http is nil when off
+
+	// address is closed when found is set.
+	address chan struct{}
+	found   found
+}
+
+// newNode binds everything, then reads or makes what is kept on disk. Until
+// all sockets are bound nothing is written.
+func newNode(ctx context.Context, start time.Time, c *config, log zerolog.Logger, stdout io.Writer) (*node, error) {
+	l, err := listen(ctx, c)
+	if err != nil {
+		return nil, configError(err)
+	}
+	n := &node{
+		config: c, log: log, start: start, stdout: stdout, listeners: l,
+		probe: key.NewNode(), address: make(chan struct{}),
+	}
+	if err := n.build(ctx); err != nil {
+		l.close()
+		return nil, noStart{err}
+	}
+	return n, nil
+}
+
+func (n *node) build(ctx context.Context) error {
+	c := n.config
+	if err := os.MkdirAll(c.dataDir, 0o700); err != nil {
+		return fmt.Errorf("DERP_DATA_DIR: %w", err)
+	}
+	private, err := relay.LoadOrCreateKey(c.nodeKeyFile())
+	if err != nil {
+		return fmt.Errorf("DERP_DATA_DIR: %w", err)
+	}
+	if n.certs, err = n.certificates(ctx); err != nil {
+		return err
+	}
+	if n.gate, err = newGate(c, n.log); err != nil {
+		return err
+	}
+	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
+	n.relay = relay.New(relay.Config{
+		PrivateKey:   private,
+		Admit:        n.admit(),
+		DisallowApps: c.disallowApps,
+		Home:         c.home,
+		BootstrapDNS: n.bootstrap,
+		Log:          n.log,
+	})
+	if n.listeners.stun != nil {
+		if n.stun, err = relay.NewSTUN(n.listeners.stun, n.log); err != nil {
+			return err
+		}
+	}
+	n.health = healthz.New(n.checks())
+	n.servers()
+	return nil
+}
+
+func (n *node) servers() {
+	n.https = newHTTPServer(n.relay.Handler(), n.log)
+	if n.certs != nil {
+		n.https.TLSConfig = n.relay.TLSConfig(n.certs.GetCertificate)
+	}
+	if n.listeners.http != nil {
+		handler := relay.RedirectHandler(n.config.publicHTTPSPort(port(n.listeners.https.Addr())))
+		if n.certs != nil {
+			handler = n.certs.HTTPHandler(handler)
+		}
+		n.http = newHTTPServer(handler, n.log)
+	}
+	admin := http.NewServeMux()
+	admin.Handle("/", n.health.Handler())
+	admin.HandleFunc("GET /derpmap", n.serveMap)
+	n.admin = newHTTPServer(admin, n.log)
+}
+
+// certificates makes the manager of the configured mode; nil in mode off.
+func (n *node) certificates(ctx context.Context) (certs.Manager, error) {
+	c := n.config
+	switch c.mode {
+	case modeManual:
+		return c.manual, nil
+	case modePinned:
+		names := slices.Clone(c.domains)
+		if _, err := certs.LoadPinned(c.pinFile, c.domains, time.Now()); err != nil {
+			// The certificate is made once, with every address that is
+			// known by then; later starts need not wait for the answer.
+			if err := n.findAddress(ctx); err != nil {
+				return nil, err
+			}
+			names = append(names, n.addresses()...)
+		}
+		m, err := certs.LoadOrCreatePinned(c.pinFile, names, time.Now())
+		if err != nil {
+			return nil, fmt.Errorf("DERP_CERT_DIR: %w", err)
+		}
+		return m, nil
+	case modeLetsEncrypt:
+		acme := c.acme
+		acme.ListenHost, _, _ = net.SplitHostPort(c.addr)
+		if c.acmeTLS {
+			acme.TLSPort = port(n.listeners.https.Addr())
+		}
+		if c.acmeHTTP && n.listeners.http != nil {
+			acme.HTTPPort = port(n.listeners.http.Addr())
+		}
+		acme.Log = n.log
+		return certs.NewACME(acme), nil
+	}
+	return nil, nil
+}
+
+// addresses are all that this node is known by, besides its domains.
+func (n *node) addresses() []string {
+	var list []string
+	for _, s := range []string{n.config.node.IPv4, n.config.node.IPv6, n.found.v4.String(), n.found.v6.String()} {
+		if _, err := netip.ParseAddr(s); err == nil && !slices.Contains(append(list, n.config.domains...), s) {
+			list = append(list, s)
+		}
+	}
+	return list
+}
+
+// findAddress finds the public address out, once.
+func (n *node) findAddress(ctx context.Context) error {
+	select {
+	case <-n.address:
+		return nil
+	default:
+	}
+	if n.config.needsDiscovery() {
+		n.found = discover(ctx, n.config.discovery)
+	}
+	close(n.address)
+	return nil
+}
+
+// newGate is nil for an open relay.
+func newGate(c *config, log zerolog.Logger) (*admit.Gate, error) {
+	if c.open() {
+		return nil, nil
+	}
+	var sources []admit.Source
+	for _, socket := range c.sockets {
+		sources = append(sources, admit.Tailscaled(socket))
+	}
+	for _, target := range c.verifyURLs {
+		sources = append(sources, admit.URL(target))
+	}
+	if c.keys != nil {
+		sources = append(sources, admit.Keys(c.keys))
+	}
+	if c.keysFile != "" {
+		source, err := admit.KeyFile(c.keysFile, log)
+		if err != nil {
+			return nil, fmt.Errorf("DERP_ALLOW_KEYS: %w", err)
+		}
+		sources = append(sources, source)
+	}
+	return admit.NewGate(sources, log), nil
+}
+
+// admit is nil for an open relay. The self-check's key exists in this process
+// only, so admitting it lets nobody else in.
+func (n *node) admit() relay.AdmitFunc {
+	if n.gate == nil {
+		return nil
+	}
+	probe := n.probe.Public()
+	return func(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
+		if node == probe {
+			return nil
+		}
+		return n.gate.Admit(ctx, node, addr)
+	}
+}
+
+// task is one long-lived part. It returns nil when its context ends.
+type task struct {
+	name string
+	run  func(context.Context) error
+}
+
+// tasks is everything that runs, by the configuration.
+func (n *node) tasks() []task {
+	list := []task{
+		{"https", func(context.Context) error {
+			if n.https.TLSConfig == nil {
+				return served(n.https.Serve(n.listeners.https))
+			}
+			return served(n.https.ServeTLS(n.listeners.https, "", ""))
+		}},
+		{"admin", func(context.Context) error { return served(n.admin.Serve(n.listeners.admin)) }},
+		{"bootstrap-dns", n.bootstrap.Run},
+		{"address", n.findAddress},
+		{"announce", n.announce},
+		{"stop", n.stop},
+	}
+	if n.http != nil {
+		list = append(list, task{"http", func(context.Context) error { return served(n.http.Serve(n.listeners.http)) }})
+	}
+	if n.stun != nil {
+		list = append(list, task{"stun", n.stun.Run})
+	}
+	if n.certs != nil {
+		list = append(list, task{"certificates", n.certs.Run})
+	}
+	return list
+}
+
+// served tells the end of a server from its failure.
+func served(err error) error {
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// runTasks runs all tasks until ctx ends or one of them fails.
+func runTasks(ctx context.Context, tasks []task, log zerolog.Logger) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, t := range tasks {
+		g.Go(func() error {
+			if err := t.run(ctx); err != nil {
+				return fmt.Errorf("%s: %w", t.name, err)
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	if err == nil {
+		log.Info().Msg("stopped")
+	}
+	return err
+}
+
+// announce waits for a certificate, opens STUN, and says what was started.
+//
+// Opening STUN is the last thing: a client measures a region by STUN, and then
+// gives a dial 1.5 seconds.
+func (n *node) announce(ctx context.Context) error {
+	n.announceStart()
+	if n.certs != nil {
+		select {
+		case <-n.certs.Ready():
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	if n.stun != nil {
+		n.stun.SetOpen(true)
+	}
+	n.log.Info().Int64("ready_ms", time.Since(n.start).Milliseconds()).Msg("ready")
+
+	select {
+	case <-n.address:
+	case <-ctx.Done():
+		return nil
+	}
+	out, err := n.formatMap("policy")
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(n.stdout, "\n%s\n", out)
+	return err
+}
+
+func (n *node) announceStart() {
+	c := n.config
+	e := n.log.Info().Str("version", version).Str("upstream", upstreamVersion()).
+		Stringer("https", n.listeners.https.Addr()).Stringer("admin", n.listeners.admin.Addr()).
+		Str("certificates", c.mode).Str("node_key", n.relay.PublicKey().String())
+	if n.listeners.http != nil {
+		e = e.Stringer("http", n.listeners.http.Addr())
+	}
+	if n.listeners.stun != nil {
+		e = e.Stringer("stun", n.listeners.stun.LocalAddr())
+	}
+	e.Msg("listening")
+	for _, w := range c.warnings {
+		n.log.Warn().Str("warning", w).Msg("configuration")
+	}
+	switch {
+	case n.gate != nil:
+		n.log.Info().Strs("sources", n.gate.Sources()).Msg("only admitted nodes may use this relay")
+	case c.openOnOrder:
+		n.log.Warn().Msg("this relay is open, as DERP_VERIFY_CLIENTS=false says: anybody who finds it can use it")
+	default:
+		n.log.Warn().Msg("this relay is open: anybody who finds it can use it; close it with DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL or DERP_VERIFY_CLIENTS=true")
+	}
+}
+
+// stop waits for the end of ctx, and then takes the relay down in the order in
+// which clients should notice: health first, then STUN, then the relay.
+func (n *node) stop(ctx context.Context) error {
+	<-ctx.Done()
+	n.log.Info().Msg("stopping")
+	n.health.Stopping()
+	if n.stun != nil {
+		n.stun.SetOpen(false)
+	}
+	_ = n.https.Close()
+	if n.http != nil {
+		_ = n.http.Close()
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- n.relay.Close() }()
+	timeout := time.NewTimer(stopTimeout)
+	defer timeout.Stop()
+	select {
+	case <-closed:
+	case <-timeout.C:
+		n.log.Warn().Msg("some clients were still connected when the relay stopped")
+	}
+	_ = n.admin.Close()
+	n.listeners.close()
+	return nil
+}
+
+// checks are the parts of health, in the order of causes.
+func (n *node) checks() []healthz.Check {
+	list := []healthz.Check{{Name: "listeners", Run: n.checkListeners}}
+	if n.certs != nil {
+		list = append(list, healthz.Check{Name: "certificate", Run: n.checkCertificate})
+	}
+	list = append(list, healthz.Check{Name: "derp", Run: n.checkDERP})
+	if n.stun != nil {
+		list = append(list, healthz.Check{Name: "stun", Run: n.checkSTUN})
+	}
+	return append(list, healthz.Check{Name: "admission", Run: n.checkAdmission})
+}
+
+// checkListeners connects to each TCP listener; STUN and DERP have checks of
+// their own.
+func (n *node) checkListeners(ctx context.Context) healthz.Result {
+	var up []string
+	for _, l := range []struct {
+		name string
+		ln   net.Listener
+	}{{"https", n.listeners.https}, {"http", n.listeners.http}} {
+		if l.ln == nil {
+			continue
+		}
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", loopback(l.ln.Addr()).String())
+		if err != nil {
+			return healthz.Failf("%s on %s: %v", l.name, l.ln.Addr(), err)
+		}
+		_ = conn.Close()
+		up = append(up, fmt.Sprintf("%s %s", l.name, l.ln.Addr()))
+	}
+	return healthz.Okf("%s", strings.Join(up, ", "))
+}
+
+const (
+	// certificateWarning is when health begins to mention the end of a
+	// certificate that nothing here renews.
+	certificateWarning = 14 * 24 * time.Hour
+	day                = 24 * time.Hour
+)
+
+func (n *node) checkCertificate(context.Context) healthz.Result {
+	s := n.certs.Status()
+	if s.Leaf == nil {
+		return healthz.Failf("waiting for %s: %v", strings.Join(n.config.domains, ", "), s.Err)
+	}
+	names := slices.Clone(s.Leaf.DNSNames)
+	for _, ip := range s.Leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	left := time.Until(s.Leaf.NotAfter)
+	line := fmt.Sprintf("%s, %s, %d days left", n.config.mode, strings.Join(names, " "), int(left/day))
+	switch {
+	case left <= 0:
+		return healthz.Failf("%s expired on %s", strings.Join(names, " "), s.Leaf.NotAfter.Format(time.DateOnly))
+	case s.Err != nil:
+		return healthz.Warnf("%s; renewing it failed: %v", line, s.Err)
+	case n.config.mode == modeManual && left < certificateWarning:
+		return healthz.Warnf("%s: renew the files", line)
+	}
+	return healthz.Okf("%s", line)
+}
+
+func (n *node) checkDERP(ctx context.Context) healthz.Result {
+	probe := healthz.DERPProbe{
+		URL: "http://localhost/derp",
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", loopback(n.listeners.https.Addr()).String())
+		},
+		Key: n.probe,
+	}
+	if n.certs != nil {
+		probe.Leaf = n.certs.Status().Leaf
+		if probe.Leaf == nil {
+			return healthz.Failf("waiting for a certificate")
+		}
+		probe.URL = "https://" + urlHost(probe.Leaf.DNSNames, n.config.domains) + "/derp"
+	}
+	took, err := probe.Run(ctx)
+	if err != nil {
+		return healthz.Failf("handshake through %s: %v", n.listeners.https.Addr(), err)
+	}
+	return healthz.Okf("handshake in %s", took.Round(100*time.Microsecond))
+}
+
+// urlHost is a host that the certificate covers: the one that clients dial, if
+// it is a name. An address is sent without SNI, so any will do.
+func urlHost(dnsNames, domains []string) string {
+	if len(domains) > 0 && net.ParseIP(domains[0]) == nil {
+		return domains[0]
+	}
+	if len(dnsNames) > 0 {
+		return dnsNames[0]
+	}
+	return "127.0.0.1"
+}
+
+func (n *node) checkSTUN(ctx context.Context) healthz.Result {
+	if !n.stun.Open() {
+		return healthz.Failf("closed until the relay can serve clients")
+	}
+	took, err := healthz.STUN(ctx, loopback(n.listeners.stun.LocalAddr()))
+	if err != nil {
+		return healthz.Failf("round trip through %s: %v", n.listeners.stun.LocalAddr(), err)
+	}
+	return healthz.Okf("round trip in %s", took.Round(10*time.Microsecond))
+}
+
+func (n *node) checkAdmission(context.Context) healthz.Result {
+	if n.gate == nil {
+		return healthz.Warnf("open: anybody who finds this relay can use it; set DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL or DERP_VERIFY_CLIENTS=true")
+	}
+	if down := n.gate.Down(); len(down) > 0 {
+		var list []string
+		for name, err := range down {
+			list = append(list, fmt.Sprintf("%s: %v", name, err))
+		}
+		slices.Sort(list)
+		return healthz.Warnf("%d of %d sources cannot tell who may connect: %s", len(down), len(n.gate.Sources()), strings.Join(list, "; "))
+	}
+	return healthz.Okf("%s", strings.Join(n.gate.Sources(), ", "))
+}
+
+// serveMap answers `derpd derpmap`.
+func (n *node) serveMap(w http.ResponseWriter, r *http.Request) {
+	select {
+	case <-n.address:
+	case <-r.Context().Done():
+		return
+	}
+	out, err := n.formatMap(r.FormValue("format"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", mapType)
+	_, _ = w.Write(out)
+}
+
+// formatMap describes the relay as it runs. The address must be known.
+func (n *node) formatMap(format string) ([]byte, error) {
+	at := ports{https: port(n.listeners.https.Addr())}
+	if n.listeners.http != nil {
+		at.http = port(n.listeners.http.Addr())
+	}
+	if n.listeners.stun != nil {
+		at.stun = port(n.listeners.stun.LocalAddr())
+	}
+	pin := ""
+	if n.certs != nil {
+		pin = n.certs.Status().Pin
+	}
+	m, notes := publicNode(n.config, at, pin, n.found)
+	return derpmap.Format(format, derpmap.New(m), notes)
+}
