@@ -1,0 +1,102 @@
+package derpmap
+
+import (
+	"bytes"
+	"encoding/json"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/tailscale/hujson"
+	"go.yaml.in/yaml/v3"
+	"tailscale.com/tailcfg"
+)
+
+var nodes = map[string]Node{
+	"all defaults": {RegionID: 900, RegionCode: "derpd", RegionName: "derpd", Name: "900a", HostName: "derp.example.com", Port: 443, STUNPort: 3478, HTTPPort: 80},
+	"pinned on an address": {
+		RegionID: 901, RegionCode: "sha", RegionName: "Shanghai", Name: "901a", HostName: "203.0.113.7", CertName: "sha256-raw:" + strings.Repeat("ab", 32),
+		IPv4: "203.0.113.7", IPv6: None, Port: 8443, STUNPort: 3479, HTTPPort: 80,
+	},
+	"no STUN, no IPv4": {RegionID: 999, RegionCode: "x", RegionName: `quote " and # and 中`, Name: "999a", HostName: "2001:db8::7", IPv4: None, IPv6: "2001:db8::7", Port: 443, STUNPort: -1, HTTPPort: 80},
+}
+
+// Every format, read back as its reader reads it, is the same map.
+func TestFormatsRoundTrip(t *testing.T) {
+	for name, n := range nodes {
+		want := New(n)
+		notes := []string{"a note", "and another one"}
+		read := map[string]func([]byte) (*tailcfg.DERPMap, error){
+			"json": func(out []byte) (*tailcfg.DERPMap, error) {
+				var m tailcfg.DERPMap
+				return &m, json.Unmarshal(out, &m)
+			},
+			"policy": func(out []byte) (*tailcfg.DERPMap, error) {
+				standard, err := hujson.Standardize(out)
+				if err != nil {
+					return nil, err
+				}
+				var policy struct {
+					DERPMap tailcfg.DERPMap `json:"derpMap"`
+				}
+				return &policy.DERPMap, json.Unmarshal(standard, &policy)
+			},
+			// headscale decodes into tailcfg.DERPMap, whose fields yaml
+			// knows by their names in lower case.
+			"headscale": func(out []byte) (*tailcfg.DERPMap, error) {
+				var m tailcfg.DERPMap
+				dec := yaml.NewDecoder(bytes.NewReader(out))
+				dec.KnownFields(true)
+				return &m, dec.Decode(&m)
+			},
+		}
+		for _, format := range Formats {
+			out, err := Format(format, want, notes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if format != "json" && !strings.Contains(string(out), "and another one") {
+				t.Errorf("%s, %s: the notes are missing", name, format)
+			}
+			if strings.Contains(strings.ToLower(string(out)), "insecure") {
+				t.Errorf("%s, %s: a map for people holds InsecureForTests", name, format)
+			}
+			got, err := read[format](out)
+			if err != nil {
+				t.Errorf("%s, %s: %v in\n%s", name, format, err, out)
+			} else if !reflect.DeepEqual(got, want) {
+				t.Errorf("%s, %s: got %+v", name, format, got.Regions)
+			}
+		}
+	}
+}
+
+func TestNew(t *testing.T) {
+	node := func(name string) *tailcfg.DERPNode {
+		for _, r := range New(nodes[name]).Regions {
+			return r.Nodes[0]
+		}
+		return nil
+	}
+	if n := node("all defaults"); n.DERPPort != 0 || n.STUNPort != 0 || n.CanPort80 {
+		t.Errorf("defaults are zeros in a map, and port 80 is asked by address only: %+v", n)
+	}
+	if n := node("pinned on an address"); n.DERPPort != 8443 || n.STUNPort != 3479 || !n.CanPort80 || n.IPv6 != "none" || n.RegionID != 901 {
+		t.Errorf("got %+v", n)
+	}
+	if n := node("no STUN, no IPv4"); n.STUNPort != -1 || n.CanPort80 {
+		t.Errorf("got %+v", n)
+	}
+}
+
+// The policy shows the key that people look for, with the value that keeps
+// their network up when this relay is down.
+func TestPolicyKeepsDefaultRegions(t *testing.T) {
+	out, err := Format("policy", New(nodes["all defaults"]), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(out), `"OmitDefaultRegions": false,`) {
+		t.Errorf("got\n%s", out)
+	}
+}
