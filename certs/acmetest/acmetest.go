@@ -1,0 +1,121 @@
+// Package acmetest runs a real certificate authority in the test process:
+// pebble, which the makers of Let's Encrypt keep for this purpose, and its DNS
+// server.
+package acmetest
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/letsencrypt/challtestsrv"
+	"github.com/letsencrypt/pebble/v2/ca"
+	"github.com/letsencrypt/pebble/v2/db"
+	"github.com/letsencrypt/pebble/v2/va"
+	"github.com/letsencrypt/pebble/v2/wfe"
+)
+
+// CA is a running authority. Every DNS name resolves to 127.0.0.1 for it.
+type CA struct {
+	// Directory is the URL of the ACME directory.
+	Directory string
+
+	// ServerRoots is the pool, and RootsFile a file, of the root of the
+	// authority's own HTTPS server.
+	ServerRoots *x509.CertPool
+	RootsFile   string
+
+	dns     string
+	handler http.Handler
+	issued  *ca.CAImpl
+	once    sync.Once
+	serving chan struct{} // closed when handler is set
+}
+
+// Start starts an authority, which answers only after Validate.
+func Start(t *testing.T) *CA {
+	t.Helper()
+	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
+	t.Setenv("PEBBLE_WFE_NONCEREJECT", "0")
+
+	c := &CA{dns: startDNS(t), serving: make(chan struct{})}
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-c.serving:
+			c.handler.ServeHTTP(w, r)
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(server.Close)
+	c.Directory = server.URL + wfe.DirectoryPath
+	c.ServerRoots = x509.NewCertPool()
+	c.ServerRoots.AddCert(server.Certificate())
+	c.RootsFile = filepath.Join(t.TempDir(), "ca.pem")
+	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(c.RootsFile, root, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// Validate lets requests through, and says on which ports the authority finds
+// the challenges. The caller learns them only once its listeners are bound,
+// and its first request may come before that.
+func (c *CA) Validate(httpPort, tlsPort int) {
+	c.once.Do(func() {
+		quiet := log.New(io.Discard, "", 0)
+		store := db.NewMemoryStore()
+		c.issued = ca.New(quiet, store, "", "ecdsa", 0, 1, map[string]ca.Profile{
+			"default":    {Description: "default"},
+			"shortlived": {Description: "six days", ValidityPeriod: 6 * 24 * 3600},
+		})
+		validation := va.New(quiet, httpPort, tlsPort, false, c.dns, store)
+		front := wfe.New(quiet, store, validation, c.issued, nil, false, false, 1, 1)
+		c.handler = front.Handler()
+		close(c.serving)
+	})
+}
+
+// Roots is the pool of the root that signs what the authority issues. Validate
+// must have been called.
+func (c *CA) Roots() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(c.issued.GetRootCert(0).Cert)
+	return pool
+}
+
+// startDNS answers 127.0.0.1 for every name.
+func startDNS(t *testing.T) string {
+	t.Helper()
+	// The server binds for itself and tells no port: find a free one.
+	probe, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := probe.LocalAddr().String()
+	if err := probe.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	server, err := challtestsrv.New(challtestsrv.Config{
+		DNSAddrs: []string{addr},
+		Log:      log.New(&out, "", 0),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.SetDefaultDNSIPv4("127.0.0.1")
+	server.SetDefaultDNSIPv6("")
+	go server.Run()
+	t.Cleanup(server.Shutdown)
+	return addr
+}

@@ -1,0 +1,229 @@
+package certs_test
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"io/fs"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"derpd/certs"
+)
+
+var now = time.Now()
+
+func TestPinned(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "certs", "pinned.pem")
+	names := []string{"relay.example.com", "203.0.113.7", "2001:db8::7"}
+	if _, err := certs.LoadPinned(path, names, now); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("without a file: %v, want fs.ErrNotExist", err)
+	}
+	m, err := certs.LoadOrCreatePinned(path, names, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf := m.Status().Leaf
+	sum := sha256.Sum256(leaf.Raw)
+	if want := "sha256-raw:" + hex.EncodeToString(sum[:]); m.Status().Pin != want {
+		t.Errorf("pin %q, want %q", m.Status().Pin, want)
+	}
+	for _, name := range names {
+		if err := leaf.VerifyHostname(name); err != nil {
+			t.Error(err)
+		}
+	}
+	if key, ok := leaf.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
+		t.Errorf("key %T, want P-256", leaf.PublicKey)
+	}
+	if years := leaf.NotAfter.Year() - now.Year(); years != 10 {
+		t.Errorf("valid for %d years, want 10", years)
+	}
+	if !leaf.NotBefore.Before(now.Add(-23 * time.Hour)) {
+		t.Error("a client whose clock is some hours behind is shut out")
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
+	}
+
+	again, err := certs.LoadOrCreatePinned(path, nil, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.Status().Pin != m.Status().Pin {
+		t.Error("the pin changed by a restart")
+	}
+}
+
+func TestPinnedRefuses(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pinned.pem")
+	if _, err := certs.LoadOrCreatePinned(path, []string{"relay.example.com"}, now); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name  string
+		file  []byte
+		names []string
+		when  time.Time
+		want  string
+	}{
+		{"another name", whole, []string{"new.example.com"}, now, "covers relay.example.com, not new.example.com; remove it to get a new one"},
+		{"expired", whole, nil, now.AddDate(10, 0, 1), "expired on " + now.AddDate(10, 0, 0).UTC().Format(time.DateOnly)},
+		{"half a file", whole[:len(whole)/2], nil, now, "is damaged"},
+		{"empty", nil, nil, now, "is damaged"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if err := os.WriteFile(path, tt.file, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := certs.LoadOrCreatePinned(path, tt.names, tt.when)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q in it", err, tt.want)
+			}
+			if after, _ := os.ReadFile(path); !bytes.Equal(after, tt.file) {
+				t.Error("the file was changed")
+			}
+		})
+	}
+	t.Run("an address it does not cover", func(t *testing.T) {
+		if err := os.WriteFile(path, whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		// Clients that dial an address send no SNI and check no name.
+		if _, err := certs.LoadPinned(path, []string{"203.0.113.9"}, now); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// issue signs a certificate; a nil parent makes it self-signed.
+func issue(t *testing.T, name string, isCA bool, notBefore, notAfter time.Time, parent *tls.Certificate) *tls.Certificate {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(now.UnixNano()), Subject: pkix.Name{CommonName: name},
+		NotBefore: notBefore, NotAfter: notAfter, IsCA: isCA, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	if isCA {
+		template.KeyUsage |= x509.KeyUsageCertSign
+		template.ExtKeyUsage = nil
+	} else if ip := net.ParseIP(name); ip != nil {
+		template.IPAddresses = []net.IP{ip}
+	} else {
+		template.DNSNames = []string{name}
+	}
+	signer, signerKey := template, any(private)
+	if parent != nil {
+		signer, signerKey = parent.Leaf, parent.PrivateKey
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, signer, &private.PublicKey, signerKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}
+}
+
+func writePEM(t *testing.T, path, kind string, ders ...[]byte) {
+	t.Helper()
+	var out bytes.Buffer
+	for _, der := range ders {
+		if err := pem.Encode(&out, &pem.Block{Type: kind, Bytes: der}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestManual(t *testing.T) {
+	soon, later := now.Add(-time.Hour), now.Add(90*24*time.Hour)
+	root := issue(t, "Test Root", true, soon, later, nil)
+	middle := issue(t, "Test Intermediate", true, soon, later, root)
+	leaf := issue(t, "derp.example.com", false, soon, later, middle)
+	expired := issue(t, "derp.example.com", false, now.Add(-2*time.Hour), soon, middle)
+	early := issue(t, "derp.example.com", false, now.Add(24*time.Hour), later, middle)
+	alone := issue(t, "derp.example.com", false, soon, later, nil)
+	roots := x509.NewCertPool()
+	roots.AddCert(root.Leaf)
+
+	for _, tt := range []struct {
+		name  string
+		chain []*tls.Certificate
+		key   *tls.Certificate // of the first in chain, if nil
+		names []string
+		roots *x509.CertPool
+		want  string // in the error; empty for none
+		pin   bool
+	}{
+		{name: "complete to a known root", chain: []*tls.Certificate{leaf, middle}, roots: roots},
+		{name: "complete with a private root", chain: []*tls.Certificate{leaf, middle, root}},
+		{name: "self-signed", chain: []*tls.Certificate{alone}, pin: true},
+		{name: "several names", chain: []*tls.Certificate{leaf, middle}, names: []string{"derp.example.com", "b.example.com"}, roots: roots, want: "covers derp.example.com, not b.example.com"},
+		{name: "missing intermediate", chain: []*tls.Certificate{leaf}, roots: roots, want: `the chain is incomplete: the certificate of "CN=Test Intermediate" is missing; append it to the file`},
+		{name: "unknown root", chain: []*tls.Certificate{leaf, middle}, want: `the certificate of "CN=Test Root" is missing`},
+		{name: "wrong order", chain: []*tls.Certificate{leaf, root, middle}, roots: roots, want: "certificate 1 was not signed by the next one in the file (CN=Test Root)"},
+		{name: "another key", chain: []*tls.Certificate{leaf, middle}, key: expired, roots: roots, want: "private key does not match public key"},
+		{name: "expired", chain: []*tls.Certificate{expired, middle}, roots: roots, want: "expired on " + soon.UTC().Format(time.DateOnly)},
+		{name: "not yet valid", chain: []*tls.Certificate{early, middle}, roots: roots, want: "is not valid before"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			certFile, keyFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+			var ders [][]byte
+			for _, c := range tt.chain {
+				ders = append(ders, c.Certificate[0])
+			}
+			writePEM(t, certFile, "CERTIFICATE", ders...)
+			if tt.key == nil {
+				tt.key = tt.chain[0]
+			}
+			der, err := x509.MarshalPKCS8PrivateKey(tt.key.PrivateKey)
+			if err != nil {
+				t.Fatal(err)
+			}
+			writePEM(t, keyFile, "PRIVATE KEY", der)
+			if tt.names == nil {
+				tt.names = []string{"derp.example.com"}
+			}
+			m, err := certs.LoadManual(certFile, keyFile, tt.names, tt.roots, now)
+			if tt.want != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("got %v, want %q in it", err, tt.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := m.Status().Pin != ""; got != tt.pin {
+				t.Errorf("pin %q, want one: %t", m.Status().Pin, tt.pin)
+			}
+		})
+	}
+}
