@@ -93,6 +93,13 @@ type Health struct {
 // of causes: a listener comes before what answers on it.
 func New(checks []Check) *Health { return &Health{checks: checks} }
 
+// Changed forgets the last report: what it was about is known to have changed.
+func (h *Health) Changed() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.lastDone = time.Time{}
+}
+
 // Stopping makes every later report not ready.
 func (h *Health) Stopping() { h.stopping.Store(true) }
 

@@ -94,7 +94,7 @@ func STUN(ctx context.Context, addr netip.AddrPort) (time.Duration, error) {
 		}
 		n, err := conn.Read(buf)
 		if err != nil {
-			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() || ctx.Err() != nil {
 				continue
 			}
 			return 0, err
