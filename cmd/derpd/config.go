@@ -19,13 +19,13 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
+
 	"derpd/certs"
 	"derpd/relay"
 	"derpd/relay/admit"
 	"derpd/relay/derpmap"
-
-	"github.com/rs/zerolog"
-	"golang.org/x/sys/unix"
 )
 
 // The TLS modes of DERP_CERT_MODE.
@@ -116,6 +116,8 @@ func loadConfig(pairs []string) (*config, error) {
 type parser struct {
 	*loaded
 	errs []error
+
+	certDirUsable bool
 }
 
 func (p *parser) fail(name, format string, args ...any) {
@@ -144,7 +146,7 @@ func (p *parser) addresses(c *config) {
 	if n, ok := p.port("DERP_HTTP_PORT", httpPort, -1); ok && n != -1 {
 		c.httpAddr = net.JoinHostPort(host, httpPort)
 	}
-	if p.yes("DERP_STUN", p.loaded.STUN) {
+	if p.yes("DERP_STUN", p.STUN) {
 		stunHost := host
 		if p.STUNIP != "" {
 			stunHost = p.STUNIP
@@ -240,39 +242,43 @@ func (p *parser) yes(name, value string) bool {
 }
 
 func (p *parser) directories(c *config) {
-	c.dataDir = p.directory("DERP_DATA_DIR", p.DataDir)
-	c.certDir = filepath.Join(p.DataDir, "certs")
+	c.dataDir, c.certDir = p.DataDir, filepath.Join(p.DataDir, "certs")
+	usable := p.directory("DERP_DATA_DIR", c.dataDir)
 	if p.CertDir != "" {
-		c.certDir = p.directory("DERP_CERT_DIR", p.CertDir)
+		c.certDir = p.CertDir
+		p.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
+	} else {
+		p.certDirUsable = usable
 	}
-	if _, err := relay.LoadKey(c.nodeKeyFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		p.fail("DERP_DATA_DIR", "%w%s", err, secretHint(err))
+	if usable {
+		if _, err := relay.LoadKey(c.nodeKeyFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			p.fail("DERP_DATA_DIR", "%w%s", err, secretHint(err))
+		}
 	}
 }
 
 // directory checks that path is a directory that can be written to, or that it
 // can be made.
-func (p *parser) directory(name, path string) string {
+func (p *parser) directory(name, path string) bool {
 	existing := filepath.Clean(path)
-	for {
-		info, err := os.Stat(existing)
-		if err == nil {
-			if !info.IsDir() {
-				p.fail(name, "want a directory, but %s is a file", existing)
-				return path
-			}
-			break
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			p.fail(name, "%w", err)
-			return path
-		}
+	info, err := os.Stat(existing)
+	for errors.Is(err, fs.ErrNotExist) {
 		existing = filepath.Dir(existing)
+		info, err = os.Stat(existing)
 	}
-	if err := unix.Access(existing, unix.W_OK|unix.X_OK); err != nil {
+	switch {
+	case err != nil:
+		p.fail(name, "%w", err)
+	case !info.IsDir():
+		p.fail(name, "want a directory, but %s is a file", existing)
+	default:
+		err := unix.Access(existing, unix.W_OK|unix.X_OK)
+		if err == nil {
+			return true
+		}
 		p.fail(name, "%s cannot be written to by uid %d: %w; on the host: chown -R %d DIRECTORY, or use a named volume", existing, os.Getuid(), err, os.Getuid())
 	}
-	return path
+	return false
 }
 
 func (p *parser) certificates(c *config) {
@@ -307,6 +313,9 @@ func (p *parser) certificates(c *config) {
 	case modeManual:
 		p.manual(c)
 	case modePinned:
+		if !p.certDirUsable {
+			return
+		}
 		if _, err := certs.LoadPinned(c.pinFile, c.domains, time.Now()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			p.fail("DERP_CERT_DIR", "%w%s", err, secretHint(err))
 		}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,12 +31,10 @@ func asConfigured(c *config) ports {
 	return ports{portOf(c.addr), portOf(c.httpAddr), portOf(c.stunAddr)}
 }
 
+// portOf is the port of a validated address; 0 if there is none.
 func portOf(addr string) int {
-	_, service, err := net.SplitHostPort(addr)
-	if err != nil {
-		return 0
-	}
-	n, _ := net.LookupPort("tcp", service)
+	_, port, _ := net.SplitHostPort(addr)
+	n, _ := strconv.Atoi(port)
 	return n
 }
 

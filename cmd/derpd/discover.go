@@ -40,7 +40,7 @@ func discover(ctx context.Context, servers []string) found {
 // translates IPv4, the interface gives only a private address; the caller
 // says so.
 func publicAddress(ctx context.Context, network string, servers []string) netip.Addr {
-	own := outbound(network)
+	own := outbound(ctx, network)
 	if !own.IsValid() || len(servers) == 0 {
 		return own
 	}
@@ -91,12 +91,12 @@ func askSTUN(ctx context.Context, network, server string) netip.Addr {
 }
 
 // outbound is the address of the interface that leads out; no packet is sent.
-func outbound(network string) netip.Addr {
+func outbound(ctx context.Context, network string) netip.Addr {
 	target := "198.51.100.1:9" // TEST-NET-2, RFC 5737
 	if network == "udp6" {
 		target = "[2001:db8::1]:9" // RFC 3849
 	}
-	conn, err := net.Dial(network, target)
+	conn, err := new(net.Dialer).DialContext(ctx, network, target)
 	if err != nil {
 		return netip.Addr{}
 	}

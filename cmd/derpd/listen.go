@@ -4,14 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"syscall"
 	"time"
-
-	stdlog "log"
 
 	"github.com/rs/zerolog"
 	"tailscale.com/net/ktimeout"

@@ -89,7 +89,7 @@ func exitCode(err error, stderr io.Writer) int {
 		return exitOK
 	}
 	if !errors.Is(err, errQuiet) {
-		fmt.Fprintf(stderr, "derpd: %s\n", strings.TrimRight(err.Error(), "\n"))
+		_, _ = fmt.Fprintf(stderr, "derpd: %s\n", strings.TrimRight(err.Error(), "\n"))
 	}
 	if _, ok := errors.AsType[noStart](err); ok {
 		return exitNoStart

@@ -13,15 +13,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
+	"golang.org/x/sync/errgroup"
+	"tailscale.com/types/key"
+
 	"derpd/certs"
 	"derpd/healthz"
 	"derpd/relay"
 	"derpd/relay/admit"
 	"derpd/relay/derpmap"
-
-	"github.com/rs/zerolog"
-	"golang.org/x/sync/errgroup"
-	"tailscale.com/types/key"
 )
 
 // stopTimeout bounds the stop: a container manager starts the next relay only
@@ -314,6 +314,7 @@ func (n *node) announce(ctx context.Context) error {
 	if n.stun != nil {
 		n.stun.SetOpen(true)
 	}
+	n.health.Changed()
 	n.log.Info().Int64("ready_ms", time.Since(n.start).Milliseconds()).Msg("ready")
 
 	select {
@@ -367,8 +368,11 @@ func (n *node) stop(ctx context.Context) error {
 	if n.http != nil {
 		_ = n.http.Close()
 	}
-	closed := make(chan error, 1)
-	go func() { closed <- n.relay.Close() }()
+	closed := make(chan struct{})
+	go func() {
+		_ = n.relay.Close()
+		close(closed)
+	}()
 	timeout := time.NewTimer(stopTimeout)
 	defer timeout.Stop()
 	select {

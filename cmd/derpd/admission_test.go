@@ -1,0 +1,224 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+)
+
+// connectAs connects with a given node key, and reports what the relay thinks
+// of it.
+func connectAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) error {
+	t.Helper()
+	c := derphttp.NewRegionClient(private, logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return r })
+	defer func() { _ = c.Close() }()
+	return admitted(t, c)
+}
+
+// serveSocket serves HTTP on a unix socket.
+func serveSocket(t *testing.T, path string, handler http.Handler) {
+	t.Helper()
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &httptest.Server{Listener: ln, Config: &http.Server{Handler: handler}}
+	server.Start()
+	t.Cleanup(server.Close)
+}
+
+// answer answers every request alike.
+func answer(status int, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	}
+}
+
+// Every source admits its own nodes, and nobody else, through a real relay and
+// a real client.
+func TestAdmissionSources(t *testing.T) {
+	member, stranger := key.NewNode(), key.NewNode()
+	isMember := func(k key.NodePublic) bool { return k == member.Public() }
+
+	admissionURL := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var question tailcfg.DERPAdmitClientRequest
+		if err := json.NewDecoder(r.Body).Decode(&question); err != nil || !question.Source.IsLoopback() {
+			t.Errorf("question %+v, %v", question, err)
+		}
+		_ = json.NewEncoder(w).Encode(tailcfg.DERPAdmitClientResponse{Allow: isMember(question.NodePublic)})
+	}))
+	t.Cleanup(admissionURL.Close)
+
+	// The LocalAPI as tailscaled serves it (ipn/localapi, serveWhoIs).
+	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
+	serveSocket(t, socket, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var k key.NodePublic
+		if r.URL.Path != "/localapi/v0/whois" || k.UnmarshalText([]byte(r.FormValue("addr"))) != nil {
+			http.Error(w, "invalid 'addr' parameter", http.StatusBadRequest)
+			return
+		}
+		if !isMember(k) {
+			http.Error(w, "no match for IP:port", http.StatusNotFound)
+			return
+		}
+		answer(http.StatusOK, `{"Node":{"ID":1},"UserProfile":{"ID":1}}`)(w, r)
+	}))
+
+	file := filepath.Join(t.TempDir(), "keys")
+	if err := os.WriteFile(file, []byte("# mine\n"+member.Public().String()+" # laptop\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	for name, env := range map[string][]string{
+		"keys":              {"DERP_ALLOW_KEYS=" + member.Public().String()},
+		"key file":          {"DERP_ALLOW_KEYS=" + file},
+		"key file by _FILE": {"DERP_ALLOW_KEYS_FILE=" + file},
+		"url":               {"DERP_VERIFY_CLIENT_URL=" + admissionURL.URL + "/verify"},
+		"tailscaled auto":   {"DERP_TAILSCALED_SOCKET=" + socket},
+		"tailscaled true":   {"DERP_VERIFY_CLIENTS=true", "DERP_TAILSCALED_SOCKET=" + socket},
+		"any may say yes":   {"DERP_ALLOW_KEYS=" + key.NewNode().Public().String(), "DERP_VERIFY_CLIENT_URL=" + admissionURL.URL},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := begin(t, loopbackEnv(t, env...))
+			r := region(t, parsePolicy(t, n.printed))
+			if err := connectAs(t, r, member); err != nil {
+				t.Errorf("the member is refused: %v", err)
+			}
+			if err := connectAs(t, r, stranger); err == nil {
+				t.Error("the stranger is admitted")
+			}
+			if strings.Contains(string(n.printed), "open") {
+				t.Error("the map calls a closed relay open")
+			}
+			// The self-check must pass a closed relay too.
+			if report := n.health.Report(t.Context()); !report.Ready {
+				t.Error(report)
+			}
+		})
+	}
+}
+
+// A source that gives no clear answer admits nobody, whatever the fault looks
+// like, and does not stand in the way of a source that knows the node.
+func TestAdmissionFailsClosed(t *testing.T) {
+	member, other := key.NewNode(), key.NewNode()
+	for name, handler := range map[string]http.HandlerFunc{
+		"500":            answer(http.StatusInternalServerError, ""),
+		"502 with a yes": answer(http.StatusBadGateway, `{"Allow":true}`),
+		"a login page":   answer(http.StatusOK, "<html>Sign in</html>"),
+		"cut off":        answer(http.StatusOK, `{"Allow":tr`),
+		"empty object":   answer(http.StatusOK, `{}`),
+		"null":           answer(http.StatusOK, `{"Allow":null}`),
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
+		},
+		"a hang": func(_ http.ResponseWriter, r *http.Request) {
+			// The end of a connection is noticed only once the body is read.
+			_, _ = io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := httptest.NewServer(handler)
+			t.Cleanup(server.Close)
+			n := begin(t, loopbackEnv(t, "DERP_VERIFY_CLIENT_URL="+server.URL, "DERP_ALLOW_KEYS="+member.Public().String()))
+			r := region(t, parsePolicy(t, n.printed))
+			if err := connectAs(t, r, other); err == nil {
+				t.Error("admitted without a clear yes")
+			}
+			if err := connectAs(t, r, member); err != nil {
+				t.Errorf("a node that another source knows is refused: %v", err)
+			}
+			if report := n.health.Report(t.Context()); !strings.Contains(report.String(), "warn admission: 1 of 2 sources cannot tell") {
+				t.Errorf("health does not tell: %s", report)
+			}
+		})
+	}
+	t.Run("tailscaled is not there", func(t *testing.T) {
+		socket := filepath.Join(t.TempDir(), "tailscaled.sock")
+		n := begin(t, loopbackEnv(t, "DERP_VERIFY_CLIENTS=true", "DERP_TAILSCALED_SOCKET="+socket))
+		r := region(t, parsePolicy(t, n.printed))
+		if err := connectAs(t, r, other); err == nil {
+			t.Error("admitted by a tailscaled that is not there")
+		}
+		serveSocket(t, socket, answer(http.StatusOK, `{"Node":{"ID":1}}`))
+		if err := connectAs(t, r, other); err != nil {
+			t.Errorf("the socket appeared, but: %v", err)
+		}
+	})
+}
+
+func TestKeyFileIsReadAgain(t *testing.T) {
+	first, second := key.NewNode(), key.NewNode()
+	file := filepath.Join(t.TempDir(), "keys")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(first.Public().String())
+	n := begin(t, loopbackEnv(t, "DERP_ALLOW_KEYS="+file))
+	r := region(t, parsePolicy(t, n.printed))
+	if err := connectAs(t, r, second); err == nil {
+		t.Error("a node that is not in the file is admitted")
+	}
+	write(first.Public().String() + "\n" + second.Public().String() + "\n")
+	if err := connectAs(t, r, second); err != nil {
+		t.Errorf("a node that was added is refused: %v", err)
+	}
+	for _, broken := range []string{"", "nodekey:123", "# nothing\n"} {
+		write(broken)
+		if err := connectAs(t, r, first); err != nil {
+			t.Errorf("the file became %q, and a known node is refused: %v", broken, err)
+		}
+	}
+}
+
+// Without any source the relay is open, and says so wherever one looks.
+func TestOpenRelaySaysSo(t *testing.T) {
+	for _, env := range [][]string{nil, {"DERP_VERIFY_CLIENTS=false"}} {
+		n := begin(t, loopbackEnv(t, env...))
+		if err := connectAs(t, region(t, parsePolicy(t, n.printed)), key.NewNode()); err != nil {
+			t.Error(err)
+		}
+		if !strings.Contains(string(n.printed), "This relay is open") {
+			t.Error("the printed map does not say that the relay is open")
+		}
+		if report := n.health.Report(t.Context()); !report.Ready || !strings.Contains(report.String(), "warn admission: open") {
+			t.Errorf("health does not say that the relay is open: %s", report)
+		}
+	}
+}
+
+// derper's --verify-client-url works without --verify-clients.
+func TestVerifyURLWithoutVerifyClients(t *testing.T) {
+	var asked atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		answer(http.StatusOK, `{"Allow":false}`)(w, r)
+	}))
+	t.Cleanup(server.Close)
+	n := begin(t, loopbackEnv(t, "DERP_VERIFY_CLIENTS=false", "DERP_VERIFY_CLIENT_URL="+server.URL))
+	if err := connectAs(t, region(t, parsePolicy(t, n.printed)), key.NewNode()); err == nil {
+		t.Error("admitted against the answer of the URL")
+	}
+	if asked.Load() == 0 {
+		t.Error("the URL was not asked")
+	}
+}

@@ -1,0 +1,328 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"derpd/certs"
+)
+
+// setup makes files below dir before a start.
+type setup func(t *testing.T, dir string)
+
+func file(name, content string) setup {
+	return func(t *testing.T, dir string) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// pair makes a self-signed pair for name, both files with the same content.
+func pair(base, name string, when time.Time) setup {
+	return func(t *testing.T, dir string) {
+		t.Helper()
+		source := filepath.Join(t.TempDir(), "pair.pem")
+		if _, err := certs.LoadOrCreatePinned(source, []string{name}, when); err != nil && !strings.Contains(err.Error(), "expired") {
+			t.Fatal(err)
+		}
+		data, err := os.ReadFile(source)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file(base+".crt", string(data))(t, dir)
+		file(base+".key", string(data))(t, dir)
+	}
+}
+
+// key64 is the hex part of a node key.
+var key64 = strings.Repeat("ab", 32)
+
+// badConfigurations are what people get wrong, and the message for each, whole.
+// In both, $D stands for a directory of the test.
+var badConfigurations = []struct {
+	env   string // space-separated
+	setup setup
+	want  []string // one problem to a line
+}{
+	// Names.
+	{env: "DERP_DOMIAN=derp.example.com", want: []string{"DERP_DOMIAN: unknown variable; did you mean DERP_DOMAIN?"}},
+	{env: "DERP_HOSTNAME=derp.example.com", want: []string{"DERP_HOSTNAME: unknown variable; `derpd env` lists the ones there are"}},
+	{env: "DERP_ALOW_KEYS_FILE=$D/keys", want: []string{"DERP_ALOW_KEYS_FILE: unknown variable; did you mean DERP_ALLOW_KEYS_FILE?"}},
+
+	// _FILE.
+	{env: "DERP_DOMAIN=a.example.com DERP_DOMAIN_FILE=$D/domain", setup: file("domain", "b.example.com"), want: []string{"DERP_DOMAIN: set beside DERP_DOMAIN_FILE; want one of them"}},
+	{env: "DERP_REGION_NAME_FILE=$D/none", want: []string{"DERP_REGION_NAME_FILE: open $D/none: no such file or directory"}},
+	{env: "DERP_REGION_NAME_FILE=$D", want: []string{"DERP_REGION_NAME_FILE: read $D: is a directory"}},
+	{env: "DERP_REGION_NAME_FILE=$D/empty", setup: file("empty", "\n"), want: []string{"DERP_REGION_NAME_FILE: $D/empty is empty"}},
+
+	// DERP_DOMAIN.
+	{env: "DERP_DOMAIN=https://derp.example.com", want: []string{`DERP_DOMAIN: want a name without a scheme, such as derp.example.com, got "https://derp.example.com"`}},
+	{env: "DERP_DOMAIN=derp.example.com/derp", want: []string{`DERP_DOMAIN: want a name without a path, got "derp.example.com/derp"`}},
+	{env: "DERP_DOMAIN=derp.example.com:8443", want: []string{`DERP_DOMAIN: want a name without a port, got "derp.example.com:8443"; the port goes into DERP_ADDR, or DERP_PUBLIC_PORT behind a port mapping`}},
+	{env: "DERP_DOMAIN=*.example.com", want: []string{`DERP_DOMAIN: want the one name that clients dial, not a wildcard, got "*.example.com"`}},
+	{env: "DERP_DOMAIN=derp_1.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "derp_1.example.com"`}},
+	{env: "DERP_DOMAIN=中继.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "中继.example.com"`}},
+	{env: "DERP_DOMAIN=a.example.com,A.example.com.", want: []string{`DERP_DOMAIN: names "a.example.com" twice`}},
+	{env: "DERP_DOMAIN=0.0.0.0", want: []string{`DERP_DOMAIN: want an address that clients can dial, got "0.0.0.0"`}},
+
+	// Listeners.
+	{env: "DERP_ADDR=443", want: []string{`DERP_ADDR: want host:port or :port, got "443"`}},
+	{env: "DERP_ADDR=:https", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "https"`}},
+	{env: "DERP_ADDR=:70000", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "70000"`}},
+	{env: "DERP_ADDR=ho/st:443", want: []string{`DERP_ADDR: want a host name or an address before the port, got "ho/st:443"`}},
+	{env: "DERP_HTTP_PORT=off", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "off"`}},
+	{env: "DERP_HTTP_PORT=-2", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "-2"`}},
+	{env: "DERP_STUN=maybe", want: []string{`DERP_STUN: want true or false, got "maybe"`}},
+	{env: "DERP_STUN_PORT=-1", want: []string{`DERP_STUN_PORT: want a port from 1 to 65535, got "-1"`}},
+	{env: "DERP_STUN_ADDR=0.0.0.0:3478", want: []string{`DERP_STUN_ADDR: want a host name or an address, without port, got "0.0.0.0:3478"`}},
+	{env: "DERP_ADMIN_ADDR=localhost", want: []string{`DERP_ADMIN_ADDR: want host:port or :port, got "localhost"`}},
+	{env: "DERP_ADDR=:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; want another"}},
+	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_ADMIN_ADDR: port 8080 is taken by DERP_HTTP_PORT; want another"}},
+
+	// Directories.
+	{env: "DERP_DATA_DIR=$D/data", setup: file("data", ""), want: []string{"DERP_DATA_DIR: want a directory, but $D/data is a file"}},
+	{env: "DERP_CERT_DIR=$D/certs", setup: file("certs", ""), want: []string{"DERP_CERT_DIR: want a directory, but $D/certs is a file"}},
+	{env: "DERP_DATA_DIR=$D", setup: file("node.key", "{}"), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)"}},
+	{env: "DERP_DATA_DIR=$D", setup: file("node.key", `{"PrivateKey":"privkey:12"}`), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)"}},
+
+	// Certificate modes.
+	{env: "DERP_CERT_MODE=selfsigned", want: []string{`DERP_CERT_MODE: want letsencrypt, manual, pinned, off or gcp, got "selfsigned"`}},
+	{env: "DERP_CERT_MODE=letsencrypt", want: []string{"DERP_DOMAIN: want the name that the certificate is for, since DERP_CERT_MODE is letsencrypt; got nothing"}},
+	{env: "DERP_CERT_MODE=manual", want: []string{"DERP_DOMAIN: want the name that the certificate is for, since DERP_CERT_MODE is manual; got nothing"}},
+	{env: "DERP_CERT_MODE=off DERP_CERT_FILE=/a.crt", want: []string{"DERP_CERT_FILE: has no meaning when DERP_CERT_MODE is off; remove one of them"}},
+	{env: "DERP_CERT_FILE=/a.crt DERP_KEY_FILE=/a.key", want: []string{
+		"DERP_CERT_FILE: has no meaning when DERP_CERT_MODE is pinned; remove one of them",
+		"DERP_KEY_FILE: has no meaning when DERP_CERT_MODE is pinned; remove one of them",
+	}},
+	{env: "DERP_CERT_MODE=pinned DERP_ACME_EMAIL=me@example.com", want: []string{"DERP_ACME_EMAIL: has no meaning when DERP_CERT_MODE is pinned; remove one of them"}},
+	{env: "DERP_CERT_MODE=pinned DERP_CERT_DIR=$D", setup: file("pinned.pem", "nonsense"), want: []string{"DERP_CERT_DIR: pinned certificate $D/pinned.pem is damaged: tls: failed to find any PEM data in certificate input; restore it from a backup, or remove it to get a new one (its hash changes: paste the new map)"}},
+
+	// letsencrypt.
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=letsencypt", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "letsencypt"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=http://ca.example.com/dir", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "http://ca.example.com/dir"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{"DERP_ACME_CA_ROOTS: want a file of PEM certificates, but $D/roots.pem holds none"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EMAIL=me", want: []string{`DERP_ACME_EMAIL: want an e-mail address, got "me"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KID=kid", want: []string{"DERP_ACME_EAB_KEY: want the key that belongs to DERP_ACME_EAB_KID, got nothing"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KEY=c2VjcmV0", want: []string{"DERP_ACME_EAB_KID: want the ID that belongs to DERP_ACME_EAB_KEY, got nothing"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KID=kid DERP_ACME_EAB_KEY=se!cret", want: []string{"DERP_ACME_EAB_KEY: want base64, got something else"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_CERT_MODE=gcp", want: []string{"DERP_ACME_EAB_KID: Google's authority wants an external account binding; make one with `gcloud publicca external-account-keys create`"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http,smtp", want: []string{`DERP_ACME_CHALLENGES: want http, tls-alpn or both, got "smtp"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_HTTP_PORT=-1", want: []string{"DERP_ACME_CHALLENGES: http needs the plain HTTP listener, but DERP_HTTP_PORT is -1"}},
+
+	// manual.
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: open $D/a.example.com.crt: no such file or directory"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=$D/a.crt", want: []string{"DERP_CERT_FILE: want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=b.example.com DERP_CERT_FILE=$D/a.crt DERP_KEY_FILE=$D/a.key", setup: pair("a", "a.example.com", time.Now()), want: []string{"DERP_CERT_FILE: $D/a.crt covers a.example.com, not b.example.com"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", setup: pair("a.example.com", "a.example.com", time.Date(2010, 1, 2, 0, 0, 0, 0, time.UTC)), want: []string{"DERP_CERT_FILE: $D/a.example.com.crt expired on 2020-01-02"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", setup: func(t *testing.T, dir string) {
+		t.Helper()
+		pair("a.example.com", "a.example.com", time.Now())(t, dir)
+		pair("other", "a.example.com", time.Now())(t, dir)
+		if err := os.Rename(filepath.Join(dir, "other.key"), filepath.Join(dir, "a.example.com.key")); err != nil {
+			t.Fatal(err)
+		}
+	}, want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: tls: private key does not match public key"}},
+
+	// Admission.
+	{env: "DERP_VERIFY_CLIENTS=yes", want: []string{`DERP_VERIFY_CLIENTS: want auto, true or false, got "yes"`}},
+	{env: "DERP_TAILSCALED_SOCKET=tailscaled.sock", want: []string{`DERP_TAILSCALED_SOCKET: want absolute paths, got "tailscaled.sock"`}},
+	{env: "DERP_VERIFY_CLIENT_URL=headscale.example.com/verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "headscale.example.com/verify"`}},
+	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://xxxxx@example.com/"`}},
+	{env: "DERP_ALLOW_KEYS=nodekey:12", want: []string{`DERP_ALLOW_KEYS: line 1: want nodekey: and 64 hex digits, got "nodekey:12"`}},
+	{env: "DERP_ALLOW_KEYS=privkey:" + key64, want: []string{"DERP_ALLOW_KEYS: line 1: want a public node key (nodekey:…), got a private key; remove it from here"}},
+	{env: "DERP_ALLOW_KEYS=$D/none", want: []string{"DERP_ALLOW_KEYS: reading node keys: open $D/none: no such file or directory"}},
+	{env: "DERP_ALLOW_KEYS=$D/keys", setup: file("keys", "# none yet\n"), want: []string{"DERP_ALLOW_KEYS: reading node keys from $D/keys: holds no node key"}},
+	{env: "DERP_ALLOW_KEYS_FILE=$D/keys", setup: file("keys", "nodekey:"+key64+"\nlaptop\n"), want: []string{`DERP_ALLOW_KEYS_FILE: reading node keys from $D/keys: line 2: want nodekey: and 64 hex digits, got "laptop"`}},
+
+	// The map.
+	{env: "DERP_REGION_ID=1", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "1"`}},
+	{env: "DERP_REGION_ID=sha", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "sha"`}},
+	{env: "DERP_REGION_CODE=上海", want: []string{`DERP_REGION_CODE: want letters, digits, dots, underscores and hyphens, got "上海"`}},
+	{env: "DERP_NODE_NAME=/", want: []string{`DERP_NODE_NAME: want letters, digits, dots, underscores and hyphens, got "/"`}},
+	{env: "DERP_PUBLIC_IPV4=2001:db8::1", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "2001:db8::1"`}},
+	{env: "DERP_PUBLIC_IPV4=relay.example.com", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "relay.example.com"`}},
+	{env: "DERP_PUBLIC_IPV6=203.0.113.7", want: []string{`DERP_PUBLIC_IPV6: want an IPv6 address or none, got "203.0.113.7"`}},
+	{env: "DERP_PUBLIC_PORT=0", want: []string{`DERP_PUBLIC_PORT: want a port from 1 to 65535, got "0"`}},
+	{env: "DERP_PUBLIC_HTTP_PORT=http", want: []string{`DERP_PUBLIC_HTTP_PORT: want a port from 1 to 65535, got "http"`}},
+	{env: "DERP_PUBLIC_STUN_PORT=stun", want: []string{`DERP_PUBLIC_STUN_PORT: want a port from 1 to 65535, or -1 for off, got "stun"`}},
+	{env: "DERP_DISCOVERY=on", want: []string{`DERP_DISCOVERY: want stun, off or STUN servers as HOST:PORT, got "on"`}},
+
+	// The rest.
+	{env: "DERP_BOOTSTRAP_DNS=https://control.example.com", want: []string{`DERP_BOOTSTRAP_DNS: want DNS names, got "https://control.example.com"`}},
+	{env: "DERP_HOME=welcome", want: []string{`DERP_HOME: want blank, page or an http(s) URL, got "welcome"`}},
+	{env: "DERP_LOG_LEVEL=trace", want: []string{`DERP_LOG_LEVEL: want debug, info, warn or error, got "trace"`}},
+	{env: "DERP_LOG_FORMAT=xml", want: []string{`DERP_LOG_FORMAT: want json or console, got "xml"`}},
+
+	// All at once, in the order of the documentation.
+	{env: "DERP_ADDR=443 DERP_REGION_ID=0 DERP_LOG_LEVEL=loud DERP_DOMIAN=x", want: []string{
+		"DERP_DOMIAN: unknown variable; did you mean DERP_DOMAIN?",
+		`DERP_ADDR: want host:port or :port, got "443"`,
+		`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "0"`,
+		`DERP_LOG_LEVEL: want debug, info, warn or error, got "loud"`,
+	}},
+}
+
+// Every bad configuration is refused before anything listens or is written,
+// with exit code 2 and exactly these words.
+func TestBadConfigurations(t *testing.T) {
+	for _, tt := range badConfigurations {
+		t.Run(tt.env, func(t *testing.T) {
+			dir := t.TempDir()
+			if tt.setup != nil {
+				tt.setup(t, dir)
+			}
+			before := tree(t, dir)
+			env := append(loopbackEnv(t), strings.Split(strings.ReplaceAll(tt.env, "$D", dir), " ")...)
+			want := "not started, nothing was changed: " + tt.want[0]
+			if len(tt.want) > 1 {
+				want = fmt.Sprintf("not started, nothing was changed; %d problems:\n  %s", len(tt.want), strings.Join(tt.want, "\n  "))
+			}
+			want = strings.ReplaceAll(want, "$D", dir)
+
+			var stdout, stderr bytes.Buffer
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			code := exitCode(run(ctx, time.Now(), nil, dedup(env), &stdout, &stderr), &stderr)
+			if got := strings.TrimSpace(stderr.String()); got != "derpd: "+want {
+				t.Errorf("got\n%s\nwant\nderpd: %s", got, want)
+			}
+			if code != exitNoStart {
+				t.Errorf("exit code %d, want %d", code, exitNoStart)
+			}
+			if stdout.Len() > 0 {
+				t.Errorf("stdout: %s", &stdout)
+			}
+			if after := tree(t, dir); !slices.Equal(before, after) {
+				t.Errorf("the start changed files: %q, then %q", before, after)
+			}
+		})
+	}
+}
+
+// A socket that is taken stops the start, and takes nothing else.
+func TestTakenPorts(t *testing.T) {
+	tcp, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tcp.Close() }()
+	udp, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = udp.Close() }()
+	_, tcpPort, _ := net.SplitHostPort(tcp.Addr().String())
+	_, udpPort, _ := net.SplitHostPort(udp.LocalAddr().String())
+	const fix = "bind: address already in use; another program listens there: stop it, or choose another port"
+
+	for _, tt := range []struct {
+		env  []string
+		want string
+	}{
+		{[]string{"DERP_ADDR=127.0.0.1:" + tcpPort}, "DERP_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix},
+		{[]string{"DERP_HTTP_PORT=" + tcpPort}, "DERP_HTTP_PORT: listening on 127.0.0.1:" + tcpPort + ": " + fix},
+		{[]string{"DERP_ADMIN_ADDR=127.0.0.1:" + tcpPort}, "DERP_ADMIN_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix},
+		{[]string{"DERP_STUN_PORT=" + udpPort}, "DERP_STUN_PORT: listening on 127.0.0.1:" + udpPort + ": " + fix},
+		{[]string{"DERP_ADDR=203.0.113.7:0", "DERP_STUN_ADDR=127.0.0.1", "DERP_HTTP_PORT=-1"}, "DERP_ADDR: listening on 203.0.113.7:0: bind: cannot assign requested address; no interface has this address: leave the host empty to listen on all"},
+		{[]string{"DERP_ADDR=127.0.0.1:" + tcpPort, "DERP_STUN_PORT=" + udpPort}, "2 problems:\n  DERP_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix + "\n  DERP_STUN_PORT: listening on 127.0.0.1:" + udpPort + ": " + fix},
+	} {
+		dir := filepath.Join(t.TempDir(), "data")
+		var stderr bytes.Buffer
+		env := append(loopbackEnv(t, tt.env...), "DERP_DATA_DIR="+dir)
+		code := exitCode(run(t.Context(), time.Now(), nil, dedup(env), &stderr, &stderr), &stderr)
+		if got := strings.TrimSpace(stderr.String()); !strings.HasSuffix(got, tt.want) || code != exitNoStart {
+			t.Errorf("%v: exit code %d, %s; want %s", tt.env, code, got, tt.want)
+		}
+		if _, err := os.Stat(dir); err == nil {
+			t.Errorf("%v: the start made the data directory", tt.env)
+		}
+	}
+}
+
+func TestEnvironmentSources(t *testing.T) {
+	dir := t.TempDir()
+	secret := filepath.Join(dir, "eab")
+	if err := os.WriteFile(secret, []byte("c2VjcmV0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l, err := loadEnvironment([]string{
+		"PATH=/bin",
+		"DERP_REGION_NAME=",                            // as compose passes on what is not set
+		"DERP_ACME_EAB_KEY_FILE=" + secret,             // a secret
+		"DERP_VERIFY_CLIENT_URL=https://u:p@h/v?tok=1", // a URL with secrets in it
+		"DERP_STUN_PORT=udp://10.0.0.1:3478",           // Kubernetes, for a service called derp-stun
+		"DERP_SERVICE_HOST=10.0.0.1",                   // Kubernetes, for a service called derp
+		"DERP_PORT_443_TCP_ADDR=10.0.0.1",
+		"DERP_DEBUG_LOGS=1", // derpserver's own
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.RegionName != "derpd" || l.ACMEKey != "c2VjcmV0" || l.STUNUDP != "3478" {
+		t.Errorf("got %+v", l.environment)
+	}
+	slices.Sort(l.ignored)
+	if want := []string{"DERP_PORT_443_TCP_ADDR", "DERP_SERVICE_HOST", "DERP_STUN_PORT"}; !slices.Equal(l.ignored, want) {
+		t.Errorf("ignored %v, want %v", l.ignored, want)
+	}
+	shown := l.effective()
+	for _, want := range []string{
+		"DERP_ACME_EAB_KEY=(secret)  # from " + secret + "\n",
+		"DERP_VERIFY_CLIENT_URL=https://xxxxx@h/v?xxxxx  # set\n",
+		"DERP_ADDR=:443  # default\n",
+		"DERP_CERT_DIR=  # default: certs in DERP_DATA_DIR\n",
+	} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("derpd env lacks %q:\n%s", want, shown)
+		}
+	}
+	if strings.Contains(shown, "c2VjcmV0") || strings.Contains(shown, "tok") {
+		t.Errorf("derpd env shows a secret:\n%s", shown)
+	}
+}
+
+// The nine variables of the image fredliang/derper mean what they mean there.
+func TestDropIn(t *testing.T) {
+	dir := t.TempDir()
+	pair("derp.example.com", "derp.example.com", time.Now())(t, dir)
+	c, err := loadConfig([]string{
+		"DERP_DOMAIN=derp.example.com", "DERP_CERT_MODE=manual", "DERP_CERT_DIR=" + dir, "DERP_ADDR=:8443",
+		"DERP_STUN=true", "DERP_STUN_PORT=3479", "DERP_HTTP_PORT=8080", "DERP_VERIFY_CLIENTS=true",
+		"DERP_VERIFY_CLIENT_URL=http://headscale:8080/verify", "DERP_DATA_DIR=" + dir,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.addr != ":8443" || c.httpAddr != ":8080" || c.stunAddr != ":3479" || c.mode != modeManual || c.manual == nil ||
+		!slices.Equal(c.sockets, []string{"/var/run/tailscale/tailscaled.sock"}) || !slices.Equal(c.verifyURLs, []string{"http://headscale:8080/verify"}) {
+		t.Errorf("got %+v", c)
+	}
+}
+
+func TestModeFollowsDomain(t *testing.T) {
+	for domain, want := range map[string]string{
+		"": modePinned, "derp.example.com": modeLetsEncrypt, "203.0.113.7": modePinned,
+		"derp.example.com,203.0.113.7": modeLetsEncrypt, "[2001:db8::7]": modePinned,
+	} {
+		c, err := loadConfig([]string{"DERP_DOMAIN=" + domain, "DERP_DATA_DIR=" + t.TempDir()})
+		if err != nil {
+			t.Errorf("%q: %v", domain, err)
+		} else if c.mode != want {
+			t.Errorf("%q: mode %s, want %s", domain, c.mode, want)
+		}
+	}
+}

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"flag"
+	goparser "go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write the generated parts of the documentation")
+
+const (
+	tableBegin = "<!-- made by: make docs -->\n"
+	tableEnd   = "<!-- end -->\n"
+)
+
+// The documentation of the variables is made from their struct, and must not
+// differ from it. `make docs` writes it.
+func TestDocs(t *testing.T) {
+	root := filepath.Join("..", "..")
+	for path, make := range map[string]func(old string) string{
+		"docker/env.example": func(string) string { return exampleFile() },
+		"README.md":          func(old string) string { return withTable(t, old, table("en")) },
+		"README.zh-CN.md":    func(old string) string { return withTable(t, old, table("zh")) },
+	} {
+		path = filepath.Join(root, path)
+		old, err := os.ReadFile(path)
+		if err != nil && !*update {
+			t.Fatal(err)
+		}
+		want := make(string(old))
+		if *update {
+			if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		} else if want != string(old) {
+			t.Errorf("%s is not what the code says; run: make docs", path)
+		}
+	}
+}
+
+func withTable(t *testing.T, old, table string) string {
+	t.Helper()
+	before, rest, found := strings.Cut(old, tableBegin)
+	_, after, closed := strings.Cut(rest, tableEnd)
+	if !found || !closed {
+		t.Fatalf("no place for the table: want the lines %q and %q", tableBegin, tableEnd)
+	}
+	return before + tableBegin + table + tableEnd + after
+}
+
+func TestEveryVariableIsDocumentedInBothLanguages(t *testing.T) {
+	for _, v := range (environment{}).variables() {
+		if v.en == "" || v.zh == "" || (v.computed == "") != (v.zhHow == "") {
+			t.Errorf("%s: en %q, zh %q, computed default %q, %q", v.name, v.en, v.zh, v.computed, v.zhHow)
+		}
+	}
+}
+
+// The direction of imports is the architecture: cmd knows the parts, the parts
+// do not know each other.
+func TestImports(t *testing.T) {
+	forbidden := map[string]map[string]string{
+		"relay": {
+			"derpd/certs":   "the relay takes certificates as a func",
+			"derpd/healthz": "health looks at the relay, not the other way round",
+			"derpd/cmd":     "libraries do not know the program",
+		},
+		"certs": {
+			"derpd/relay":   "certificates do not know what they are for",
+			"derpd/healthz": "health looks at certificates, not the other way round",
+			"derpd/cmd":     "libraries do not know the program",
+		},
+		"healthz": {
+			"derpd/relay": "health sees the relay as a client does",
+			"derpd/certs": "health is told about certificates by a func",
+			"derpd/cmd":   "libraries do not know the program",
+		},
+	}
+	for pkg, edges := range forbidden {
+		root := filepath.Join("..", "..", pkg)
+		files := 0
+		err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
+			if err != nil || !strings.HasSuffix(path, ".go") {
+				return err
+			}
+			files++
+			parsed, err := goparser.ParseFile(token.NewFileSet(), path, nil, goparser.ImportsOnly)
+			if err != nil {
+				return err
+			}
+			for _, spec := range parsed.Imports {
+				name := strings.Trim(spec.Path.Value, `"`)
+				for edge, why := range edges {
+					if name == edge || strings.HasPrefix(name, edge+"/") {
+						t.Errorf("%s imports %s, but %s", path, name, why)
+					}
+				}
+				if name == "log" && !strings.HasSuffix(path, "_test.go") && !strings.Contains(path, "acmetest") {
+					t.Errorf("%s imports log, but libraries log through what they are given", path)
+				}
+			}
+			return nil
+		})
+		if err != nil || files == 0 {
+			t.Fatalf("%s: %d files, %v", root, files, err)
+		}
+	}
+}

@@ -1,0 +1,296 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/rs/zerolog"
+	"github.com/tailscale/hujson"
+	"go.uber.org/goleak"
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+)
+
+// patience bounds everything that must happen in a test.
+const patience = 30 * time.Second
+
+func TestMain(m *testing.M) {
+	testscript.Main(leakChecked{m}, map[string]func(){"derpd": main})
+}
+
+// leakChecked fails the run when a goroutine outlives the tests.
+type leakChecked struct{ *testing.M }
+
+func (m leakChecked) Run() int {
+	code := m.M.Run()
+	if err := goleak.Find(
+		// Pebble has no way to stop its workers.
+		goleak.IgnoreAnyFunction("github.com/letsencrypt/pebble/v2/va.VAImpl.processTasks"),
+		// certmagic's rate limiters live as long as the process, and its lock
+		// files are given up within five seconds.
+		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*RingBufferRateLimiter).loop"),
+		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
+		// http.Transport keeps connections to admission URLs for the next
+		// question.
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
+		goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"),
+	); err != nil && code == 0 {
+		_, _ = os.Stderr.WriteString(err.Error() + "\n")
+		return 1
+	}
+	return code
+}
+
+// testNode is a whole relay in this process, on loopback and free ports.
+type testNode struct {
+	*node
+	printed []byte // what it printed at start: the map
+	stop    func() // stops it, and fails the test if that takes too long
+}
+
+// loopbackEnv is the environment of a relay for tests; pairs add to it.
+func loopbackEnv(t *testing.T, pairs ...string) []string {
+	t.Helper()
+	return append([]string{
+		"DERP_ADDR=127.0.0.1:0", "DERP_HTTP_PORT=0", "DERP_STUN_PORT=0", "DERP_ADMIN_ADDR=127.0.0.1:0",
+		"DERP_DATA_DIR=" + t.TempDir(), "DERP_DISCOVERY=off", "DERP_TAILSCALED_SOCKET=/nonexistent/tailscaled.sock",
+		"DERP_PUBLIC_IPV4=127.0.0.1", "DERP_PUBLIC_IPV6=none",
+	}, pairs...)
+}
+
+// begin starts a relay and waits until it is ready. What must know its ports
+// first gets it before anything runs.
+func begin(t *testing.T, env []string, bound ...func(*node)) *testNode {
+	t.Helper()
+	c, err := loadConfig(dedup(env))
+	if err != nil {
+		t.Fatal(err)
+	}
+	printed := make(chanWriter, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	n, err := newNode(ctx, time.Now(), c, zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.InfoLevel), printed)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	for _, f := range bound {
+		f(n)
+	}
+	done := make(chan error, 1)
+	go func() { done <- runTasks(ctx, n.tasks(), n.log) }()
+	stop := sync.OnceFunc(func() {
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("the relay ended with %v", err)
+			}
+		case <-time.After(patience):
+			t.Error("the relay does not stop")
+		}
+	})
+	t.Cleanup(stop)
+	select {
+	case text := <-printed:
+		return &testNode{n, text, stop}
+	case <-time.After(patience):
+		t.Fatalf("the relay does not get ready: %s", n.health.Report(context.Background()))
+		return nil
+	}
+}
+
+// dedup keeps the last value of a variable, as a shell does.
+func dedup(env []string) []string {
+	last := make(map[string]string)
+	for _, pair := range env {
+		name, _, _ := strings.Cut(pair, "=")
+		last[name] = pair
+	}
+	out := make([]string, 0, len(last))
+	for _, pair := range last {
+		out = append(out, pair)
+	}
+	return out
+}
+
+// chanWriter hands each write on as it is.
+type chanWriter chan []byte
+
+func (w chanWriter) Write(p []byte) (int, error) {
+	w <- bytes.Clone(p)
+	return len(p), nil
+}
+
+// parsePolicy reads a map as Tailscale does: HuJSON first, then tailcfg.
+func parsePolicy(t *testing.T, text []byte) *tailcfg.DERPMap {
+	t.Helper()
+	standard, err := hujson.Standardize(bytes.Clone(text))
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	var policy struct {
+		DERPMap *tailcfg.DERPMap `json:"derpMap"`
+	}
+	dec := json.NewDecoder(bytes.NewReader(standard))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&policy); err != nil || policy.DERPMap == nil {
+		t.Fatalf("%v in\n%s", err, standard)
+	}
+	return policy.DERPMap
+}
+
+// region is the one region of a map.
+func region(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
+	t.Helper()
+	for _, r := range m.Regions {
+		if len(m.Regions) == 1 && len(r.Nodes) == 1 {
+			return r
+		}
+	}
+	t.Fatalf("want one region with one node, got %+v", m)
+	return nil
+}
+
+// newClient is a client that knows the relay only by the region.
+func newClient(t *testing.T, r *tailcfg.DERPRegion) *derphttp.Client {
+	t.Helper()
+	c := derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return r })
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// receiver is what both kinds of DERP client share.
+type receiver interface {
+	Send(key.NodePublic, []byte) error
+	Recv() (derp.ReceivedMessage, error)
+}
+
+// admitted connects and waits until the relay has registered the client, or
+// has hung up: a refusal shows only after the handshake.
+func admitted(t *testing.T, c *derphttp.Client) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := c.Connect(ctx); err != nil {
+		return err
+	}
+	message, err := c.Recv()
+	if err != nil {
+		return err
+	}
+	if _, ok := message.(derp.ServerInfoMessage); !ok {
+		return errors.New("no server information")
+	}
+	return nil
+}
+
+// exchange sends a packet each way. Both clients must be admitted already.
+func exchange(t *testing.T, a, b receiver, aKey, bKey key.NodePublic) {
+	t.Helper()
+	for _, way := range []struct {
+		from, to       receiver
+		fromKey, toKey key.NodePublic
+	}{{a, b, aKey, bKey}, {b, a, bKey, aKey}} {
+		payload := make([]byte, 1280)
+		_, _ = rand.Read(payload)
+		if err := way.from.Send(way.toKey, payload); err != nil {
+			t.Fatal(err)
+		}
+		got := make(chan derp.ReceivedPacket, 1)
+		failed := make(chan error, 1)
+		go func() {
+			for {
+				message, err := way.to.Recv()
+				if err != nil {
+					failed <- err
+					return
+				}
+				if p, ok := message.(derp.ReceivedPacket); ok {
+					p.Data = bytes.Clone(p.Data)
+					got <- p
+					return
+				}
+			}
+		}()
+		select {
+		case p := <-got:
+			if p.Source != way.fromKey || !bytes.Equal(p.Data, payload) {
+				t.Fatal("another packet arrived than was sent")
+			}
+		case err := <-failed:
+			t.Fatal(err)
+		case <-time.After(patience):
+			t.Fatal("the packet does not arrive")
+		}
+	}
+}
+
+// exchangeOver connects two clients by the region, and exchanges packets.
+func exchangeOver(t *testing.T, r *tailcfg.DERPRegion, prepare func(*derphttp.Client)) (a, b *derphttp.Client) {
+	t.Helper()
+	a, b = newClient(t, r), newClient(t, r)
+	for _, c := range []*derphttp.Client{a, b} {
+		if prepare != nil {
+			prepare(c)
+		}
+		if err := admitted(t, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exchange(t, a, b, a.SelfPublicKey(), b.SelfPublicKey())
+	return a, b
+}
+
+// stunAddr is where the map says that STUN is.
+func stunAddr(t *testing.T, n *tailcfg.DERPNode) netip.AddrPort {
+	t.Helper()
+	stunPort := n.STUNPort
+	if stunPort == 0 {
+		stunPort = 3478
+	}
+	return netip.MustParseAddrPort(net.JoinHostPort(n.IPv4, strconv.Itoa(stunPort)))
+}
+
+// tree lists every file below dir with its content.
+func tree(t *testing.T, dir string) []string {
+	t.Helper()
+	var list []string
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		entry := path
+		if d.Type().IsRegular() {
+			data, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			entry += "\n" + string(data)
+		}
+		list = append(list, entry)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(list)
+	return list
+}

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// The scripts in testdata run the whole program, as an operator would.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			for i := 1; i <= 4; i++ {
+				port, err := freePort(t.Context())
+				if err != nil {
+					return err
+				}
+				env.Setenv(fmt.Sprintf("PORT%d", i), port)
+			}
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady},
+	})
+}
+
+// freePort finds a port that is free for TCP and UDP.
+func freePort(ctx context.Context) (string, error) {
+	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = ln.Close() }()
+	_, port, err := net.SplitHostPort(ln.Addr().String())
+	return port, err
+}
+
+// waitReady waits until the relay of the script says that it is ready.
+func waitReady(ts *testscript.TestScript, _ bool, _ []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if res, err := askAdmin(ctx, ts.Getenv("DERP_ADMIN_ADDR"), "/readyz"); err == nil {
+			_ = res.Body.Close()
+			if res.StatusCode == http.StatusOK {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			ts.Fatalf("the relay does not get ready")
+		case <-tick.C:
+		}
+	}
+}
+
+// asNobody runs derpd as a user without privileges, with the environment
+// given. Where the tests run without privileges already, as that user.
+func asNobody(t *testing.T, dir string, env ...string) (stderr string, code int) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The test binary lies where only its owner may go; by its name it
+	// knows that it is to be derpd.
+	derpd := filepath.Join(dir, "derpd")
+	if err := os.WriteFile(derpd, binary, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, derpd)
+	cmd.Env = env
+	if os.Getuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532}}
+	}
+	var out strings.Builder
+	cmd.Stderr = &out
+	_ = cmd.Run()
+	return strings.TrimSpace(out.String()), cmd.ProcessState.ExitCode()
+}
+
+// What a user without privileges runs into, as in the container.
+func TestWithoutPrivileges(t *testing.T) {
+	dir, err := os.MkdirTemp("", "derpd-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	uid := os.Getuid()
+	if uid == 0 {
+		uid = 65532
+	}
+	data, locked := filepath.Join(dir, "data"), filepath.Join(dir, "locked")
+	for _, d := range []string{data, locked} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(data, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(locked, 0o555); err != nil {
+		t.Fatal(err)
+	}
+	secret := filepath.Join(dir, "secret")
+	if err := os.WriteFile(secret, []byte("x"), 0o000); err != nil {
+		t.Fatal(err)
+	}
+	key := filepath.Join(dir, "keyed")
+	if err := os.Mkdir(key, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(key, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(key, "node.key"), []byte("{}"), 0o000); err != nil {
+		t.Fatal(err)
+	}
+	free := []string{"DERP_ADDR=127.0.0.1:0", "DERP_HTTP_PORT=-1", "DERP_STUN=false", "DERP_ADMIN_ADDR=127.0.0.1:0", "DERP_DISCOVERY=off"}
+
+	for _, tt := range []struct {
+		name string
+		env  []string
+		want string
+	}{
+		{
+			"a directory of somebody else",
+			[]string{"DERP_DATA_DIR=" + locked},
+			fmt.Sprintf("DERP_DATA_DIR: %s cannot be written to by uid %d: permission denied; on the host: chown -R %d DIRECTORY, or use a named volume", locked, uid, uid),
+		},
+		{
+			"a secret of somebody else",
+			[]string{"DERP_DATA_DIR=" + data, "DERP_REGION_NAME_FILE=" + secret},
+			fmt.Sprintf("DERP_REGION_NAME_FILE: open %s: permission denied; derpd runs as uid %d, which must be able to read it (a secret with mode 0600 that root owns cannot be)", secret, uid),
+		},
+		{
+			"a node key of somebody else",
+			[]string{"DERP_DATA_DIR=" + key},
+			fmt.Sprintf("DERP_DATA_DIR: reading node key: open %s/node.key: permission denied; derpd runs as uid %d, which must be able to read it (a secret with mode 0600 that root owns cannot be)", key, uid),
+		},
+		{
+			"a port below 1024",
+			[]string{"DERP_DATA_DIR=" + data, "DERP_ADDR=127.0.0.1:443"},
+			fmt.Sprintf("DERP_ADDR: listening on 127.0.0.1:443: bind: permission denied; uid %d may not listen below port 1024 here: choose ports from 1024 on, or allow it on the host with sysctl net.ipv4.ip_unprivileged_port_start=80 (containers on Docker's bridge network may)", uid),
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if strings.Contains(tt.name, "port") && unprivilegedPortStart(t) < 1024 {
+				t.Skip("this system lets everybody listen below port 1024")
+			}
+			stderr, code := asNobody(t, dir, dedup(append(free, tt.env...))...)
+			if want := "derpd: not started, nothing was changed: " + tt.want; stderr != want || code != exitNoStart {
+				t.Errorf("exit code %d\ngot  %s\nwant %s", code, stderr, want)
+			}
+		})
+	}
+}
+
+func unprivilegedPortStart(t *testing.T) int {
+	t.Helper()
+	data, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var port int
+	if _, err := fmt.Sscan(string(data), &port); err != nil {
+		t.Fatal(err)
+	}
+	return port
+}

@@ -1,0 +1,442 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+	"go.yaml.in/yaml/v3"
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/net/stun"
+	"tailscale.com/net/wsconn"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+
+	"derpd/certs"
+	"derpd/certs/acmetest"
+	"derpd/healthz"
+)
+
+// With no configuration at all but the ports, two clients that know only what
+// the relay printed reach each other.
+func TestPinnedByThePrintedMap(t *testing.T) {
+	env := loopbackEnv(t)
+	n := begin(t, env)
+	r := region(t, parsePolicy(t, n.printed))
+	if !strings.HasPrefix(r.Nodes[0].CertName, "sha256-raw:") {
+		t.Fatalf("CertName %q, want a pin", r.Nodes[0].CertName)
+	}
+	a, _ := exchangeOver(t, r, nil)
+	if _, err := healthz.STUN(t.Context(), stunAddr(t, r.Nodes[0])); err != nil {
+		t.Error(err)
+	}
+
+	t.Run("another pin is refused", func(t *testing.T) {
+		wrong := *r.Nodes[0]
+		wrong.CertName = "sha256-raw:" + strings.Repeat("0", 64)
+		if err := admitted(t, newClient(t, &tailcfg.DERPRegion{RegionID: 900, Nodes: []*tailcfg.DERPNode{&wrong}})); err == nil {
+			t.Error("a client with another pin connected")
+		}
+	})
+	t.Run("restart keeps key and pin", func(t *testing.T) {
+		n.stop()
+		again := begin(t, env)
+		if again.relay.PublicKey() != a.ServerPublicKey() {
+			t.Error("the node key changed")
+		}
+		if got := region(t, parsePolicy(t, again.printed)).Nodes[0].CertName; got != r.Nodes[0].CertName {
+			t.Error("the pin changed")
+		}
+	})
+}
+
+// The three ways in which a client can start, over TLS that it verifies.
+func TestLetsEncrypt(t *testing.T) {
+	for _, challenge := range []string{"http", "tls-alpn"} {
+		t.Run(challenge, func(t *testing.T) {
+			authority := acmetest.Start(t)
+			env := loopbackEnv(t, "DERP_DOMAIN=derp.example.com", "DERP_ACME_CA="+authority.Directory,
+				"DERP_ACME_CA_ROOTS="+authority.RootsFile, "DERP_ACME_CHALLENGES="+challenge)
+			n := begin(t, env, func(n *node) {
+				if n.stun.Open() {
+					t.Error("STUN is open without a certificate")
+				}
+				if report := n.health.Report(t.Context()); report.Ready || !strings.Contains(report.Cause, "waiting for derp.example.com") {
+					t.Errorf("health without a certificate: %s", report)
+				}
+				authority.Validate(port(n.listeners.http.Addr()), port(n.listeners.https.Addr()))
+			})
+			r := region(t, parsePolicy(t, n.printed))
+			if r.Nodes[0].CertName != "" || r.Nodes[0].HostName != "derp.example.com" {
+				t.Errorf("node %+v, want the domain and no CertName", r.Nodes[0])
+			}
+			if report := n.health.Report(t.Context()); !report.Ready {
+				t.Error(report)
+			}
+			roots := authority.Roots()
+			trust := func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} }
+
+			t.Run("fast start", func(t *testing.T) {
+				a, _ := exchangeOver(t, r, trust)
+				state, ok := a.TLSConnectionState()
+				if !ok || state.Version != tls.VersionTLS13 {
+					t.Fatalf("TLS version %x, want 1.3", state.Version)
+				}
+				last := state.PeerCertificates[len(state.PeerCertificates)-1]
+				if !strings.HasPrefix(last.Subject.CommonName, "derpkey") {
+					t.Errorf("last certificate is %q, want the meta certificate", last.Subject.CommonName)
+				}
+			})
+			t.Run("HTTP upgrade", func(t *testing.T) {
+				// Below TLS 1.3 a client does not look for the meta
+				// certificate.
+				exchangeOver(t, r, func(c *derphttp.Client) {
+					c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12}
+				})
+			})
+			t.Run("WebSocket", func(t *testing.T) {
+				a, b := dialWebSocket(t, n, roots), dialWebSocket(t, n, roots)
+				exchange(t, a.Client, b.Client, a.public, b.public)
+			})
+			t.Run("an unknown authority is refused", func(t *testing.T) {
+				if err := admitted(t, newClient(t, r)); err == nil {
+					t.Error("a client that does not know the authority connected")
+				}
+			})
+		})
+	}
+}
+
+// webSocketClient is a browser's client: derphttp dials WebSockets only when it
+// is compiled for one.
+type webSocketClient struct {
+	*derp.Client
+	public key.NodePublic
+}
+
+func dialWebSocket(t *testing.T, n *testNode, roots *x509.CertPool) webSocketClient {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	transport := &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, n.listeners.https.Addr().String())
+		},
+	}
+	ws, res, err := websocket.Dial(ctx, "wss://derp.example.com/derp", &websocket.DialOptions{
+		HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{"derp"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Body != nil {
+		_ = res.Body.Close()
+	}
+	t.Cleanup(func() { _ = ws.CloseNow() })
+	conn := wsconn.NetConn(context.Background(), ws, websocket.MessageBinary, "relay")
+	private := key.NewNode()
+	c, err := derp.NewClient(private, conn, bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(conn)), logger.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if message, err := c.Recv(); err != nil {
+		t.Fatal(err)
+	} else if _, ok := message.(derp.ServerInfoMessage); !ok {
+		t.Fatalf("got %T first", message)
+	}
+	return webSocketClient{c, private.Public()}
+}
+
+func TestManual(t *testing.T) {
+	dir := t.TempDir()
+	// A pinned file holds a self-signed pair, which manual mode takes too.
+	m, err := certs.LoadOrCreatePinned(filepath.Join(dir, "pinned.pem"), []string{"derp.example.com"}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"derp.example.com.crt", "derp.example.com.key"} {
+		data, err := os.ReadFile(filepath.Join(dir, "pinned.pem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR="+dir))
+	r := region(t, parsePolicy(t, n.printed))
+	if r.Nodes[0].CertName != m.Status().Pin {
+		t.Errorf("CertName %q, want the pin of the self-signed file", r.Nodes[0].CertName)
+	}
+	exchangeOver(t, r, nil)
+}
+
+// derper makes a self-signed certificate for an address when the files are
+// missing; its users must find a working relay.
+func TestManualAddressWithoutFiles(t *testing.T) {
+	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=127.0.0.1"))
+	r := region(t, parsePolicy(t, n.printed))
+	if r.Nodes[0].HostName != "127.0.0.1" || r.Nodes[0].CertName == "" {
+		t.Errorf("node %+v, want the address and a pin", r.Nodes[0])
+	}
+	exchangeOver(t, r, nil)
+}
+
+func TestOff(t *testing.T) {
+	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com"))
+	r := region(t, parsePolicy(t, n.printed))
+	if r.Nodes[0].DERPPort != 0 {
+		t.Errorf("DERPPort %d, want 443: what terminates TLS listens there", r.Nodes[0].DERPPort)
+	}
+	if report := n.health.Report(t.Context()); !report.Ready {
+		t.Error(report)
+	}
+	// What terminates TLS passes the rest on.
+	clients := make([]*derphttp.Client, 2)
+	for i := range clients {
+		c, err := derphttp.NewClient(key.NewNode(), "http://"+n.listeners.https.Addr().String()+"/derp", logger.Discard, netmon.NewStatic())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		if err := admitted(t, c); err != nil {
+			t.Fatal(err)
+		}
+		clients[i] = c
+	}
+	exchange(t, clients[0], clients[1], clients[0].SelfPublicKey(), clients[1].SelfPublicKey())
+}
+
+func TestMapFormatsAgree(t *testing.T) {
+	n := begin(t, loopbackEnv(t, "DERP_REGION_ID=951", "DERP_REGION_CODE=sha", "DERP_REGION_NAME=Shanghai"))
+	want := parsePolicy(t, n.printed)
+	ask := func(format string) []byte {
+		out, err := askRunning(t.Context(), n.listeners.admin.Addr().String(), format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	var fromYAML tailcfg.DERPMap
+	if err := yaml.Unmarshal(ask("headscale"), &fromYAML); err != nil {
+		t.Fatal(err)
+	}
+	var fromJSON tailcfg.DERPMap
+	if err := json.Unmarshal(ask("json"), &fromJSON); err != nil {
+		t.Fatal(err)
+	}
+	for name, got := range map[string]*tailcfg.DERPMap{"headscale": &fromYAML, "json": &fromJSON, "policy": parsePolicy(t, ask("policy"))} {
+		if r := region(t, got); *r.Nodes[0] != *region(t, want).Nodes[0] || r.RegionID != 951 || r.RegionCode != "sha" || r.RegionName != "Shanghai" {
+			t.Errorf("%s: %+v %+v, want %+v", name, r, r.Nodes[0], region(t, want).Nodes[0])
+		}
+	}
+	if _, err := askRunning(t.Context(), n.listeners.admin.Addr().String(), "xml"); err == nil {
+		t.Error("an unknown format was answered")
+	}
+}
+
+func TestSTUNNamesTheClient(t *testing.T) {
+	for _, listen := range []string{"127.0.0.1", "::1", "::"} {
+		t.Run(listen, func(t *testing.T) {
+			n := begin(t, loopbackEnv(t, "DERP_STUN_ADDR="+listen))
+			stunPort := uint16(port(n.listeners.stun.LocalAddr()))
+			targets := map[string][]string{"127.0.0.1": {"127.0.0.1"}, "::1": {"::1"}, "::": {"127.0.0.1", "127.0.0.2", "::1"}}[listen]
+			for _, target := range targets {
+				to := netip.AddrPortFrom(netip.MustParseAddr(target), stunPort)
+				conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(to))
+				if err != nil {
+					t.Fatal(err)
+				}
+				tx := stun.NewTxID()
+				if _, err := conn.Write(stun.Request(tx)); err != nil {
+					t.Fatal(err)
+				}
+				if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+					t.Fatal(err)
+				}
+				buf := make([]byte, 1500)
+				// A connected socket takes answers only from the address
+				// that it asked.
+				size, err := conn.Read(buf)
+				if err != nil {
+					t.Fatalf("%s: %v", target, err)
+				}
+				got, seen, err := stun.ParseResponse(buf[:size])
+				if err != nil || got != tx {
+					t.Fatalf("%s: %v", target, err)
+				}
+				if want := conn.LocalAddr().(*net.UDPAddr).AddrPort(); seen != want {
+					t.Errorf("%s: STUN says %s, the client is %s", target, seen, want)
+				}
+				_ = conn.Close()
+			}
+		})
+	}
+}
+
+// response is what a test looks at.
+type response struct {
+	status int
+	proto  string
+	header http.Header
+	body   string
+}
+
+func do(t *testing.T, c *http.Client, method, target string, header http.Header) response {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, target, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header = header
+	res, err := c.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response{res.StatusCode, res.Proto, res.Header, string(body)}
+}
+
+func TestRoutes(t *testing.T) {
+	n := begin(t, loopbackEnv(t, "DERP_PUBLIC_PORT=8443", "DERP_PUBLIC_HTTP_PORT=80"))
+	roots := x509.NewCertPool()
+	roots.AddCert(n.certs.Status().Leaf)
+	client := &http.Client{
+		Transport:     &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	https, plain := "https://"+n.listeners.https.Addr().String(), "http://"+n.listeners.http.Addr().String()
+	challenge := http.Header{"X-Tailscale-Challenge": {"ts_derp.example.com"}}
+	for _, tt := range []struct {
+		url    string
+		header http.Header
+		status int
+		want   map[string]string // header fields
+		body   string
+	}{
+		{url: https + "/", status: 200, body: ""},
+		{url: https + "/anything/else", status: 200, body: ""},
+		{url: https + "/robots.txt", status: 200, body: "User-agent: *\nDisallow: /\n"},
+		{url: https + "/derp/probe", status: 200, want: map[string]string{"Access-Control-Allow-Origin": "*"}},
+		{url: https + "/derp/latency-check", status: 200, want: map[string]string{"Access-Control-Allow-Origin": "*"}},
+		{url: https + "/derp", status: 426, body: "DERP requires connection upgrade\n"},
+		{url: https + "/bootstrap-dns", status: 200, want: map[string]string{"Content-Type": "application/json"}, body: "{}"},
+		{url: https + "/generate_204", header: challenge, status: 204, want: map[string]string{"X-Tailscale-Response": "response ts_derp.example.com"}},
+		{url: plain + "/generate_204", header: challenge, status: 204, want: map[string]string{"X-Tailscale-Response": "response ts_derp.example.com"}},
+		{url: plain + "/a?b=c", status: 302, want: map[string]string{"Location": "https://127.0.0.1:8443/a?b=c"}, body: "<a href=\"https://127.0.0.1:8443/a?b=c\">Found</a>.\n\n"},
+		{url: https + "/healthz", status: 200, body: ""},
+		{url: https + "/debug/", status: 200, body: ""},
+	} {
+		res := do(t, client, http.MethodGet, tt.url, tt.header)
+		if res.status != tt.status || res.body != tt.body || res.proto != "HTTP/1.1" {
+			t.Errorf("%s: %s %d %q, want %d %q over HTTP/1.1", tt.url, res.proto, res.status, res.body, tt.status, tt.body)
+		}
+		for field, want := range tt.want {
+			if got := res.header.Get(field); got != want {
+				t.Errorf("%s: %s is %q, want %q", tt.url, field, got, want)
+			}
+		}
+		// Scanners collect relays by such strings.
+		for _, word := range []string{"derp", "tailscale"} {
+			if strings.Contains(tt.url, "/anything") && strings.Contains(strings.ToLower(res.body+fmt.Sprint(res.header)), word) {
+				t.Errorf("%s says %q to strangers", tt.url, word)
+			}
+		}
+	}
+	if res := do(t, client, http.MethodConnect, https, nil); res.status < 400 {
+		t.Errorf("CONNECT: %d, want a refusal: this is no proxy", res.status)
+	}
+	if !region(t, parsePolicy(t, n.printed)).Nodes[0].CanPort80 {
+		t.Error("CanPort80 is false, though port 80 leads here")
+	}
+}
+
+func TestTLS10And11AreRefused(t *testing.T) {
+	n := begin(t, loopbackEnv(t))
+	roots := x509.NewCertPool()
+	roots.AddCert(n.certs.Status().Leaf)
+	for _, version := range []uint16{tls.VersionTLS10, tls.VersionTLS11} {
+		dialer := &tls.Dialer{Config: &tls.Config{RootCAs: roots, MinVersion: version, MaxVersion: version}}
+		conn, err := dialer.DialContext(t.Context(), "tcp", n.listeners.https.Addr().String())
+		if err == nil {
+			_ = conn.Close()
+			t.Errorf("%s was accepted", tls.VersionName(version))
+		}
+	}
+}
+
+func TestStopIsQuickWithClientsConnected(t *testing.T) {
+	n := begin(t, loopbackEnv(t))
+	r := region(t, parsePolicy(t, n.printed))
+	a, b := exchangeOver(t, r, nil)
+	gone := make(chan struct{}, 2)
+	for _, c := range []*derphttp.Client{a, b} {
+		go func() {
+			for {
+				if _, err := c.Recv(); err != nil {
+					gone <- struct{}{}
+					return
+				}
+			}
+		}()
+	}
+	begun := time.Now()
+	n.stop()
+	t.Logf("stopped in %s", time.Since(begun))
+	for range 2 {
+		select {
+		case <-gone:
+		case <-time.After(patience):
+			t.Fatal("a client is still connected")
+		}
+	}
+	if n.stun.Open() {
+		t.Error("STUN is open after the stop")
+	}
+	if report := n.health.Report(t.Context()); report.Ready {
+		t.Error("health says ready after the stop")
+	}
+}
+
+// What runs follows from the configuration.
+func TestTasks(t *testing.T) {
+	for _, tt := range []struct {
+		env  []string
+		want string
+	}{
+		{nil, "https admin bootstrap-dns address announce stop http stun certificates"},
+		{[]string{"DERP_STUN=false"}, "https admin bootstrap-dns address announce stop http certificates"},
+		{[]string{"DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun certificates"},
+		{[]string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun"},
+	} {
+		n := begin(t, loopbackEnv(t, tt.env...))
+		var names []string
+		for _, task := range n.tasks() {
+			names = append(names, task.name)
+		}
+		if got := strings.Join(names, " "); got != tt.want {
+			t.Errorf("%v: runs %s, want %s", tt.env, got, tt.want)
+		}
+	}
+}
