@@ -90,6 +90,9 @@ func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []strin
 				fmt.Sprintf("Set %s (or DERP_DOMAIN) to what clients can dial.", a.variable))
 		}
 	}
+	if c.mode == modeOff {
+		notes = append(notes, "TLS ends before derpd: what ends it must have a certificate for "+n.HostName+".")
+	}
 	if n.STUNPort == -1 {
 		notes = append(notes, "Without STUN no client chooses this region as its home while another one answers.")
 	}

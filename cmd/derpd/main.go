@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/mattn/go-isatty"
 	"github.com/rs/zerolog"
 )
 
@@ -129,6 +130,12 @@ func newLogger(c *config, stderr io.Writer) zerolog.Logger {
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(debugWriter{log.With().Str("component", "stdlog").Logger()})
 	return log
+}
+
+// isTerminal reports whether a person reads w as it is written.
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && isatty.IsTerminal(f.Fd())
 }
 
 // debugWriter takes lines for the debug level.

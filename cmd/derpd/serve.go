@@ -326,8 +326,11 @@ func (n *node) announce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(n.stdout, "\n%s\n", out)
-	return err
+	// A relay that nobody listens to is still a relay.
+	if _, err := fmt.Fprintf(n.stdout, "\n%s\n", out); err != nil {
+		n.log.Warn().Err(err).Msg("the map was not printed; see derpd derpmap")
+	}
+	return nil
 }
 
 func (n *node) announceStart() {
