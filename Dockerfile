@@ -1,0 +1,62 @@
+# derpd as an image: one static binary on distroless, run as nobody in particular.
+#
+#   docker build -t derpd .
+#
+# This file uses nothing beyond the classic builder, so that old engines and
+# hosted builders (which know no cache mounts) build it as BuildKit does.
+#
+# Where Docker Hub, gcr.io or Go's module proxy cannot be reached, in mainland
+# China for example, name mirrors of your own:
+#
+#   docker build --build-arg GO_IMAGE=… --build-arg BASE_IMAGE=… --build-arg GOPROXY=… .
+#
+# or make stand-ins for both images from Debian's packages: docker/bases/make.
+ARG GO_IMAGE=golang:1.27
+ARG BASE_IMAGE=gcr.io/distroless/static-debian13:nonroot
+
+# Go cross-compiles, so the compiler runs on the builder's own platform and no
+# emulation is needed for other ones. BuildKit says what that platform is; for
+# the classic builder "linux" is whatever it runs on.
+FROM --platform=${BUILDPLATFORM:-linux} ${GO_IMAGE} AS build
+WORKDIR /src
+
+# A missing toolchain is an error here, not a silent download: it means that
+# the image above fell behind go.mod. An empty GOPROXY is Go's own default.
+ARG GOPROXY
+ENV CGO_ENABLED=0 GOTOOLCHAIN=local GOPROXY=${GOPROXY}
+
+# Before the sources, so that a change to them does not fetch the modules anew.
+COPY go.mod go.sum ./
+RUN go mod download
+
+COPY . .
+ARG VERSION=dev TARGETOS TARGETARCH TARGETVARIANT
+RUN GOOS="${TARGETOS}" GOARCH="${TARGETARCH}" GOARM="${TARGETVARIANT#v}" \
+    go build -trimpath -ldflags "-s -w -buildid= -X main.version=${VERSION}" -o /out/derpd ./cmd/derpd \
+ && mkdir /out/data
+
+FROM ${BASE_IMAGE}
+# SOURCE is where these sources are published; whoever publishes the image says so.
+ARG VERSION=dev SOURCE
+LABEL org.opencontainers.image.title="derpd" \
+      org.opencontainers.image.description="A private DERP relay for Tailscale and Headscale" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.licenses="BSD-3-Clause" \
+      org.opencontainers.image.version="${VERSION}"
+
+COPY --from=build /out/derpd /derpd
+
+# A named volume takes its owner from this directory. WORKDIR would not do:
+# builders disagree on who owns what it makes.
+COPY --from=build --chown=65532:65532 /out/data /data
+VOLUME /data
+
+USER 65532:65532
+EXPOSE 443/tcp 80/tcp 3478/udp
+
+# The first check comes one interval after the start, so the interval is also
+# how long a new container takes to be called healthy. The start period is the
+# time a certificate authority is given.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 CMD ["/derpd", "healthcheck"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["/derpd"]
