@@ -1,0 +1,551 @@
+//go:build e2e
+
+// Package e2e tests the image as people run it: docker compose with this
+// repository's files as they are, and Tailscale's own DERP and STUN clients on
+// the outside. It takes the ports 443, 80 and 3478 of this machine, which must
+// run the Docker engine itself.
+//
+// DERPD_IMAGE names another image to test than the one built here.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/net/stun"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+)
+
+const (
+	upTimeout     = 15 * time.Minute // where there is no image yet, it is built
+	dockerTimeout = time.Minute
+	peerTimeout   = 15 * time.Second
+	resendEvery   = 100 * time.Millisecond
+	stopWithin    = time.Second
+)
+
+// TestBridge is compose.yaml with nothing set.
+func TestBridge(t *testing.T) {
+	d := up(t, "-f", "compose.yaml")
+	printed := d.derpMap(t)
+	region := onlyRegion(t, printed)
+	node := region.Nodes[0]
+	hash, pinned := strings.CutPrefix(node.CertName, "sha256-raw:")
+	if !pinned || len(hash) != 64 {
+		t.Fatalf("map does not pin the certificate: CertName is %q", node.CertName)
+	}
+	if node.InsecureForTests {
+		t.Error("map tells clients not to verify the certificate")
+	}
+	published := reached(region, netip.MustParseAddr("127.0.0.1"))
+	var relayKey key.NodePublic
+
+	t.Run("relays by the map as printed", func(t *testing.T) {
+		addr, err := netip.ParseAddr(node.IPv4)
+		if err != nil {
+			t.Fatalf("map has no address: IPv4 is %q", node.IPv4)
+		}
+		if !addr.IsPrivate() {
+			t.Skip("the map names this machine's public address, which only others can dial")
+		}
+		relayKey = exchange(t, region)
+	})
+	t.Run("relays on the published port", func(t *testing.T) {
+		relayKey = exchange(t, published)
+	})
+	t.Run("answers STUN with the client's address", func(t *testing.T) {
+		addr := hostAddr(t)
+		asked := netip.AddrPortFrom(addr, 3478)
+		if got, local := askSTUN(t, asked); got != local {
+			t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
+		}
+	})
+	t.Run("answers STUN on loopback and on the bridge", func(t *testing.T) {
+		for _, addr := range []string{"127.0.0.1", d.inspect(t, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")} {
+			asked := netip.AddrPortFrom(netip.MustParseAddr(addr), 3478)
+			got, _ := askSTUN(t, asked)
+			t.Logf("STUN at %v says %v", asked, got)
+		}
+	})
+	t.Run("does not answer STUN on IPv6", func(t *testing.T) {
+		conn, err := dial(t, "[::1]:3478")
+		if err != nil {
+			t.Skip("no IPv6 here")
+		}
+		if _, err := conn.Write(stun.Request(stun.NewTxID())); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := conn.Read(make([]byte, 1500)); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("read %d bytes, error %v, want a refusal", n, err)
+		}
+	})
+	t.Run("is confined", d.confined)
+	t.Run("checks its health", func(t *testing.T) {
+		image := d.inspect(t, "{{.Image}}")
+		if got, want := docker(t, "image", "inspect", "--format", "{{json .Config.Healthcheck.Test}}", image), `["CMD","/derpd","healthcheck"]`; got != want {
+			t.Errorf("health check of the image is %s, want %s", got, want)
+		}
+		if out, err := d.compose(t, "exec", "-T", "relay", "/derpd", "healthcheck"); err != nil {
+			t.Errorf("healthcheck: %v\n%s", err, out)
+		}
+		out, err := d.compose(t, "exec", "-T", "-e", "DERP_ADMIN_ADDR=127.0.0.1:1", "relay", "/derpd", "healthcheck")
+		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+			t.Errorf("healthcheck where nothing listens: %v, want exit status 1\n%s", err, out)
+		}
+		t.Logf("ready in %v ms, image %s bytes", d.readyMillis(t), docker(t, "image", "inspect", "--format", "{{.Size}}", image))
+	})
+	t.Run("prints its settings", func(t *testing.T) {
+		out, err := d.compose(t, "exec", "-T", "relay", "/derpd", "env")
+		if err != nil || !strings.Contains(out, "DERP_ADDR") {
+			t.Errorf("env: %v\n%s", err, out)
+		}
+	})
+	t.Run("keeps its keys across a restart", func(t *testing.T) {
+		d.must(t, "restart")
+		d.must(t, "up", "-d", "--wait", "--no-build")
+		if again := onlyRegion(t, d.derpMap(t)).Nodes[0]; again.CertName != node.CertName {
+			t.Errorf("certificate was %s, is %s", node.CertName, again.CertName)
+		}
+		if again := exchange(t, published); again != relayKey {
+			t.Errorf("node key was %v, is %v", relayKey, again)
+		}
+	})
+	t.Run("keeps its keys in a new container", func(t *testing.T) {
+		d.must(t, "up", "-d", "--wait", "--no-build", "--force-recreate")
+		if again := exchange(t, published); again != relayKey {
+			t.Errorf("node key was %v, is %v", relayKey, again)
+		}
+	})
+	t.Run("stops at once", func(t *testing.T) {
+		id := d.id(t)
+		asked := time.Now()
+		docker(t, "kill", "--signal", "SIGTERM", id)
+		if code := docker(t, "wait", id); code != "0" {
+			t.Errorf("exit status %s, want 0", code)
+		}
+		finished, err := time.Parse(time.RFC3339Nano, docker(t, "inspect", "--format", "{{.State.FinishedAt}}", id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		took := finished.Sub(asked)
+		t.Logf("stopped in %v", took)
+		if took > stopWithin {
+			t.Errorf("stopped after %v, want at most %v", took, stopWithin)
+		}
+	})
+}
+
+// TestOtherPorts publishes other ports than the usual ones: one setting moves
+// the port and the map with it.
+func TestOtherPorts(t *testing.T) {
+	derpPort, httpPort, stunPort := freeTCP(t), freeTCP(t), freeUDP(t)
+	file := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", derpPort, httpPort, stunPort))
+	d := up(t, "-f", "compose.yaml", "--env-file", file)
+
+	region := onlyRegion(t, d.derpMap(t))
+	node := region.Nodes[0]
+	if node.DERPPort != derpPort || node.STUNPort != stunPort {
+		t.Errorf("map has the ports %d and %d, published are %d and %d", node.DERPPort, node.STUNPort, derpPort, stunPort)
+	}
+	if node.CanPort80 {
+		t.Error("map promises port 80, which is not published")
+	}
+	exchange(t, reached(region, netip.MustParseAddr("127.0.0.1")))
+	asked := netip.AddrPortFrom(hostAddr(t), uint16(stunPort))
+	if got, local := askSTUN(t, asked); got != local {
+		t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
+	}
+}
+
+// TestHost is the relay on the host's network, on ports that nobody else has.
+func TestHost(t *testing.T) {
+	derpPort, httpPort, adminPort, stunPort := freeTCP(t), freeTCP(t), freeTCP(t), freeUDP(t)
+	settings := fmt.Sprintf(`services:
+  relay:
+    environment:
+      DERP_ADDR: ":%d"
+      DERP_HTTP_PORT: "%d"
+      DERP_STUN_PORT: "%d"
+      DERP_ADMIN_ADDR: 127.0.0.1:%d
+`, derpPort, httpPort, stunPort, adminPort)
+	file := writeFile(t, "ports.yaml", settings)
+	d := up(t, "-f", "compose.yaml", "-f", "docker/compose.host.yaml", "-f", file)
+
+	region := onlyRegion(t, d.derpMap(t))
+	if node := region.Nodes[0]; node.DERPPort != derpPort || node.STUNPort != stunPort {
+		t.Errorf("map has the ports %d and %d, the relay %d and %d", node.DERPPort, node.STUNPort, derpPort, stunPort)
+	}
+	exchange(t, reached(region, netip.MustParseAddr("127.0.0.1")))
+
+	for _, addr := range []string{"127.0.0.1", "::1"} {
+		t.Run("answers STUN at "+addr, func(t *testing.T) {
+			asked := netip.AddrPortFrom(netip.MustParseAddr(addr), uint16(stunPort))
+			if addr == "::1" && !hasIPv6(t) {
+				t.Skip("no IPv6 here")
+			}
+			if got, local := askSTUN(t, asked); got != local {
+				t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
+			}
+		})
+	}
+	t.Run("is confined", d.confined)
+}
+
+// deployment is one project of docker compose.
+type deployment struct {
+	args []string // what comes before the verb
+}
+
+// up starts a project of its own, waits until it is healthy, and removes all
+// of it in the end. The flags are those of docker compose; paths in them are
+// relative to the root of the repository.
+func up(t *testing.T, flags ...string) *deployment {
+	t.Helper()
+	if _, err := os.Stat("../../.env"); err == nil {
+		t.Fatal("this tests the relay without settings: move .env out of the way")
+	}
+	d := &deployment{args: slices.Concat([]string{"compose", "-p", "derpd-" + strings.ToLower(t.Name())}, flags)}
+	down := func() {
+		// The test's own context has ended by now.
+		if out, err := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"down", "-v", "--remove-orphans"})...); err != nil {
+			t.Errorf("cleaning up: %v\n%s", err, out)
+		}
+	}
+	down() // what a killed test left
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"logs", "--no-color"})...)
+			t.Logf("logs of the relay:\n%s", out)
+		}
+		down()
+	})
+	started := time.Now()
+	if out, err := run(t.Context(), upTimeout, slices.Concat(d.args, []string{"up", "-d", "--wait"})...); err != nil {
+		t.Fatalf("docker compose up: %v\n%s", err, out)
+	}
+	t.Logf("healthy after %v", time.Since(started).Round(time.Millisecond))
+	return d
+}
+
+func (d *deployment) compose(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	return run(t.Context(), dockerTimeout, slices.Concat(d.args, args)...)
+}
+
+func (d *deployment) must(t *testing.T, args ...string) string {
+	t.Helper()
+	return docker(t, slices.Concat(d.args, args)...)
+}
+
+func (d *deployment) id(t *testing.T) string {
+	t.Helper()
+	return d.must(t, "ps", "--all", "--quiet", "relay")
+}
+
+func (d *deployment) inspect(t *testing.T, format string) string {
+	t.Helper()
+	return docker(t, "inspect", "--format", format, d.id(t))
+}
+
+func (d *deployment) derpMap(t *testing.T) *tailcfg.DERPMap {
+	t.Helper()
+	out := d.must(t, "exec", "-T", "relay", "/derpd", "derpmap", "--format", "json")
+	m := new(tailcfg.DERPMap)
+	if err := json.Unmarshal([]byte(out), m); err != nil {
+		t.Fatalf("parsing the map: %v\n%s", err, out)
+	}
+	return m
+}
+
+// readyMillis finds out from the log how long the relay took to start.
+func (d *deployment) readyMillis(t *testing.T) float64 {
+	t.Helper()
+	for line := range strings.Lines(d.must(t, "logs", "--no-log-prefix", "--no-color", "relay")) {
+		var entry struct {
+			Message string  `json:"message"`
+			ReadyMS float64 `json:"ready_ms"`
+		}
+		if json.Unmarshal([]byte(line), &entry) == nil && entry.Message == "ready" {
+			return entry.ReadyMS
+		}
+	}
+	t.Error("the log does not say that the relay is ready")
+	return 0
+}
+
+// confined asks the kernel rather than Docker what the process may do.
+func (d *deployment) confined(t *testing.T) {
+	proc := filepath.Join("/proc", d.inspect(t, "{{.State.Pid}}"))
+	status, err := os.ReadFile(filepath.Join(proc, "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t65532\t65532\t65532\t65532", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"} {
+		if !strings.Contains(string(status), "\n"+want+"\n") {
+			t.Errorf("process has not %q:\n%s", want, status)
+		}
+	}
+
+	if got := d.inspect(t, "{{.HostConfig.ReadonlyRootfs}}"); got != "true" {
+		t.Errorf("ReadonlyRootfs is %s", got)
+	}
+	mounts, err := os.ReadFile(filepath.Join(proc, "mountinfo"))
+	if errors.Is(err, fs.ErrPermission) {
+		t.Skip("only root may read the mounts of another process")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	// proc_pid_mountinfo(5): the fifth field is the mount point, the sixth has its options.
+	options := make(map[string][]string)
+	for line := range strings.Lines(string(mounts)) {
+		fields := strings.Fields(line)
+		options[fields[4]] = strings.Split(fields[5], ",")
+	}
+	for point, want := range map[string]string{"/": "ro", "/run/secrets": "ro", "/data": "rw"} {
+		if !slices.Contains(options[point], want) {
+			t.Errorf("%s is mounted %v, want %s", point, options[point], want)
+		}
+	}
+}
+
+// docker runs the command and returns what it prints, less the last newline.
+func docker(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := run(t.Context(), dockerTimeout, args...)
+	if err != nil {
+		t.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(out)
+}
+
+// run returns the standard output or, when the command fails, all it printed.
+func run(ctx context.Context, timeout time.Duration, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "docker", args...)
+	cmd.Dir = "../.."
+	// Nothing is set, whatever the one who runs the test has set.
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "DERP_") || strings.HasPrefix(v, "COMPOSE_")
+	})
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String() + stderr.String(), err
+	}
+	return stdout.String(), nil
+}
+
+func onlyRegion(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
+	t.Helper()
+	if len(m.Regions) != 1 {
+		t.Fatalf("map has %d regions, want 1", len(m.Regions))
+	}
+	for id, region := range m.Regions {
+		if region.RegionID != id || len(region.Nodes) != 1 || region.Nodes[0].RegionID != id {
+			t.Fatalf("region %d does not agree with itself: %+v", id, region)
+		}
+		return region
+	}
+	return nil
+}
+
+// reached returns the region as a client would have it that reaches the relay at addr.
+func reached(region *tailcfg.DERPRegion, addr netip.Addr) *tailcfg.DERPRegion {
+	region = region.Clone()
+	region.Nodes[0].IPv4 = addr.String()
+	region.Nodes[0].IPv6 = "none"
+	return region
+}
+
+// exchange passes packets between two clients, both ways, and returns the key
+// of the relay that both found in the region.
+func exchange(t *testing.T, region *tailcfg.DERPRegion) key.NodePublic {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), peerTimeout)
+	defer cancel()
+	alice, bob := connect(ctx, t, region), connect(ctx, t, region)
+	pass(ctx, t, alice, bob, []byte("from alice"))
+	pass(ctx, t, bob, alice, []byte("from bob"))
+	if alice.ServerPublicKey() != bob.ServerPublicKey() {
+		t.Errorf("two relays: %v and %v", alice.ServerPublicKey(), bob.ServerPublicKey())
+	}
+	return alice.ServerPublicKey()
+}
+
+type client struct {
+	*derphttp.Client
+	packets chan derp.ReceivedPacket
+}
+
+func connect(ctx context.Context, t *testing.T, region *tailcfg.DERPRegion) client {
+	t.Helper()
+	c := client{
+		Client:  derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region }),
+		packets: make(chan derp.ReceivedPacket),
+	}
+	if err := c.Connect(ctx); err != nil {
+		t.Fatalf("connecting by %+v: %v", region.Nodes[0], err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			message, err := c.Recv()
+			if err != nil {
+				return
+			}
+			packet, ok := message.(derp.ReceivedPacket)
+			if !ok {
+				continue
+			}
+			packet.Data = bytes.Clone(packet.Data) // Recv reuses it
+			select {
+			case c.packets <- packet:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		_ = c.Close()
+		<-done
+	})
+	return c
+}
+
+// pass sends until the other one has got it: Connect returns before the relay
+// knows the client, and DERP drops what it cannot deliver.
+func pass(ctx context.Context, t *testing.T, from, to client, data []byte) {
+	t.Helper()
+	again := time.NewTicker(resendEvery)
+	defer again.Stop()
+	for {
+		if err := from.Send(to.SelfPublicKey(), data); err != nil {
+			t.Fatalf("sending %q: %v", data, err)
+		}
+		select {
+		case got := <-to.packets:
+			if got.Source == from.SelfPublicKey() && bytes.Equal(got.Data, data) {
+				return
+			}
+		case <-again.C:
+		case <-ctx.Done():
+			t.Fatalf("%q did not arrive: %v", data, ctx.Err())
+		}
+	}
+}
+
+// dial returns a UDP socket that ends with the test.
+func dial(t *testing.T, addr string) (net.Conn, error) {
+	t.Helper()
+	conn, err := new(net.Dialer).DialContext(t.Context(), "udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn, conn.SetDeadline(time.Now().Add(peerTimeout))
+}
+
+// askSTUN returns the address that STUN saw and the one that the socket has.
+func askSTUN(t *testing.T, server netip.AddrPort) (seen, local netip.AddrPort) {
+	t.Helper()
+	conn, err := dial(t, server.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx := stun.NewTxID()
+	if _, err := conn.Write(stun.Request(tx)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1500)
+	n, err := conn.Read(buf)
+	if err != nil {
+		t.Fatalf("STUN at %v does not answer: %v", server, err)
+	}
+	got, seen, err := stun.ParseResponse(buf[:n])
+	if err != nil || got != tx {
+		t.Fatalf("STUN at %v answers something else: transaction %x, want %x, error %v", server, got, tx, err)
+	}
+	return seen, netip.MustParseAddrPort(conn.LocalAddr().String())
+}
+
+// hostAddr returns the address by which others reach this machine. Packets to
+// it take the same way through Docker as theirs do; those to loopback do not.
+func hostAddr(t *testing.T) netip.Addr {
+	t.Helper()
+	conn, err := dial(t, "198.51.100.1:9") // nothing is sent
+	if err != nil {
+		t.Skipf("no network here: %v", err)
+	}
+	return netip.MustParseAddrPort(conn.LocalAddr().String()).Addr()
+}
+
+func hasIPv6(t *testing.T) bool {
+	t.Helper()
+	_, err := dial(t, "[::1]:9")
+	return err == nil
+}
+
+func writeFile(t *testing.T, name, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func freeTCP(t *testing.T) int {
+	t.Helper()
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	return portOf(t, listener.Addr())
+}
+
+func freeUDP(t *testing.T) int {
+	t.Helper()
+	conn, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	return portOf(t, conn.LocalAddr())
+}
+
+func portOf(t *testing.T, addr net.Addr) int {
+	t.Helper()
+	_, port, err := net.SplitHostPort(addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	number, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return number
+}
