@@ -1,0 +1,75 @@
+# What a person does with derpd, one target each. `make help` lists them.
+
+# go.mod names the toolchain; nothing else has to be bumped with it.
+export GOTOOLCHAIN ?= go$(shell sed -n 's/^go //p' go.mod)
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+IMAGE   ?= derpd
+TOOLS   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/derpd
+
+# The version is part of the file's name, so that a bump here builds the tool
+# anew and an old one is never used by mistake.
+GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
+GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
+
+.DEFAULT_GOAL := help
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
+
+.PHONY: test
+test: ## run all tests, in any order, with the race detector
+	go test -race -shuffle=on -timeout 5m ./...
+
+# High ports and ./data, so that no root is needed. What you have set wins.
+run: export DERP_ADDR ?= :8443
+run: export DERP_HTTP_PORT ?= 8080
+run: export DERP_STUN_PORT ?= 3478
+run: export DERP_DATA_DIR ?= ./data
+.PHONY: run
+run: ## run a relay here, without Docker and without configuration
+	go run ./cmd/derpd
+
+.PHONY: build
+build: ## build the binary, ./derpd
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -buildid= -X main.version=$(VERSION)' -o derpd ./cmd/derpd
+
+# An argument without a value is taken from the environment if it is there:
+# mirrors are named once, as the Dockerfile tells.
+.PHONY: image
+image: ## build the image, derpd, and print its size
+	docker build --build-arg VERSION=$(VERSION) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE -t $(IMAGE) .
+	@docker image inspect --format '{{.Size}}' $(IMAGE) | numfmt --to=si --suffix=B --format '$(IMAGE): %.1f'
+
+# docker/bases/make first, where no registry can be reached.
+.PHONY: e2e
+e2e: image ## test the image with docker compose; takes ports 443, 80 and 3478
+	DERPD_IMAGE=$(IMAGE) go test -tags e2e -count=1 -v ./docker/e2e
+
+# tidy also looks at what only the tests of dependencies need; -e goes on where
+# that cannot be fetched. It tells of each at length, so it is quiet at first.
+.PHONY: lint
+lint: $(GOLANGCI_LINT) ## check the code, go.mod and the scripts
+	$(GOLANGCI_LINT) run
+	go mod tidy -e -diff 2>/dev/null || go mod tidy -e -diff
+	shellcheck .ci/run docker/bases/make
+
+.PHONY: fmt
+fmt: $(GOLANGCI_LINT) ## format the code
+	$(GOLANGCI_LINT) fmt
+
+.PHONY: vuln
+vuln: $(GOVULNCHECK) ## look for known vulnerabilities in what is used
+	$(GOVULNCHECK) ./...
+
+# A test fails when these differ from the configuration's struct.
+.PHONY: docs
+docs: ## regenerate docker/env.example and the tables in the README
+	go run ./cmd/derpd env --example > docker/env.example
+	go test ./cmd/derpd -run TestDocs -update
+
+$(GOLANGCI_LINT): PACKAGE = github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+$(GOVULNCHECK): PACKAGE = golang.org/x/vuln/cmd/govulncheck
+$(GOLANGCI_LINT) $(GOVULNCHECK):
+	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
+	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
