@@ -46,7 +46,7 @@ type Status struct {
 	// and empty for one that a certificate authority signed.
 	Pin string
 
-	// Err is why there is no certificate, or why renewing it failed.
+	// Err is why there is no certificate, or why it could not be renewed.
 	Err error
 }
 
@@ -55,27 +55,4 @@ type Status struct {
 func Pin(leaf *x509.Certificate) string {
 	sum := sha256.Sum256(leaf.Raw)
 	return "sha256-raw:" + hex.EncodeToString(sum[:])
-}
-
-// fixed is a certificate that was there before the listener.
-type fixed struct {
-	cert  *tls.Certificate
-	pin   string
-	ready chan struct{}
-}
-
-func newFixed(cert *tls.Certificate, pin string) *fixed {
-	ready := make(chan struct{})
-	close(ready)
-	return &fixed{cert: cert, pin: pin, ready: ready}
-}
-
-func (f *fixed) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) { return f.cert, nil }
-func (f *fixed) HTTPHandler(next http.Handler) http.Handler                    { return next }
-func (f *fixed) Ready() <-chan struct{}                                        { return f.ready }
-func (f *fixed) Status() Status                                                { return Status{Leaf: f.cert.Leaf, Pin: f.pin} }
-
-func (f *fixed) Run(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
 }

@@ -21,18 +21,20 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"derpd/certs"
 )
 
 var now = time.Now()
 
 func TestPinned(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "certs", "pinned.pem")
 	names := []string{"relay.example.com", "203.0.113.7", "2001:db8::7"}
-	if _, err := certs.LoadPinned(path, names, now); !errors.Is(err, fs.ErrNotExist) {
+	c := certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "certs", "pinned.pem"), Names: names, Log: zerolog.Nop()}
+	if _, err := certs.LoadPinned(c); !errors.Is(err, fs.ErrNotExist) {
 		t.Fatalf("without a file: %v, want fs.ErrNotExist", err)
 	}
-	m, err := certs.LoadOrCreatePinned(path, names, now)
+	m, err := certs.LoadOrCreatePinned(c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,11 +57,14 @@ func TestPinned(t *testing.T) {
 	if !leaf.NotBefore.Before(now.Add(-23 * time.Hour)) {
 		t.Error("a client whose clock is some hours behind is shut out")
 	}
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+	if info, err := os.Stat(c.Path); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
 	}
 
-	again, err := certs.LoadOrCreatePinned(path, nil, now)
+	// An address that it does not cover: clients that dial an address send
+	// no SNI and check no name.
+	c.Names = []string{"203.0.113.9"}
+	again, err := certs.LoadOrCreatePinned(c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,49 +73,55 @@ func TestPinned(t *testing.T) {
 	}
 }
 
+// What is wrong with the file is never mended by a new identity.
 func TestPinnedRefuses(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "pinned.pem")
-	if _, err := certs.LoadOrCreatePinned(path, []string{"relay.example.com"}, now); err != nil {
-		t.Fatal(err)
-	}
-	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, tt := range []struct {
 		name  string
-		file  []byte
-		names []string
-		when  time.Time
+		spoil func(t *testing.T, c *certs.PinnedConfig)
 		want  string
 	}{
-		{"another name", whole, []string{"new.example.com"}, now, "covers relay.example.com, not new.example.com; remove it to get a new one"},
-		{"expired", whole, nil, now.AddDate(10, 0, 1), "expired on " + now.AddDate(10, 0, 0).UTC().Format(time.DateOnly)},
-		{"half a file", whole[:len(whole)/2], nil, now, "is damaged"},
-		{"empty", nil, nil, now, "is damaged"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			if err := os.WriteFile(path, tt.file, 0o600); err != nil {
+		{"another name", func(_ *testing.T, c *certs.PinnedConfig) { c.Names = []string{"new.example.com"} }, "covers relay.example.com, not new.example.com; make a new one with `derpd pin --rotate`"},
+		{"expired", func(t *testing.T, c *certs.PinnedConfig) {
+			t.Helper()
+			if err := certs.RotatePinned(*c, now.AddDate(-10, 0, -2)); err != nil {
 				t.Fatal(err)
 			}
-			_, err := certs.LoadOrCreatePinned(path, tt.names, tt.when)
+		}, "expired on " + now.AddDate(0, 0, -2).UTC().Format(time.DateOnly)},
+		{"half a file", func(t *testing.T, c *certs.PinnedConfig) {
+			t.Helper()
+			if err := os.Truncate(c.Path, 300); err != nil {
+				t.Fatal(err)
+			}
+		}, "is damaged"},
+		{"empty", func(t *testing.T, c *certs.PinnedConfig) {
+			t.Helper()
+			if err := os.Truncate(c.Path, 0); err != nil {
+				t.Fatal(err)
+			}
+		}, "is damaged"},
+		{"lost", func(t *testing.T, c *certs.PinnedConfig) {
+			t.Helper()
+			if err := os.Remove(c.Path); err != nil {
+				t.Fatal(err)
+			}
+		}, "is lost: clients expect sha256-raw:"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "pinned.pem"), Names: []string{"relay.example.com"}}
+			if _, err := certs.LoadOrCreatePinned(c); err != nil {
+				t.Fatal(err)
+			}
+			tt.spoil(t, &c)
+			before, _ := os.ReadFile(c.Path)
+			_, err := certs.LoadOrCreatePinned(c)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got %v, want %q in it", err, tt.want)
 			}
-			if after, _ := os.ReadFile(path); !bytes.Equal(after, tt.file) {
+			if after, _ := os.ReadFile(c.Path); !bytes.Equal(before, after) {
 				t.Error("the file was changed")
 			}
 		})
 	}
-	t.Run("an address it does not cover", func(t *testing.T) {
-		if err := os.WriteFile(path, whole, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		// Clients that dial an address send no SNI and check no name.
-		if _, err := certs.LoadPinned(path, []string{"203.0.113.9"}, now); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // issue signs a certificate; a nil parent makes it self-signed.
@@ -161,6 +172,24 @@ func writePEM(t *testing.T, path, kind string, ders ...[]byte) {
 	}
 }
 
+func writeChain(t *testing.T, path string, chain ...*tls.Certificate) {
+	t.Helper()
+	var ders [][]byte
+	for _, c := range chain {
+		ders = append(ders, c.Certificate[0])
+	}
+	writePEM(t, path, "CERTIFICATE", ders...)
+}
+
+func writeKey(t *testing.T, path string, c *tls.Certificate) {
+	t.Helper()
+	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writePEM(t, path, "PRIVATE KEY", der)
+}
+
 func TestManual(t *testing.T) {
 	soon, later := now.Add(-time.Hour), now.Add(90*24*time.Hour)
 	root := issue(t, "Test Root", true, soon, later, nil)
@@ -195,23 +224,15 @@ func TestManual(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
 			certFile, keyFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
-			var ders [][]byte
-			for _, c := range tt.chain {
-				ders = append(ders, c.Certificate[0])
-			}
-			writePEM(t, certFile, "CERTIFICATE", ders...)
+			writeChain(t, certFile, tt.chain...)
 			if tt.key == nil {
 				tt.key = tt.chain[0]
 			}
-			der, err := x509.MarshalPKCS8PrivateKey(tt.key.PrivateKey)
-			if err != nil {
-				t.Fatal(err)
-			}
-			writePEM(t, keyFile, "PRIVATE KEY", der)
+			writeKey(t, keyFile, tt.key)
 			if tt.names == nil {
 				tt.names = []string{"derp.example.com"}
 			}
-			m, err := certs.LoadManual(certFile, keyFile, tt.names, tt.roots, now)
+			m, err := certs.LoadManual(certs.ManualConfig{CertFile: certFile, KeyFile: keyFile, Names: tt.names, Roots: tt.roots})
 			if tt.want != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.want) {
 					t.Errorf("got %v, want %q in it", err, tt.want)

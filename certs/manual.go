@@ -6,37 +6,53 @@ import (
 	"crypto/x509"
 	"fmt"
 	"time"
+
+	"github.com/rs/zerolog"
 )
 
-// LoadManual reads a certificate (leaf first, then its intermediates) and its
-// key, both PEM. The pair must match, cover every name, be valid now, and be
-// complete: the chain must lead to a root that roots knows, or to a
-// self-signed certificate in the file. Nil roots are the system's.
-func LoadManual(certFile, keyFile string, names []string, roots *x509.CertPool, now time.Time) (Manager, error) {
-	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+// ManualConfig names the files that something else keeps.
+type ManualConfig struct {
+	CertFile string // PEM: the leaf, then its issuers
+	KeyFile  string // PEM
+
+	// Names must all be covered by the certificate.
+	Names []string
+
+	// Roots are the authorities that clients know; nil for the system's.
+	Roots *x509.CertPool
+
+	Log zerolog.Logger
+}
+
+// LoadManual reads a certificate and its key, and reads them again when they
+// change. The pair must match, cover every name, be valid now, and be
+// complete: the chain must lead to a known root, or to a self-signed
+// certificate in the file.
+func LoadManual(c ManualConfig) (Manager, error) {
+	return newFiles([]string{c.CertFile, c.KeyFile}, c.load, c.Log)
+}
+
+func (c ManualConfig) load() (*tls.Certificate, error) {
+	cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
 	if err != nil {
-		return nil, fmt.Errorf("loading %s and %s: %w", certFile, keyFile, err)
+		return nil, fmt.Errorf("loading %s and %s: %w", c.CertFile, c.KeyFile, err)
 	}
-	leaf := cert.Leaf
-	for _, name := range names {
+	leaf, now := cert.Leaf, time.Now()
+	for _, name := range c.Names {
 		if leaf.VerifyHostname(name) != nil {
-			return nil, fmt.Errorf("%s covers %s, not %s", certFile, covered(leaf), name)
+			return nil, fmt.Errorf("%s covers %s, not %s", c.CertFile, covered(leaf), name)
 		}
 	}
 	if now.After(leaf.NotAfter) {
-		return nil, fmt.Errorf("%s expired on %s", certFile, leaf.NotAfter.Format(time.DateOnly))
+		return nil, fmt.Errorf("%s expired on %s", c.CertFile, leaf.NotAfter.Format(time.DateOnly))
 	}
 	if now.Before(leaf.NotBefore) {
-		return nil, fmt.Errorf("%s is not valid before %s; is the clock right?", certFile, leaf.NotBefore.Format(time.DateOnly))
+		return nil, fmt.Errorf("%s is not valid before %s; is the clock right?", c.CertFile, leaf.NotBefore.Format(time.DateOnly))
 	}
-	if err := checkChain(cert.Certificate, roots, now); err != nil {
-		return nil, fmt.Errorf("%s: %w", certFile, err)
+	if err := checkChain(cert.Certificate, c.Roots, now); err != nil {
+		return nil, fmt.Errorf("%s: %w", c.CertFile, err)
 	}
-	pin := ""
-	if len(cert.Certificate) == 1 && selfSigned(leaf) {
-		pin = Pin(leaf)
-	}
-	return newFixed(&cert, pin), nil
+	return &cert, nil
 }
 
 // checkChain finds the chain that phones miss and desktop browsers do not

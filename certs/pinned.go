@@ -19,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
 	"tailscale.com/atomicfile"
 )
 
@@ -30,63 +31,100 @@ const (
 	pinnedBackdate = 24 * time.Hour
 )
 
-// LoadPinned reads the pinned certificate and key from path. The error wraps
-// [fs.ErrNotExist] when there is no file. The certificate must cover every DNS
-// name in names, since clients check the name they dial also when they pin;
-// addresses they do not check.
-func LoadPinned(path string, names []string, now time.Time) (Manager, error) {
-	data, err := os.ReadFile(path)
+// PinnedConfig says where the pinned certificate is kept.
+type PinnedConfig struct {
+	// Path is one file with certificate and key, PEM, mode 0600, so that no
+	// crash can part them.
+	Path string
+
+	// Names are the DNS names and addresses by which clients dial. They
+	// check the name also when they pin; an address they do not check.
+	Names []string
+
+	Log zerolog.Logger
+}
+
+// LoadPinned reads the pinned certificate, and reads it again when it changes.
+// The error wraps [fs.ErrNotExist] when there is none and there never was. It
+// does not when the file was lost, which the pin beside it tells: clients
+// expect that certificate and no other.
+func LoadPinned(c PinnedConfig) (Manager, error) {
+	return newFiles([]string{c.Path}, c.load, c.Log)
+}
+
+func (c PinnedConfig) load() (*tls.Certificate, error) {
+	data, err := os.ReadFile(c.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if pin, err := os.ReadFile(c.pinPath()); err == nil {
+			return nil, fmt.Errorf("pinned certificate %s is lost: clients expect %s; restore it from a backup, or %s", c.Path, bytes.TrimSpace(pin), rotateHint)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("reading pinned certificate: %w", err)
 	}
 	cert, err := tls.X509KeyPair(data, data)
 	if err != nil {
-		return nil, fmt.Errorf("pinned certificate %s is damaged: %w; restore it from a backup, or remove it to get a new one (its hash changes: paste the new map)", path, err)
+		return nil, fmt.Errorf("pinned certificate %s is damaged: %w; restore it from a backup, or %s", c.Path, err, rotateHint)
 	}
-	leaf := cert.Leaf
-	for _, name := range names {
-		if net.ParseIP(name) != nil {
-			continue
-		}
-		if leaf.VerifyHostname(name) != nil {
-			return nil, fmt.Errorf("pinned certificate %s covers %s, not %s; remove it to get a new one (its hash changes: paste the new map)", path, covered(leaf), name)
+	for _, name := range c.Names {
+		if net.ParseIP(name) == nil && cert.Leaf.VerifyHostname(name) != nil {
+			return nil, fmt.Errorf("pinned certificate %s covers %s, not %s; %s", c.Path, covered(cert.Leaf), name, rotateHint)
 		}
 	}
-	if now.After(leaf.NotAfter) {
-		return nil, fmt.Errorf("pinned certificate %s expired on %s; remove it to get a new one (its hash changes: paste the new map)", path, leaf.NotAfter.Format(time.DateOnly))
+	if time.Now().After(cert.Leaf.NotAfter) {
+		return nil, fmt.Errorf("pinned certificate %s expired on %s; %s", c.Path, cert.Leaf.NotAfter.Format(time.DateOnly), rotateHint)
 	}
-	return newFixed(&cert, Pin(leaf)), nil
+	return &cert, nil
 }
 
-// LoadOrCreatePinned reads the pinned certificate from path, or makes one there
-// for the given names and addresses when there is no file. Certificate and key
-// are one file, mode 0600, so that no crash can part them.
-func LoadOrCreatePinned(path string, names []string, now time.Time) (Manager, error) {
-	m, err := LoadPinned(path, names, now)
+// rotateHint is the fix that changes the relay's identity: never done unasked.
+const rotateHint = "make a new one with `derpd pin --rotate` and paste the new map"
+
+// pinPath holds the pin in clear: it is not secret, and it tells a lost
+// certificate from a first start.
+func (c PinnedConfig) pinPath() string { return c.Path + ".pin" }
+
+// LoadOrCreatePinned is LoadPinned, but makes a certificate when there never
+// was one.
+func LoadOrCreatePinned(c PinnedConfig) (Manager, error) {
+	m, err := LoadPinned(c)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return m, err
 	}
-	data, err := newPinned(names, now)
-	if err != nil {
-		return nil, fmt.Errorf("making pinned certificate: %w", err)
+	if err := RotatePinned(c, time.Now()); err != nil {
+		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("making certificate directory: %w", err)
-	}
-	if err := atomicfile.WriteFile(path, data, 0o600); err != nil {
-		return nil, fmt.Errorf("writing pinned certificate: %w", err)
-	}
-	return LoadPinned(path, names, now)
+	return LoadPinned(c)
 }
 
-func newPinned(names []string, now time.Time) ([]byte, error) {
+// RotatePinned makes a new pinned certificate in place of the old one, valid
+// from now for ten years. A relay that runs takes it at once, and clients need
+// the new map.
+func RotatePinned(c PinnedConfig, now time.Time) error {
+	leaf, data, err := newPinned(c.Names, now)
+	if err != nil {
+		return fmt.Errorf("making pinned certificate: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(c.Path), 0o700); err != nil {
+		return fmt.Errorf("making certificate directory: %w", err)
+	}
+	if err := atomicfile.WriteFile(c.Path, data, 0o600); err != nil {
+		return fmt.Errorf("writing pinned certificate: %w", err)
+	}
+	if err := atomicfile.WriteFile(c.pinPath(), []byte(Pin(leaf)+"\n"), 0o600); err != nil {
+		return fmt.Errorf("writing pin: %w", err)
+	}
+	return nil
+}
+
+func newPinned(names []string, now time.Time) (leaf *x509.Certificate, file []byte, err error) {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	template := &x509.Certificate{
 		SerialNumber:          serial,
@@ -106,19 +144,22 @@ func newPinned(names []string, now time.Time) ([]byte, error) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &private.PublicKey, private)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	if leaf, err = x509.ParseCertificate(der); err != nil {
+		return nil, nil, err
 	}
 	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var out bytes.Buffer
 	for _, block := range []*pem.Block{{Type: "CERTIFICATE", Bytes: der}, {Type: "PRIVATE KEY", Bytes: keyDER}} {
 		if err := pem.Encode(&out, block); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	return out.Bytes(), nil
+	return leaf, out.Bytes(), nil
 }
 
 // covered lists the names of a certificate, for messages.
