@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
@@ -49,10 +48,11 @@ type config struct {
 	admin    string // host:port
 
 	dataDir, certDir string
+	certDirUsable    bool
 
 	mode     string
-	manual   certs.Manager // loaded, in manual mode
-	pinFile  string        // in pinned mode
+	manual   certs.ManualConfig
+	pinned   certs.PinnedConfig
 	acme     certs.ACMEConfig
 	acmeHTTP bool // whether HTTP-01 may be used
 	acmeTLS  bool // whether TLS-ALPN-01 may be used
@@ -94,6 +94,18 @@ func (c *config) nodeKeyFile() string { return filepath.Join(c.dataDir, "node.ke
 // loadConfig reads and validates the whole environment. It changes nothing on
 // disk and opens no socket. The error holds all problems, one to a line.
 func loadConfig(pairs []string) (*config, error) {
+	c, err := readConfig(pairs)
+	if c.mode == modePinned && c.certDirUsable {
+		if _, pinErr := certs.LoadPinned(c.pinned); pinErr != nil && !errors.Is(pinErr, fs.ErrNotExist) {
+			err = errors.Join(err, fmt.Errorf("DERP_CERT_DIR: %w%s", pinErr, secretHint(pinErr)))
+		}
+	}
+	return c, err
+}
+
+// readConfig is loadConfig without a look at the pinned certificate: what is
+// wrong with that, `derpd pin --rotate` is there to mend.
+func readConfig(pairs []string) (*config, error) {
 	l, err := loadEnvironment(pairs)
 	p := &parser{loaded: l}
 	if err != nil {
@@ -116,8 +128,6 @@ func loadConfig(pairs []string) (*config, error) {
 type parser struct {
 	*loaded
 	errs []error
-
-	certDirUsable bool
 }
 
 func (p *parser) fail(name, format string, args ...any) {
@@ -244,11 +254,10 @@ func (p *parser) yes(name, value string) bool {
 func (p *parser) directories(c *config) {
 	c.dataDir, c.certDir = p.DataDir, filepath.Join(p.DataDir, "certs")
 	usable := p.directory("DERP_DATA_DIR", c.dataDir)
+	c.certDirUsable = usable
 	if p.CertDir != "" {
 		c.certDir = p.CertDir
-		p.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
-	} else {
-		p.certDirUsable = usable
+		c.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
 	}
 	if usable {
 		if _, err := relay.LoadKey(c.nodeKeyFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -306,19 +315,12 @@ func (p *parser) certificates(c *config) {
 	if c.mode != modeLetsEncrypt {
 		p.unwanted(c.mode, "DERP_ACME_CA", "DERP_ACME_CA_ROOTS", "DERP_ACME_EMAIL", "DERP_ACME_EAB_KID", "DERP_ACME_EAB_KEY", "DERP_ACME_CHALLENGES")
 	}
-	c.pinFile = filepath.Join(c.certDir, "pinned.pem")
+	c.pinned = certs.PinnedConfig{Path: filepath.Join(c.certDir, "pinned.pem"), Names: c.domains}
 	switch c.mode {
 	case modeLetsEncrypt:
 		p.acme(c)
 	case modeManual:
 		p.manual(c)
-	case modePinned:
-		if !p.certDirUsable {
-			return
-		}
-		if _, err := certs.LoadPinned(c.pinFile, c.domains, time.Now()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			p.fail("DERP_CERT_DIR", "%w%s", err, secretHint(err))
-		}
 	}
 }
 
@@ -432,12 +434,10 @@ func (p *parser) manual(c *config) {
 			return
 		}
 	}
-	m, err := certs.LoadManual(certFile, keyFile, c.domains, nil, time.Now())
-	if err != nil {
+	c.manual = certs.ManualConfig{CertFile: certFile, KeyFile: keyFile, Names: c.domains}
+	if _, err := certs.LoadManual(c.manual); err != nil {
 		p.fail("DERP_CERT_FILE", "%w%s", err, secretHint(err))
-		return
 	}
-	c.manual = m
 }
 
 func (p *parser) admission(c *config) {

@@ -36,7 +36,7 @@ func pair(base, name string, when time.Time) setup {
 	return func(t *testing.T, dir string) {
 		t.Helper()
 		source := filepath.Join(t.TempDir(), "pair.pem")
-		if _, err := certs.LoadOrCreatePinned(source, []string{name}, when); err != nil && !strings.Contains(err.Error(), "expired") {
+		if err := certs.RotatePinned(certs.PinnedConfig{Path: source, Names: []string{name}}, when); err != nil {
 			t.Fatal(err)
 		}
 		data, err := os.ReadFile(source)
@@ -109,7 +109,9 @@ var badConfigurations = []struct {
 		"DERP_KEY_FILE: has no meaning when DERP_CERT_MODE is pinned; remove one of them",
 	}},
 	{env: "DERP_CERT_MODE=pinned DERP_ACME_EMAIL=me@example.com", want: []string{"DERP_ACME_EMAIL: has no meaning when DERP_CERT_MODE is pinned; remove one of them"}},
-	{env: "DERP_CERT_MODE=pinned DERP_CERT_DIR=$D", setup: file("pinned.pem", "nonsense"), want: []string{"DERP_CERT_DIR: pinned certificate $D/pinned.pem is damaged: tls: failed to find any PEM data in certificate input; restore it from a backup, or remove it to get a new one (its hash changes: paste the new map)"}},
+	{env: "DERP_CERT_MODE=pinned DERP_CERT_DIR=$D", setup: file("pinned.pem", "nonsense"), want: []string{"DERP_CERT_DIR: pinned certificate $D/pinned.pem is damaged: tls: failed to find any PEM data in certificate input; restore it from a backup, or make a new one with `derpd pin --rotate` and paste the new map"}},
+
+	{env: "DERP_CERT_MODE=pinned DERP_CERT_DIR=$D", setup: file("pinned.pem.pin", "sha256-raw:ab\n"), want: []string{"DERP_CERT_DIR: pinned certificate $D/pinned.pem is lost: clients expect sha256-raw:ab; restore it from a backup, or make a new one with `derpd pin --rotate` and paste the new map"}},
 
 	// letsencrypt.
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=letsencypt", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "letsencypt"`}},
@@ -307,7 +309,7 @@ func TestDropIn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.addr != ":8443" || c.httpAddr != ":8080" || c.stunAddr != ":3479" || c.mode != modeManual || c.manual == nil ||
+	if c.addr != ":8443" || c.httpAddr != ":8080" || c.stunAddr != ":3479" || c.mode != modeManual || c.manual.CertFile != filepath.Join(dir, "derp.example.com.crt") ||
 		!slices.Equal(c.sockets, []string{"/var/run/tailscale/tailscaled.sock"}) || !slices.Equal(c.verifyURLs, []string{"http://headscale:8080/verify"}) {
 		t.Errorf("got %+v", c)
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -12,8 +11,6 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
-	"strings"
-	"time"
 
 	"derpd/certs"
 	"derpd/relay/derpmap"
@@ -143,25 +140,18 @@ func (c *config) needsDiscovery() bool {
 // printMap is the command `derpd derpmap`. The running relay knows best; when
 // there is none, the map is made from the configuration and the data directory.
 func printMap(ctx context.Context, args, env []string, stdout, stderr io.Writer) error {
-	flags := flag.NewFlagSet("derpmap", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	format := flags.String("format", "policy", "one of "+strings.Join(derpmap.Formats, ", "))
-	if err := flags.Parse(args); err != nil {
-		return noStart{errQuiet}
-	}
-	if flags.NArg() > 0 {
-		return noStart{fmt.Errorf("derpmap: unexpected argument %q", flags.Arg(0))}
-	}
-	if _, err := derpmap.Format(*format, derpmap.New(derpmap.Node{}), nil); err != nil {
-		return noStart{fmt.Errorf("derpmap --format: %w", err)}
+	flags := newFlags("derpmap", stderr)
+	format := formatFlag(flags)
+	if err := parseFlags(flags, args); err != nil {
+		return err
 	}
 	c, err := loadConfig(env)
 	if err != nil {
 		return configError(err)
 	}
-	out, err := askRunning(ctx, c.admin, *format)
+	out, err := askRunning(ctx, c.admin, string(*format))
 	if err != nil {
-		out, err = mapOfStopped(ctx, c, *format)
+		out, err = mapOfStopped(ctx, c, string(*format))
 	}
 	if err != nil {
 		return err
@@ -174,7 +164,7 @@ func mapOfStopped(ctx context.Context, c *config, format string) ([]byte, error)
 	pin := ""
 	switch c.mode {
 	case modePinned:
-		m, err := certs.LoadPinned(c.pinFile, c.domains, time.Now())
+		m, err := certs.LoadPinned(c.pinned)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("no pinned certificate in %s yet: start the relay once, it makes one and prints the map", c.certDir)
 		}
@@ -183,7 +173,11 @@ func mapOfStopped(ctx context.Context, c *config, format string) ([]byte, error)
 		}
 		pin = m.Status().Pin
 	case modeManual:
-		pin = c.manual.Status().Pin
+		m, err := certs.LoadManual(c.manual)
+		if err != nil {
+			return nil, err
+		}
+		pin = m.Status().Pin
 	}
 	var f found
 	if c.needsDiscovery() {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"flag"
 	"fmt"
 	"io"
 	"strings"
@@ -9,14 +8,10 @@ import (
 
 // printEnvironment is the command `derpd env`.
 func printEnvironment(args, env []string, stdout, stderr io.Writer) error {
-	flags := flag.NewFlagSet("env", flag.ContinueOnError)
-	flags.SetOutput(stderr)
+	flags := newFlags("env", stderr)
 	example := flags.Bool("example", false, "print an environment file to fill in")
-	if err := flags.Parse(args); err != nil {
-		return noStart{errQuiet}
-	}
-	if flags.NArg() > 0 {
-		return noStart{fmt.Errorf("env: unexpected argument %q", flags.Arg(0))}
+	if err := parseFlags(flags, args); err != nil {
+		return err
 	}
 	if *example {
 		_, err := io.WriteString(stdout, exampleFile())

@@ -35,6 +35,8 @@ const usage = `usage: derpd [command]
 
   (none), serve   run the relay
   derpmap         print what to paste: --format policy | headscale | json
+  pin             print the pinned certificate's hash and end
+                  --rotate makes a new certificate, and prints the new map
   env             print the configuration in force, without secrets
                   --example prints a file to fill in
   healthcheck     ask the running relay whether it is ready
@@ -70,6 +72,8 @@ func run(ctx context.Context, start time.Time, args, env []string, stdout, stder
 		return serve(ctx, start, args, env, stdout, stderr)
 	case "derpmap":
 		return printMap(ctx, args, env, stdout, stderr)
+	case "pin":
+		return pin(ctx, args, env, stdout, stderr)
 	case "env":
 		return printEnvironment(args, env, stdout, stderr)
 	case "healthcheck":

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
@@ -143,18 +144,26 @@ func (n *node) certificates(ctx context.Context) (certs.Manager, error) {
 	c := n.config
 	switch c.mode {
 	case modeManual:
-		return c.manual, nil
+		manual := c.manual
+		manual.Log = n.log
+		m, err := certs.LoadManual(manual)
+		if err != nil {
+			return nil, fmt.Errorf("DERP_CERT_FILE: %w", err)
+		}
+		return m, nil
 	case modePinned:
-		names := slices.Clone(c.domains)
-		if _, err := certs.LoadPinned(c.pinFile, c.domains, time.Now()); err != nil {
+		pinned := c.pinned
+		pinned.Log = n.log
+		m, err := certs.LoadPinned(pinned)
+		if errors.Is(err, fs.ErrNotExist) {
 			// The certificate is made once, with every address that is
 			// known by then; later starts need not wait for the answer.
 			if err := n.findAddress(ctx); err != nil {
 				return nil, err
 			}
-			names = append(names, n.addresses()...)
+			pinned.Names = c.names(n.found)
+			m, err = certs.LoadOrCreatePinned(pinned)
 		}
-		m, err := certs.LoadOrCreatePinned(c.pinFile, names, time.Now())
 		if err != nil {
 			return nil, fmt.Errorf("DERP_CERT_DIR: %w", err)
 		}
@@ -174,11 +183,12 @@ func (n *node) certificates(ctx context.Context) (certs.Manager, error) {
 	return nil, nil
 }
 
-// addresses are all that this node is known by, besides its domains.
-func (n *node) addresses() []string {
-	var list []string
-	for _, s := range []string{n.config.node.IPv4, n.config.node.IPv6, n.found.v4.String(), n.found.v6.String()} {
-		if _, err := netip.ParseAddr(s); err == nil && !slices.Contains(append(list, n.config.domains...), s) {
+// names are all that this node is known by: domains, and addresses given or
+// found.
+func (c *config) names(f found) []string {
+	list := slices.Clone(c.domains)
+	for _, s := range []string{c.node.IPv4, c.node.IPv6, f.v4.String(), f.v6.String()} {
+		if _, err := netip.ParseAddr(s); err == nil && !slices.Contains(list, s) {
 			list = append(list, s)
 		}
 	}
@@ -422,12 +432,11 @@ func (n *node) checkListeners(ctx context.Context) healthz.Result {
 	return healthz.Okf("%s", strings.Join(up, ", "))
 }
 
-const (
-	// certificateWarning is when health begins to mention the end of a
-	// certificate that nothing here renews.
-	certificateWarning = 14 * 24 * time.Hour
-	day                = 24 * time.Hour
-)
+const day = 24 * time.Hour
+
+// expiryWarning is when health begins to mention the end of a certificate that
+// nothing here renews. A new pinned one needs every client's map changed.
+var expiryWarning = map[string]time.Duration{modeManual: 14 * day, modePinned: 90 * day}
 
 func (n *node) checkCertificate(context.Context) healthz.Result {
 	s := n.certs.Status()
@@ -444,9 +453,11 @@ func (n *node) checkCertificate(context.Context) healthz.Result {
 	case left <= 0:
 		return healthz.Failf("%s expired on %s", strings.Join(names, " "), s.Leaf.NotAfter.Format(time.DateOnly))
 	case s.Err != nil:
-		return healthz.Warnf("%s; renewing it failed: %v", line, s.Err)
-	case n.config.mode == modeManual && left < certificateWarning:
-		return healthz.Warnf("%s: renew the files", line)
+		return healthz.Warnf("%s; %v", line, s.Err)
+	case left < expiryWarning[n.config.mode] && n.config.mode == modeManual:
+		return healthz.Warnf("%s; renew the files", line)
+	case left < expiryWarning[n.config.mode]:
+		return healthz.Warnf("%s; make a new one with `derpd pin --rotate` and paste the new map", line)
 	}
 	return healthz.Okf("%s", line)
 }

@@ -11,8 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -166,24 +164,12 @@ func dialWebSocket(t *testing.T, n *testNode, roots *x509.CertPool) webSocketCli
 
 func TestManual(t *testing.T) {
 	dir := t.TempDir()
-	// A pinned file holds a self-signed pair, which manual mode takes too.
-	m, err := certs.LoadOrCreatePinned(filepath.Join(dir, "pinned.pem"), []string{"derp.example.com"}, time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"derp.example.com.crt", "derp.example.com.key"} {
-		data, err := os.ReadFile(filepath.Join(dir, "pinned.pem"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	// A self-signed pair, both halves in both files.
+	pair("derp.example.com", "derp.example.com", time.Now())(t, dir)
 	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR="+dir))
 	r := region(t, parsePolicy(t, n.printed))
-	if r.Nodes[0].CertName != m.Status().Pin {
-		t.Errorf("CertName %q, want the pin of the self-signed file", r.Nodes[0].CertName)
+	if want := certs.Pin(n.certs.Status().Leaf); r.Nodes[0].CertName != want {
+		t.Errorf("CertName %q, want %q: the file is self-signed", r.Nodes[0].CertName, want)
 	}
 	exchangeOver(t, r, nil)
 }
