@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"net"
 	"net/http"
 	"sync"
@@ -152,7 +153,7 @@ func (a *ACME) onEvent(_ context.Context, event string, data map[string]any) err
 	switch event {
 	case "cert_failed":
 		if err, ok := data["error"].(error); ok {
-			a.err.Store(&errorValue{err})
+			a.failed(explain(fmt.Sprint(data["identifier"]), err))
 		}
 	case "cert_obtained":
 		a.err.Store(nil)
@@ -166,6 +167,15 @@ func (a *ACME) onEvent(_ context.Context, event string, data map[string]any) err
 		}
 	}
 	return nil
+}
+
+// failed keeps the error for health, and logs it unless it is the one that was
+// logged last: the authority is asked again and again.
+func (a *ACME) failed(err error) {
+	if last := a.err.Swap(&errorValue{err}); last != nil && last.Error() == err.Error() {
+		return
+	}
+	a.config.Log.Warn().Err(err).Msg("certificate not obtained")
 }
 
 // GetCertificate implements [Manager].

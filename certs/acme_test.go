@@ -4,9 +4,13 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -81,7 +85,7 @@ func TestACMEObtains(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			authority := acmetest.Start(t)
 			l := listen(t)
-			authority.Validate(portOf(l.http), portOf(l.https))
+			authority.Validate(t, portOf(l.http), portOf(l.https))
 			c := certs.ACMEConfig{
 				Names: tt.names, Directory: authority.Directory, Roots: authority.ServerRoots,
 				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
@@ -125,7 +129,7 @@ func TestACMEObtains(t *testing.T) {
 func TestACMERestartUsesStoredCertificate(t *testing.T) {
 	authority := acmetest.Start(t)
 	l := listen(t)
-	authority.Validate(portOf(l.http), portOf(l.https))
+	authority.Validate(t, portOf(l.http), portOf(l.https))
 	c := certs.ACMEConfig{
 		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 		ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.Nop(),
@@ -144,4 +148,106 @@ func TestACMERestartUsesStoredCertificate(t *testing.T) {
 	if !slices.Equal(first, m.Status().Leaf.Raw) {
 		t.Error("the restart did not use the stored certificate")
 	}
+}
+
+// What goes wrong is told in the authority's words, with the likely cause, in
+// the status and once in the log.
+func TestACMERefused(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		config func(t *testing.T, authority *acmetest.CA, c *certs.ACMEConfig, l listeners)
+		want   []string
+	}{
+		{"the port is closed", func(t *testing.T, authority *acmetest.CA, _ *certs.ACMEConfig, l listeners) {
+			t.Helper()
+			closed := listen(t)
+			_ = closed.http.Close()
+			authority.Validate(t, portOf(closed.http), portOf(l.https))
+		}, []string{"derp.example.com: the authority says", "(connection): it could not connect: open TCP 80"}},
+		{"another server answers", func(t *testing.T, authority *acmetest.CA, _ *certs.ACMEConfig, l listeners) {
+			t.Helper()
+			other := httptest.NewServer(http.NotFoundHandler())
+			t.Cleanup(other.Close)
+			authority.Validate(t, portOf(other.Listener), portOf(l.https))
+		}, []string{"(unauthorized): something else answered: DNS points to another machine"}},
+		{"no account binding", func(t *testing.T, authority *acmetest.CA, _ *certs.ACMEConfig, l listeners) {
+			t.Helper()
+			authority.ExternalAccounts = map[string]string{"kid-1": macKey}
+			authority.Validate(t, portOf(l.http), portOf(l.https))
+		}, []string{"set DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY"}},
+		{"a wrong account binding", func(t *testing.T, authority *acmetest.CA, c *certs.ACMEConfig, l listeners) {
+			t.Helper()
+			authority.ExternalAccounts = map[string]string{"kid-1": macKey}
+			c.EABKeyID, c.EABKey = "kid-1", strings.Repeat("REVG", 11)
+			authority.Validate(t, portOf(l.http), portOf(l.https))
+		}, []string{"it does not take this account: see DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY"}},
+		{"the authority is down", func(_ *testing.T, _ *acmetest.CA, c *certs.ACMEConfig, _ listeners) {
+			c.Directory = "https://127.0.0.1:1/dir"
+		}, []string{"the authority cannot be reached from here: dial tcp 127.0.0.1:1: connect: connection refused"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			authority := acmetest.Start(t)
+			l := listen(t)
+			var log lockedBuffer
+			c := certs.ACMEConfig{
+				Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
+				ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.New(&log).Level(zerolog.InfoLevel),
+			}
+			tt.config(t, authority, &c, l)
+			m := certs.NewACME(c)
+			serveChallenges(t, m, l)
+			deadline, tick := time.After(30*time.Second), time.NewTicker(10*time.Millisecond)
+			defer tick.Stop()
+			for errors.Is(m.Status().Err, certs.ErrNone) {
+				select {
+				case <-deadline:
+					t.Fatal("no failure is reported")
+				case <-tick.C:
+				}
+			}
+			said := m.Status().Err.Error()
+			for _, want := range tt.want {
+				if !strings.Contains(said, want) {
+					t.Errorf("the status says %q, want %q in it", said, want)
+				}
+			}
+			if n := strings.Count(log.String(), `"message":"certificate not obtained"`); n != 1 {
+				t.Errorf("logged %d times, want once:\n%s", n, log.String())
+			}
+		})
+	}
+}
+
+// macKey is 33 bytes, base64url.
+var macKey = strings.Repeat("QUJD", 11)
+
+func TestACMEExternalAccount(t *testing.T) {
+	authority := acmetest.Start(t)
+	authority.ExternalAccounts = map[string]string{"kid-1": macKey}
+	l := listen(t)
+	authority.Validate(t, portOf(l.http), portOf(l.https))
+	m := certs.NewACME(certs.ACMEConfig{
+		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots, EABKeyID: "kid-1", EABKey: macKey,
+		ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.Nop(),
+	})
+	serveChallenges(t, m, l)
+	waitReady(t, m)
+}
+
+// lockedBuffer takes a log from several goroutines.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
 }

@@ -8,8 +8,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// zapLogger writes certmagic's log to log. What certmagic calls information is
-// detail here; its errors are warnings, since it tries again by itself.
+// zapLogger writes certmagic's log to log, as detail: what an operator must
+// know, acme.go says itself, once and in the authority's words.
 func zapLogger(log zerolog.Logger) *zap.Logger {
 	return zap.New(zapCore{log: log.With().Str("component", "certmagic").Logger()})
 }
@@ -21,15 +21,8 @@ type zapCore struct {
 // clientFields name the address of whoever connects; it stays out of the log.
 var clientFields = []string{"remote", "remote_addr", "remote_ip", "remote_port"}
 
-func level(l zapcore.Level) zerolog.Level {
-	if l >= zapcore.WarnLevel {
-		return zerolog.WarnLevel
-	}
-	return zerolog.DebugLevel
-}
-
 // Enabled implements [zapcore.LevelEnabler].
-func (c zapCore) Enabled(l zapcore.Level) bool { return level(l) >= c.log.GetLevel() }
+func (c zapCore) Enabled(zapcore.Level) bool { return c.log.GetLevel() <= zerolog.DebugLevel }
 
 // With implements [zapcore.Core].
 func (c zapCore) With(fields []zapcore.Field) zapcore.Core {
@@ -46,7 +39,7 @@ func (c zapCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Check
 
 // Write implements [zapcore.Core].
 func (c zapCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	event := c.log.WithLevel(level(e.Level)).Fields(encode(fields))
+	event := c.log.Debug().Stringer("certmagic_level", e.Level).Fields(encode(fields))
 	if e.LoggerName != "" {
 		event = event.Str("logger", e.LoggerName)
 	}

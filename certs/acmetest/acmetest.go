@@ -34,6 +34,11 @@ type CA struct {
 	ServerRoots *x509.CertPool
 	RootsFile   string
 
+	// ExternalAccounts are key IDs and their MAC keys, base64url, without
+	// which no account is opened (RFC 8555 §7.3.4). Set it before Validate;
+	// none means that anybody may.
+	ExternalAccounts map[string]string
+
 	dns     string
 	handler http.Handler
 	issued  *ca.CAImpl
@@ -70,7 +75,8 @@ func Start(t *testing.T) *CA {
 // Validate lets requests through, and says on which ports the authority finds
 // the challenges. The caller learns them only once its listeners are bound,
 // and its first request may come before that.
-func (c *CA) Validate(httpPort, tlsPort int) {
+func (c *CA) Validate(t *testing.T, httpPort, tlsPort int) {
+	t.Helper()
 	c.once.Do(func() {
 		quiet := log.New(io.Discard, "", 0)
 		store := db.NewMemoryStore()
@@ -79,7 +85,12 @@ func (c *CA) Validate(httpPort, tlsPort int) {
 			"shortlived": {Description: "six days", ValidityPeriod: 6 * 24 * 3600},
 		})
 		validation := va.New(quiet, httpPort, tlsPort, false, c.dns, store)
-		front := wfe.New(quiet, store, validation, c.issued, nil, false, false, 1, 1)
+		for id, key := range c.ExternalAccounts {
+			if err := store.AddExternalAccountKeyByID(id, key); err != nil {
+				t.Error(err)
+			}
+		}
+		front := wfe.New(quiet, store, validation, c.issued, nil, false, len(c.ExternalAccounts) > 0, 1, 1)
 		c.handler = front.Handler()
 		close(c.serving)
 	})

@@ -78,7 +78,7 @@ func TestLetsEncrypt(t *testing.T) {
 				if report := n.health.Report(t.Context()); report.Ready || !strings.Contains(report.Cause, "waiting for derp.example.com") {
 					t.Errorf("health without a certificate: %s", report)
 				}
-				authority.Validate(port(n.listeners.http.Addr()), port(n.listeners.https.Addr()))
+				authority.Validate(t, port(n.listeners.http.Addr()), port(n.listeners.https.Addr()))
 			})
 			r := region(t, parsePolicy(t, n.printed))
 			if r.Nodes[0].CertName != "" || r.Nodes[0].HostName != "derp.example.com" {
