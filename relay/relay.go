@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/rs/zerolog"
 	"tailscale.com/derp/derpserver"
@@ -119,17 +120,19 @@ func RedirectHandler(httpsPort int) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
 	mux.Handle("/", readOnly(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		host := r.Host
-		if h, _, err := net.SplitHostPort(host); err == nil {
-			host = h
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = strings.Trim(r.Host, "[]") // without a port
 		}
-		if httpsPort != 443 {
-			host = net.JoinHostPort(host, strconv.Itoa(httpsPort))
+		if host == "" {
+			http.Error(w, "missing Host", http.StatusBadRequest)
+			return
 		}
-		// The path came through the request parser; the scheme is fixed, so
-		// a client can be sent nowhere but to the host it named itself.
+		// The scheme is fixed, so a client can be sent nowhere but to the
+		// host that it named itself.
 		target := *r.URL
-		target.Scheme, target.Host = "https", host
+		target.Scheme = "https"
+		target.Host = strings.TrimSuffix(net.JoinHostPort(host, strconv.Itoa(httpsPort)), ":443")
 		http.Redirect(w, r, target.String(), http.StatusFound)
 	})))
 	return mux

@@ -155,6 +155,30 @@ func TestHome(t *testing.T) {
 	}
 }
 
+func TestRedirect(t *testing.T) {
+	for _, tt := range []struct {
+		host string
+		port int
+		want string
+	}{
+		{"derp.example.com", 443, "https://derp.example.com/a?b=c"},
+		{"derp.example.com:80", 443, "https://derp.example.com/a?b=c"},
+		{"derp.example.com", 8443, "https://derp.example.com:8443/a?b=c"},
+		{"203.0.113.7:8080", 8443, "https://203.0.113.7:8443/a?b=c"},
+		{"[2001:db8::7]", 443, "https://[2001:db8::7]/a?b=c"},
+		{"[2001:db8::7]:80", 8443, "https://[2001:db8::7]:8443/a?b=c"},
+		{"", 443, ""},
+	} {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/a?b=c", http.NoBody)
+		r.Host = tt.host
+		w := httptest.NewRecorder()
+		relay.RedirectHandler(tt.port).ServeHTTP(w, r)
+		if got := w.Header().Get("Location"); got != tt.want {
+			t.Errorf("%s to port %d: %d %q, want %q", tt.host, tt.port, w.Code, got, tt.want)
+		}
+	}
+}
+
 // localhost is in every machine's hosts file.
 func TestBootstrapDNS(t *testing.T) {
 	b := relay.NewBootstrapDNS([]string{"localhost"}, zerolog.Nop())
