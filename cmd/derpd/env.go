@@ -17,14 +17,14 @@ func printEnvironment(args, env []string, stdout, stderr io.Writer) error {
 		_, err := io.WriteString(stdout, exampleFile())
 		return err
 	}
-	l, loadErr := loadEnvironment(env)
+	l, _ := loadEnvironment(env) // what is wrong, loadConfig says with the rest
 	if _, err := io.WriteString(stdout, l.effective()); err != nil {
 		return err
 	}
 	if _, err := loadConfig(env); err != nil {
 		return configError(err)
 	}
-	return loadErr
+	return nil
 }
 
 // effective lists every variable with its value and where that came from.

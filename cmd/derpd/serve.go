@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -358,6 +357,9 @@ func (n *node) announceStart() {
 	for _, w := range c.warnings {
 		n.log.Warn().Str("warning", w).Msg("configuration")
 	}
+	if lostWithContainer("/", c.dataDir) {
+		n.log.Warn().Str("dir", c.dataDir).Msg("the data directory is no volume: node key and certificates are lost with this container")
+	}
 	switch {
 	case n.gate != nil:
 		n.log.Info().Strs("sources", n.gate.Sources()).Msg("only admitted nodes may use this relay")
@@ -396,130 +398,6 @@ func (n *node) stop(ctx context.Context) error {
 	_ = n.admin.Close()
 	n.listeners.close()
 	return nil
-}
-
-// checks are the parts of health, in the order of causes.
-func (n *node) checks() []healthz.Check {
-	list := []healthz.Check{{Name: "listeners", Run: n.checkListeners}}
-	if n.certs != nil {
-		list = append(list, healthz.Check{Name: "certificate", Run: n.checkCertificate})
-	}
-	list = append(list, healthz.Check{Name: "derp", Run: n.checkDERP})
-	if n.stun != nil {
-		list = append(list, healthz.Check{Name: "stun", Run: n.checkSTUN})
-	}
-	return append(list, healthz.Check{Name: "admission", Run: n.checkAdmission})
-}
-
-// checkListeners connects to each TCP listener; STUN and DERP have checks of
-// their own.
-func (n *node) checkListeners(ctx context.Context) healthz.Result {
-	var up []string
-	for _, l := range []struct {
-		name string
-		ln   net.Listener
-	}{{"https", n.listeners.https}, {"http", n.listeners.http}} {
-		if l.ln == nil {
-			continue
-		}
-		conn, err := new(net.Dialer).DialContext(ctx, "tcp", loopback(l.ln.Addr()).String())
-		if err != nil {
-			return healthz.Failf("%s on %s: %v", l.name, l.ln.Addr(), err)
-		}
-		_ = conn.Close()
-		up = append(up, fmt.Sprintf("%s %s", l.name, l.ln.Addr()))
-	}
-	return healthz.Okf("%s", strings.Join(up, ", "))
-}
-
-const day = 24 * time.Hour
-
-// expiryWarning is when health begins to mention the end of a certificate that
-// nothing here renews. A new pinned one needs every client's map changed.
-var expiryWarning = map[string]time.Duration{modeManual: 14 * day, modePinned: 90 * day}
-
-func (n *node) checkCertificate(context.Context) healthz.Result {
-	s := n.certs.Status()
-	if s.Leaf == nil {
-		return healthz.Failf("waiting for %s: %v", strings.Join(n.config.domains, ", "), s.Err)
-	}
-	names := slices.Clone(s.Leaf.DNSNames)
-	for _, ip := range s.Leaf.IPAddresses {
-		names = append(names, ip.String())
-	}
-	left := time.Until(s.Leaf.NotAfter)
-	line := fmt.Sprintf("%s, %s, %d days left", n.config.mode, strings.Join(names, " "), int(left/day))
-	switch {
-	case left <= 0:
-		return healthz.Failf("%s expired on %s", strings.Join(names, " "), s.Leaf.NotAfter.Format(time.DateOnly))
-	case s.Err != nil:
-		return healthz.Warnf("%s; %v", line, s.Err)
-	case left < expiryWarning[n.config.mode] && n.config.mode == modeManual:
-		return healthz.Warnf("%s; renew the files", line)
-	case left < expiryWarning[n.config.mode]:
-		return healthz.Warnf("%s; make a new one with `derpd pin --rotate` and paste the new map", line)
-	}
-	return healthz.Okf("%s", line)
-}
-
-func (n *node) checkDERP(ctx context.Context) healthz.Result {
-	probe := healthz.DERPProbe{
-		URL: "http://localhost/derp",
-		Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", loopback(n.listeners.https.Addr()).String())
-		},
-		Key: n.probe,
-	}
-	if n.certs != nil {
-		probe.Leaf = n.certs.Status().Leaf
-		if probe.Leaf == nil {
-			return healthz.Failf("waiting for a certificate")
-		}
-		probe.URL = "https://" + urlHost(probe.Leaf.DNSNames, n.config.domains) + "/derp"
-	}
-	took, err := probe.Run(ctx)
-	if err != nil {
-		return healthz.Failf("handshake through %s: %v", n.listeners.https.Addr(), err)
-	}
-	return healthz.Okf("handshake in %s", took.Round(100*time.Microsecond))
-}
-
-// urlHost is a host that the certificate covers: the one that clients dial, if
-// it is a name. An address is sent without SNI, so any will do.
-func urlHost(dnsNames, domains []string) string {
-	if len(domains) > 0 && net.ParseIP(domains[0]) == nil {
-		return domains[0]
-	}
-	if len(dnsNames) > 0 {
-		return dnsNames[0]
-	}
-	return "127.0.0.1"
-}
-
-func (n *node) checkSTUN(ctx context.Context) healthz.Result {
-	if !n.stun.Open() {
-		return healthz.Failf("closed until the relay can serve clients")
-	}
-	took, err := healthz.STUN(ctx, loopback(n.listeners.stun.LocalAddr()))
-	if err != nil {
-		return healthz.Failf("round trip through %s: %v", n.listeners.stun.LocalAddr(), err)
-	}
-	return healthz.Okf("round trip in %s", took.Round(10*time.Microsecond))
-}
-
-func (n *node) checkAdmission(context.Context) healthz.Result {
-	if n.gate == nil {
-		return healthz.Warnf("open: anybody who finds this relay can use it; set DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL or DERP_VERIFY_CLIENTS=true")
-	}
-	if down := n.gate.Down(); len(down) > 0 {
-		var list []string
-		for name, err := range down {
-			list = append(list, fmt.Sprintf("%s: %v", name, err))
-		}
-		slices.Sort(list)
-		return healthz.Warnf("%d of %d sources cannot tell who may connect: %s", len(down), len(n.gate.Sources()), strings.Join(list, "; "))
-	}
-	return healthz.Okf("%s", strings.Join(n.gate.Sources(), ", "))
 }
 
 // serveMap answers `derpd derpmap`.
