@@ -1,7 +1,6 @@
 package certs_test
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -48,18 +47,12 @@ func serveChallenges(t *testing.T, m *certs.ACME, l listeners) {
 	}
 	go func() { _ = servers[0].Serve(tls.NewListener(l.https, config)) }()
 	go func() { _ = servers[1].Serve(l.http) }()
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- m.Run(ctx) }()
 	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run: %v", err)
-		}
 		for _, s := range servers {
 			_ = s.Close()
 		}
 	})
+	runManager(t, m)
 }
 
 func waitReady(t *testing.T, m certs.Manager) {

@@ -23,6 +23,20 @@ type served struct {
 	roots *x509.CertPool
 }
 
+// runManager runs m until the end of the test.
+func runManager(t *testing.T, m certs.Manager) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 func serve(t *testing.T, m certs.Manager, roots *x509.CertPool) served {
 	t.Helper()
 	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -42,16 +56,8 @@ func serve(t *testing.T, m certs.Manager, roots *x509.CertPool) served {
 			}()
 		}
 	}()
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- m.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run: %v", err)
-		}
-		_ = ln.Close()
-	})
+	t.Cleanup(func() { _ = ln.Close() })
+	runManager(t, m)
 	return served{m, ln.Addr().String(), roots}
 }
 

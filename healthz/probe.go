@@ -78,6 +78,20 @@ func STUN(ctx context.Context, addr netip.AddrPort) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
+	seen, took, err := AskSTUN(ctx, conn)
+	if err != nil {
+		return 0, err
+	}
+	if self := conn.LocalAddr().(*net.UDPAddr).AddrPort(); seen != netip.AddrPortFrom(self.Addr().Unmap(), self.Port()) {
+		return 0, fmt.Errorf("the answer names %s, the request came from %s", seen, self)
+	}
+	return took, nil
+}
+
+// AskSTUN sends binding requests (RFC 8489) over conn until one is answered,
+// since UDP may be lost, or ctx ends. It returns the address that the server
+// sees and the round trip time, and closes conn.
+func AskSTUN(ctx context.Context, conn net.Conn) (seen netip.AddrPort, took time.Duration, err error) {
 	defer func() { _ = conn.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
@@ -87,26 +101,21 @@ func STUN(ctx context.Context, addr netip.AddrPort) (time.Duration, error) {
 	for ctx.Err() == nil {
 		start := time.Now()
 		if _, err := conn.Write(stun.Request(tx)); err != nil {
-			return 0, err
+			return seen, 0, err
 		}
 		if err := conn.SetReadDeadline(start.Add(stunRetry)); err != nil {
-			return 0, err
+			return seen, 0, err
 		}
 		n, err := conn.Read(buf)
 		if err != nil {
 			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() || ctx.Err() != nil {
 				continue
 			}
-			return 0, err
+			return seen, 0, err
 		}
-		got, seen, err := stun.ParseResponse(buf[:n])
-		if err != nil || got != tx {
-			continue
+		if got, addr, err := stun.ParseResponse(buf[:n]); err == nil && got == tx {
+			return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()), time.Since(start), nil
 		}
-		if self := conn.LocalAddr().(*net.UDPAddr).AddrPort(); seen.Port() != self.Port() || seen.Addr().Unmap() != self.Addr().Unmap() {
-			return 0, fmt.Errorf("the answer names %s, the request came from %s", seen, self)
-		}
-		return time.Since(start), nil
 	}
-	return 0, fmt.Errorf("no answer from %s: %w", addr, context.Cause(ctx))
+	return seen, 0, fmt.Errorf("no answer from %s: %w", conn.RemoteAddr(), context.Cause(ctx))
 }

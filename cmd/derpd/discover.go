@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"time"
 
-	"tailscale.com/net/stun"
+	"derpd/healthz"
 )
 
 // discoveryTimeout bounds the question for the public address.
@@ -58,36 +58,18 @@ func publicAddress(ctx context.Context, network string, servers []string) netip.
 	return own
 }
 
-// askSTUN sends one server a binding request (RFC 8489), a few times, since
-// UDP may be lost.
+// askSTUN is this host's address as one server sees it; not valid without an
+// answer.
 func askSTUN(ctx context.Context, network, server string) netip.Addr {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, network, server)
+	conn, err := new(net.Dialer).DialContext(ctx, network, server)
 	if err != nil {
 		return netip.Addr{}
 	}
-	defer func() { _ = conn.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer stop()
-
-	tx := stun.NewTxID()
-	buf := make([]byte, 1500)
-	for ctx.Err() == nil {
-		if _, err := conn.Write(stun.Request(tx)); err != nil {
-			return netip.Addr{}
-		}
-		if conn.SetReadDeadline(time.Now().Add(discoveryTimeout/4)) != nil {
-			return netip.Addr{}
-		}
-		n, err := conn.Read(buf)
-		if err != nil {
-			continue
-		}
-		if got, addr, err := stun.ParseResponse(buf[:n]); err == nil && got == tx {
-			return addr.Addr().Unmap()
-		}
+	seen, _, err := healthz.AskSTUN(ctx, conn)
+	if err != nil {
+		return netip.Addr{}
 	}
-	return netip.Addr{}
+	return seen.Addr()
 }
 
 // outbound is the address of the interface that leads out; no packet is sent.
