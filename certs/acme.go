@@ -47,6 +47,11 @@ type ACMEConfig struct {
 	ListenHost        string
 	HTTPPort, TLSPort int
 
+	// DNS proves names by DNS-01, nil if it may not. What the listeners
+	// can prove is then asked for only after DNS-01 has failed, and for
+	// addresses, which DNS cannot prove (RFC 8738 §7).
+	DNS *DNSConfig
+
 	Dir string // where accounts, keys and certificates are kept
 	Log zerolog.Logger
 }
@@ -98,6 +103,9 @@ func (a *ACME) Run(ctx context.Context) error {
 	state := &acmeState{cache: cache}
 	byName = make(map[string]*certmagic.Config)
 	for profile, subjects := range map[string][]string{"": names, shortlived: addresses} {
+		if len(subjects) == 0 {
+			continue
+		}
 		config := certmagic.New(cache, certmagic.Config{
 			Storage:           &certmagic.FileStorage{Path: a.config.Dir},
 			DefaultServerName: a.config.Names[0],
@@ -105,10 +113,13 @@ func (a *ACME) Run(ctx context.Context) error {
 			OnEvent:           a.onEvent,
 			Logger:            logger,
 		})
-		issuer := certmagic.NewACMEIssuer(config, a.issuer(profile))
-		issuer.Logger = logger
-		config.Issuers = []certmagic.Issuer{issuer}
-		state.issuers = append(state.issuers, issuer)
+		config.Issuers = nil
+		for _, template := range a.issuers(profile) {
+			issuer := certmagic.NewACMEIssuer(config, template)
+			issuer.Logger = logger
+			config.Issuers = append(config.Issuers, issuer)
+			state.issuers = append(state.issuers, issuer)
+		}
 		for _, subject := range subjects {
 			byName[subject] = config
 		}
@@ -125,7 +136,9 @@ func (a *ACME) Run(ctx context.Context) error {
 	return nil
 }
 
-func (a *ACME) issuer(profile string) certmagic.ACMEIssuer {
+// issuers are tried in their order. There are two because certmagic's issuer
+// proves either by DNS or by the listeners, never by both.
+func (a *ACME) issuers(profile string) []certmagic.ACMEIssuer {
 	c := a.config
 	issuer := certmagic.ACMEIssuer{
 		CA:                      c.Directory,
@@ -145,7 +158,15 @@ func (a *ACME) issuer(profile string) certmagic.ACMEIssuer {
 	if c.EABKeyID != "" {
 		issuer.ExternalAccount = &acme.EAB{KeyID: c.EABKeyID, MACKey: c.EABKey}
 	}
-	return issuer
+	if c.DNS == nil || profile == shortlived {
+		return []certmagic.ACMEIssuer{issuer}
+	}
+	byDNS := issuer
+	byDNS.DNS01Solver = c.DNS.solver(issuer.Logger)
+	if c.HTTPPort == 0 && c.TLSPort == 0 {
+		return []certmagic.ACMEIssuer{byDNS}
+	}
+	return []certmagic.ACMEIssuer{byDNS, issuer}
 }
 
 // onEvent follows what certmagic does; it must be quick.

@@ -24,7 +24,7 @@ import (
 	"github.com/letsencrypt/pebble/v2/wfe"
 )
 
-// CA is a running authority. Every DNS name resolves to 127.0.0.1 for it.
+// CA is a running authority.
 type CA struct {
 	// Directory is the URL of the ACME directory.
 	Directory string
@@ -46,26 +46,34 @@ type CA struct {
 	serving chan struct{} // closed when handler is set
 }
 
-// Start starts an authority, which answers only after Validate.
+// Start starts an authority, which answers only after Validate. Every DNS name
+// resolves to 127.0.0.1 for it.
 func Start(t *testing.T) *CA {
+	t.Helper()
+	return StartResolving(t, startDNS(t))
+}
+
+// StartResolving is Start with a DNS server (host:port, UDP and TCP) of the
+// caller's, so that DNS-01 can be tried.
+func StartResolving(t *testing.T, server string) *CA {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	t.Setenv("PEBBLE_WFE_NONCEREJECT", "0")
 
-	c := &CA{dns: startDNS(t), serving: make(chan struct{})}
-	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	c := &CA{dns: server, serving: make(chan struct{})}
+	front := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-c.serving:
 			c.handler.ServeHTTP(w, r)
 		case <-r.Context().Done():
 		}
 	}))
-	t.Cleanup(server.Close)
-	c.Directory = server.URL + wfe.DirectoryPath
+	t.Cleanup(front.Close)
+	c.Directory = front.URL + wfe.DirectoryPath
 	c.ServerRoots = x509.NewCertPool()
-	c.ServerRoots.AddCert(server.Certificate())
+	c.ServerRoots.AddCert(front.Certificate())
 	c.RootsFile = filepath.Join(t.TempDir(), "ca.pem")
-	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw})
 	if err := os.WriteFile(c.RootsFile, root, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
+	"github.com/caddyserver/certmagic"
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
@@ -56,6 +58,7 @@ type config struct {
 	acme     certs.ACMEConfig
 	acmeHTTP bool // whether HTTP-01 may be used
 	acmeTLS  bool // whether TLS-ALPN-01 may be used
+	acmeDNS  bool // whether DNS-01 may be used
 
 	sockets      []string // tailscaled sockets to ask
 	verifyURLs   []string
@@ -313,7 +316,11 @@ func (p *parser) certificates(c *config) {
 		p.unwanted(c.mode, "DERP_CERT_FILE", "DERP_KEY_FILE")
 	}
 	if c.mode != modeLetsEncrypt {
-		p.unwanted(c.mode, "DERP_ACME_CA", "DERP_ACME_CA_ROOTS", "DERP_ACME_EMAIL", "DERP_ACME_EAB_KID", "DERP_ACME_EAB_KEY", "DERP_ACME_CHALLENGES")
+		p.unwanted(c.mode, "DERP_ACME_CA", "DERP_ACME_CA_ROOTS", "DERP_ACME_EMAIL", "DERP_ACME_EAB_KID", "DERP_ACME_EAB_KEY", "DERP_ACME_CHALLENGES",
+			"DERP_DNS_PROVIDER", "DERP_DNS_RESOLVERS", "DERP_DNS_PROPAGATION_TIMEOUT", "DERP_DNS_DELEGATE")
+		for _, v := range credentialVariables() {
+			p.unwanted(c.mode, v.name)
+		}
 	}
 	c.pinned = certs.PinnedConfig{Path: filepath.Join(c.certDir, "pinned.pem"), Names: c.domains}
 	switch c.mode {
@@ -379,19 +386,136 @@ func (p *parser) acme(c *config) {
 			p.fail("DERP_ACME_EAB_KEY", "want base64, got something else")
 		}
 	}
-	for _, challenge := range splitList(p.Challenges) {
+	p.challenges(c)
+	p.dns(c)
+}
+
+func (p *parser) challenges(c *config) {
+	value := p.Challenges
+	if value == "" {
+		value = "http,tls-alpn"
+		if p.DNS != "" {
+			value = "dns"
+		}
+	}
+	for _, challenge := range splitList(value) {
 		switch challenge {
 		case "http":
 			c.acmeHTTP = true
 		case "tls-alpn":
 			c.acmeTLS = true
+		case "dns":
+			c.acmeDNS = true
 		default:
-			p.fail("DERP_ACME_CHALLENGES", "want http, tls-alpn or both, got %q", challenge)
+			p.fail("DERP_ACME_CHALLENGES", "want http, tls-alpn, dns or several of them, got %q", challenge)
 		}
 	}
 	if c.acmeHTTP && !c.acmeTLS && c.httpAddr == "" {
 		p.fail("DERP_ACME_CHALLENGES", "http needs the plain HTTP listener, but DERP_HTTP_PORT is -1")
 	}
+	if !c.acmeDNS || c.acmeHTTP || c.acmeTLS {
+		return
+	}
+	for _, name := range c.domains {
+		if net.ParseIP(name) != nil {
+			p.fail("DERP_DOMAIN", "want names alone, since DNS cannot prove an address (RFC 8738), got %q; add http or tls-alpn to DERP_ACME_CHALLENGES, or leave the address out", name)
+		}
+	}
+}
+
+// dns reads what DNS-01 wants.
+func (p *parser) dns(c *config) {
+	switch {
+	case p.DNS == "":
+		if c.acmeDNS {
+			p.fail("DERP_ACME_CHALLENGES", "dns needs the provider of the domain's DNS: set DERP_DNS_PROVIDER")
+		}
+		for _, name := range []string{"DERP_DNS_RESOLVERS", "DERP_DNS_PROPAGATION_TIMEOUT", "DERP_DNS_DELEGATE"} {
+			if p.given[name] {
+				p.fail(name, "has no meaning without DERP_DNS_PROVIDER; set that, or remove this")
+			}
+		}
+	case !c.acmeDNS:
+		p.fail("DERP_DNS_PROVIDER", "has no meaning when DERP_ACME_CHALLENGES is %s; add dns there, or remove one of them", p.Challenges)
+	}
+	config := &certs.DNSConfig{Resolvers: splitList(p.DNSResolvers), Delegate: strings.TrimSuffix(p.DNSDelegate, ".")}
+	config.Provider = p.dnsProvider()
+	for _, server := range config.Resolvers {
+		if !certs.IsHostPort(server) {
+			p.fail("DERP_DNS_RESOLVERS", "want DNS servers as HOST:PORT, comma-separated, got %q", server)
+		}
+	}
+	var err error
+	if config.PropagationTimeout, err = time.ParseDuration(p.DNSTimeout); err != nil || config.PropagationTimeout < 0 {
+		p.fail("DERP_DNS_PROPAGATION_TIMEOUT", "want a duration such as 2m or 90s, got %q", p.DNSTimeout)
+	}
+	if config.Delegate != "" && !recordName.MatchString(config.Delegate) {
+		p.fail("DERP_DNS_DELEGATE", "want the DNS name to which _acme-challenge of each domain is a CNAME, got %q", p.DNSDelegate)
+	}
+	if c.acmeDNS {
+		c.acme.DNS = config
+	}
+}
+
+// recordName is hostName with the underscores that names of records may have.
+var recordName = regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?$`)
+
+// dnsProvider makes the provider, or nil if something is missing. Credentials
+// of another one are refused: whoever set them expects that one to be used.
+func (p *parser) dnsProvider() certmagic.DNSProvider {
+	chosen := slices.IndexFunc(certs.DNSProviders, func(d certs.DNSProvider) bool { return d.Name == p.DNS })
+	if chosen == -1 && p.DNS != "" {
+		p.fail("DERP_DNS_PROVIDER", "want %s, got %q", providerNames(), p.DNS)
+		return nil
+	}
+	for _, v := range credentialVariables() {
+		switch {
+		case !p.given[v.name] || v.provider == p.DNS:
+		case p.DNS == "":
+			p.fail(v.name, "has no meaning without DERP_DNS_PROVIDER=%s; set that, or remove this", v.provider)
+		default:
+			p.fail(v.name, "has no meaning when DERP_DNS_PROVIDER is %s; remove one of them", p.DNS)
+		}
+	}
+	if chosen == -1 {
+		return nil
+	}
+	provider := certs.DNSProviders[chosen]
+	if !provider.Included() {
+		p.fail("DERP_DNS_PROVIDER", "%s is not in this build, since it adds megabytes; build derpd with `-tags %s`", provider.Name, provider.Tag)
+		return nil
+	}
+	values := make(map[string]string)
+	before := len(p.errs)
+	for _, credential := range provider.Credentials {
+		name := credentialName(provider.Name, credential.Field)
+		value := p.credentials[name]
+		values[credential.Field] = value
+		_, unreadable := p.fromFile[name] // and then already reported
+		switch {
+		case value == "" && credential.Required && !unreadable:
+			p.fail(name, "want a value (%s), since DERP_DNS_PROVIDER is %s; got nothing", credential.English, provider.Name)
+		case value == "" || credential.Valid(value):
+		case credential.Secret:
+			p.fail(name, "want %s, got something else", credential.Want)
+		default:
+			p.fail(name, "want %s, got %q", credential.Want, value)
+		}
+	}
+	if len(p.errs) > before {
+		return nil
+	}
+	return provider.New(values)
+}
+
+// providerNames lists the DNS providers, for a message.
+func providerNames() string {
+	var names []string
+	for _, d := range certs.DNSProviders {
+		names = append(names, d.Name)
+	}
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " or " + names[last]
 }
 
 // eabKey brings a MAC key into the base64url form that RFC 8555 wants; some

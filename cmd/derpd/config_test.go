@@ -122,8 +122,46 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KEY=c2VjcmV0", want: []string{"DERP_ACME_EAB_KID: want the ID that belongs to DERP_ACME_EAB_KEY, got nothing"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KID=kid DERP_ACME_EAB_KEY=se!cret", want: []string{"DERP_ACME_EAB_KEY: want base64, got something else"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_CERT_MODE=gcp", want: []string{"DERP_ACME_EAB_KID: Google's authority wants an external account binding; make one with `gcloud publicca external-account-keys create`"}},
-	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http,smtp", want: []string{`DERP_ACME_CHALLENGES: want http, tls-alpn or both, got "smtp"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http,smtp", want: []string{`DERP_ACME_CHALLENGES: want http, tls-alpn, dns or several of them, got "smtp"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_HTTP_PORT=-1", want: []string{"DERP_ACME_CHALLENGES: http needs the plain HTTP listener, but DERP_HTTP_PORT is -1"}},
+
+	// DNS-01.
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=cloudfare", want: []string{`DERP_DNS_PROVIDER: want acmedns, alidns, cloudflare, desec, digitalocean, duckdns, gandi, godaddy, hetzner, namecheap, ovh, porkbun, rfc2136, route53 or tencentcloud, got "cloudfare"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=cloudflare", want: []string{"DERP_DNS_CLOUDFLARE_API_TOKEN: want a value (API token (not the global key) that may edit the zone's DNS), since DERP_DNS_PROVIDER is cloudflare; got nothing"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=tencentcloud", want: []string{
+		"DERP_DNS_TENCENTCLOUD_SECRET_ID: want a value (SecretId of a CAM user with QcloudDNSPodFullAccess), since DERP_DNS_PROVIDER is tencentcloud; got nothing",
+		"DERP_DNS_TENCENTCLOUD_SECRET_KEY: want a value (SecretKey), since DERP_DNS_PROVIDER is tencentcloud; got nothing",
+	}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_OVH_CONSUMER_KEY=k", want: []string{"DERP_DNS_OVH_CONSUMER_KEY: has no meaning when DERP_DNS_PROVIDER is desec; remove one of them"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKEN=t", want: []string{"DERP_DNS_DESEC_TOKEN: has no meaning without DERP_DNS_PROVIDER=desec; set that, or remove this"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKN=t", want: []string{"DERP_DNS_DESEC_TOKN: unknown variable; did you mean DERP_DNS_DESEC_TOKEN?"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN_FILE=$D/none", want: []string{"DERP_DNS_DESEC_TOKEN_FILE: open $D/none: no such file or directory"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_DESEC_TOKEN_FILE=$D/t", setup: file("t", "t"), want: []string{"DERP_DNS_DESEC_TOKEN: set beside DERP_DNS_DESEC_TOKEN_FILE; want one of them"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=dns", want: []string{"DERP_ACME_CHALLENGES: dns needs the provider of the domain's DNS: set DERP_DNS_PROVIDER"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{"DERP_DNS_PROVIDER: has no meaning when DERP_ACME_CHALLENGES is http; add dns there, or remove one of them"}},
+	{env: "DERP_CERT_MODE=pinned DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{
+		"DERP_DNS_PROVIDER: has no meaning when DERP_CERT_MODE is pinned; remove one of them",
+		"DERP_DNS_DESEC_TOKEN: has no meaning when DERP_CERT_MODE is pinned; remove one of them",
+	}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DELEGATE=a.example.net DERP_DNS_RESOLVERS=192.0.2.1:53 DERP_DNS_PROPAGATION_TIMEOUT=1m", want: []string{
+		"DERP_DNS_RESOLVERS: has no meaning without DERP_DNS_PROVIDER; set that, or remove this",
+		"DERP_DNS_PROPAGATION_TIMEOUT: has no meaning without DERP_DNS_PROVIDER; set that, or remove this",
+		"DERP_DNS_DELEGATE: has no meaning without DERP_DNS_PROVIDER; set that, or remove this",
+	}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_RESOLVERS=192.0.2.1:53,192.0.2.2", want: []string{`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got "192.0.2.2"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_RESOLVERS=192.0.2.1:dns", want: []string{`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got "192.0.2.1:dns"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_PROPAGATION_TIMEOUT=120", want: []string{`DERP_DNS_PROPAGATION_TIMEOUT: want a duration such as 2m or 90s, got "120"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_PROPAGATION_TIMEOUT=-1s", want: []string{`DERP_DNS_PROPAGATION_TIMEOUT: want a duration such as 2m or 90s, got "-1s"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_DELEGATE=https://example.net", want: []string{`DERP_DNS_DELEGATE: want the DNS name to which _acme-challenge of each domain is a CNAME, got "https://example.net"`}},
+	{env: "DERP_DOMAIN=a.example.com,203.0.113.7 DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{`DERP_DOMAIN: want names alone, since DNS cannot prove an address (RFC 8738), got "203.0.113.7"; add http or tls-alpn to DERP_ACME_CHALLENGES, or leave the address out`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=rfc2136 DERP_DNS_RFC2136_SERVER=192.0.2.1 DERP_DNS_RFC2136_KEY_NAME=k DERP_DNS_RFC2136_KEY_ALG=md5 DERP_DNS_RFC2136_KEY=s!cret", want: []string{
+		`DERP_DNS_RFC2136_SERVER: want HOST:PORT, got "192.0.2.1"`,
+		`DERP_DNS_RFC2136_KEY_ALG: want hmac-sha1, hmac-sha224, hmac-sha256, hmac-sha384 or hmac-sha512, got "md5"`,
+		"DERP_DNS_RFC2136_KEY: want base64, got something else",
+	}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=acmedns DERP_DNS_ACMEDNS_SERVER_URL=auth.example.net DERP_DNS_ACMEDNS_USERNAME=u DERP_DNS_ACMEDNS_PASSWORD=p DERP_DNS_ACMEDNS_SUBDOMAIN=s", want: []string{`DERP_DNS_ACMEDNS_SERVER_URL: want an http or https URL, got "auth.example.net"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=ovh DERP_DNS_OVH_ENDPOINT=eu DERP_DNS_OVH_APPLICATION_KEY=k DERP_DNS_OVH_APPLICATION_SECRET=s DERP_DNS_OVH_CONSUMER_KEY=c", want: []string{`DERP_DNS_OVH_ENDPOINT: want ovh-eu, ovh-ca, ovh-us, kimsufi-eu, kimsufi-ca, soyoustart-eu or soyoustart-ca, got "eu"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=namecheap DERP_DNS_NAMECHEAP_API_USER=u DERP_DNS_NAMECHEAP_API_KEY=k DERP_DNS_NAMECHEAP_CLIENT_IP=relay", want: []string{`DERP_DNS_NAMECHEAP_CLIENT_IP: want an IP address, got "relay"`}},
 
 	// manual.
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: open $D/a.example.com.crt: no such file or directory"}},

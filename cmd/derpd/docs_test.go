@@ -13,8 +13,9 @@ import (
 var update = flag.Bool("update", false, "write the generated parts of the documentation")
 
 const (
-	tableBegin = "<!-- made by: make docs -->\n"
-	tableEnd   = "<!-- end -->\n"
+	tableBegin         = "<!-- made by: make docs -->\n"
+	providerTableBegin = "<!-- made by: make docs, from certs/dns.go -->\n"
+	tableEnd           = "<!-- end -->\n"
 )
 
 // The documentation of the variables is made from their struct, and must not
@@ -23,8 +24,8 @@ func TestDocs(t *testing.T) {
 	root := filepath.Join("..", "..")
 	for path, make := range map[string]func(old string) string{
 		"docker/env.example": func(string) string { return exampleFile() },
-		"README.md":          func(old string) string { return withTable(t, old, table("en")) },
-		"README.zh-CN.md":    func(old string) string { return withTable(t, old, table("zh")) },
+		"README.md":          func(old string) string { return withTables(t, old, "en") },
+		"README.zh-CN.md":    func(old string) string { return withTables(t, old, "zh") },
 	} {
 		path = filepath.Join(root, path)
 		old, err := os.ReadFile(path)
@@ -42,20 +43,42 @@ func TestDocs(t *testing.T) {
 	}
 }
 
-func withTable(t *testing.T, old, table string) string {
+func withTables(t *testing.T, old, language string) string {
 	t.Helper()
-	before, rest, found := strings.Cut(old, tableBegin)
-	_, after, closed := strings.Cut(rest, tableEnd)
-	if !found || !closed {
-		t.Fatalf("no place for the table: want the lines %q and %q", tableBegin, tableEnd)
+	for begin, table := range map[string]string{tableBegin: table(language), providerTableBegin: providerTable(language)} {
+		before, rest, found := strings.Cut(old, begin)
+		_, after, closed := strings.Cut(rest, tableEnd)
+		if !found || !closed {
+			t.Fatalf("no place for the table: want the lines %q and %q", begin, tableEnd)
+		}
+		old = before + begin + table + tableEnd + after
 	}
-	return before + tableBegin + table + tableEnd + after
+	return old
 }
 
 func TestEveryVariableIsDocumentedInBothLanguages(t *testing.T) {
 	for _, v := range (environment{}).variables() {
 		if v.en == "" || v.zh == "" || (v.computed == "") != (v.zhHow == "") {
 			t.Errorf("%s: en %q, zh %q, computed default %q, %q", v.name, v.en, v.zh, v.computed, v.zhHow)
+		}
+	}
+}
+
+func TestEveryProviderIsDocumentedInBothLanguages(t *testing.T) {
+	for _, v := range (environment{}).variables() {
+		if v.name != "DERP_DNS_PROVIDER" {
+			continue
+		}
+		if !strings.Contains(v.en, providerNames()) {
+			t.Errorf("en: %s; want %s", v.en, providerNames())
+		}
+		if list := strings.NewReplacer(", ", "、", " or ", " 或 ").Replace(providerNames()); !strings.Contains(v.zh, list) {
+			t.Errorf("zh: %s; want %s", v.zh, list)
+		}
+	}
+	for _, v := range credentialVariables() {
+		if v.en == "" || v.zh == "" || v.required && v.fallback != "" {
+			t.Errorf("%s: en %q, zh %q, required %t, default %q", v.name, v.en, v.zh, v.required, v.fallback)
 		}
 	}
 }

@@ -27,10 +27,21 @@ func printEnvironment(args, env []string, stdout, stderr io.Writer) error {
 	return nil
 }
 
-// effective lists every variable with its value and where that came from.
+// effective lists every variable with its value and where that came from. Of
+// the DNS providers' it lists what was given and what the chosen one wants.
 func (l *loaded) effective() string {
 	var b strings.Builder
-	for _, v := range l.variables() {
+	list := l.variables()
+	for _, v := range credentialVariables() {
+		if l.given[v.name] || v.provider == l.DNS {
+			v.value = l.credentials[v.name]
+			if v.value == "" {
+				v.value = v.fallback
+			}
+			list = append(list, v)
+		}
+	}
+	for _, v := range list {
 		source := "default"
 		if path, ok := l.fromFile[v.name]; ok {
 			source = "from " + path
@@ -60,6 +71,18 @@ func exampleFile() string {
 		}
 		fmt.Fprintf(&b, "#%s=%s\n", v.name, v.fallback)
 	}
+	provider := ""
+	for _, v := range credentialVariables() {
+		if v.provider != provider {
+			provider = v.provider
+			fmt.Fprintf(&b, "\n# --- DERP_DNS_PROVIDER=%s ---\n", provider)
+		}
+		optional := ""
+		if !v.required {
+			optional = " (optional)"
+		}
+		fmt.Fprintf(&b, "# %s%s\n#%s=%s\n", v.en, optional, v.name, v.fallback)
+	}
 	return b.String()
 }
 
@@ -81,6 +104,38 @@ func table(language string) string {
 			fallback = "`" + v.fallback + "`"
 		}
 		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", v.name, fallback, meaning)
+	}
+	return b.String()
+}
+
+// providerTable is the table of the DNS providers' credentials in README.md
+// ("en") and README.zh-CN.md ("zh").
+func providerTable(language string) string {
+	var b strings.Builder
+	optional := "optional"
+	if language == "zh" {
+		b.WriteString("| 服务商 | 变量 | 默认值 | 含义 |\n|---|---|---|---|\n")
+		optional = "可选"
+	} else {
+		b.WriteString("| provider | variable | default | meaning |\n|---|---|---|---|\n")
+	}
+	shown := ""
+	for _, v := range credentialVariables() {
+		cell, meaning, fallback := "", v.en, ""
+		if v.provider != shown {
+			shown = v.provider
+			cell = "`" + v.provider + "`"
+		}
+		if language == "zh" {
+			meaning = v.zh
+		}
+		switch {
+		case v.fallback != "":
+			fallback = "`" + v.fallback + "`"
+		case !v.required:
+			fallback = optional
+		}
+		fmt.Fprintf(&b, "| %s | `%s` | %s | %s |\n", cell, v.name, fallback, meaning)
 	}
 	return b.String()
 }

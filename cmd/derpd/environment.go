@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/sethvargo/go-envconfig"
+
+	"derpd/certs"
 )
 
 // environment is every variable that derpd reads, as it is given: config.go
@@ -37,7 +39,12 @@ type environment struct {
 	ACMEEmail  string `env:"DERP_ACME_EMAIL" en:"address for the authority's notices" zh:"接收机构通知的邮箱"`
 	ACMEKeyID  string `env:"DERP_ACME_EAB_KID" en:"external account binding: key ID" zh:"外部账户绑定：密钥 ID"`
 	ACMEKey    string `env:"DERP_ACME_EAB_KEY" en:"external account binding: MAC key, base64" zh:"外部账户绑定：MAC 密钥，base64" secret:"true"`
-	Challenges string `env:"DERP_ACME_CHALLENGES,default=http,tls-alpn" en:"which challenges may be used: http, tls-alpn" zh:"可以使用的验证方式：http、tls-alpn"`
+	Challenges string `env:"DERP_ACME_CHALLENGES" en:"which challenges may be used: http, tls-alpn, dns; the others beside dns are tried when it fails, and for addresses" zh:"可以使用的验证方式：http、tls-alpn、dns；和 dns 一起写的其他方式在 dns 失败时以及对 IP 地址使用" or:"http,tls-alpn; dns if DERP_DNS_PROVIDER is set" zhor:"http,tls-alpn；设置了 DERP_DNS_PROVIDER 时为 dns"`
+
+	DNS          string `env:"DERP_DNS_PROVIDER" en:"DNS-01 through the API of whoever serves the domain's DNS: acmedns, alidns, cloudflare, desec, digitalocean, duckdns, gandi, godaddy, hetzner, namecheap, ovh, porkbun, rfc2136, route53 or tencentcloud, with its own variables, below" zh:"通过域名的 DNS 服务商的 API 做 DNS-01 验证：acmedns、alidns、cloudflare、desec、digitalocean、duckdns、gandi、godaddy、hetzner、namecheap、ovh、porkbun、rfc2136、route53 或 tencentcloud，各自的变量见下文"`
+	DNSResolvers string `env:"DERP_DNS_RESOLVERS" en:"DNS-01: servers, HOST:PORT,…, that are asked for the zone and whether the record is there" zh:"DNS-01：询问区域以及记录是否已生效的服务器，HOST:PORT,…" or:"the system's for the zone, the zone's own for the record" zhor:"区域问系统的，记录问区域自己的"`
+	DNSTimeout   string `env:"DERP_DNS_PROPAGATION_TIMEOUT,default=2m" en:"DNS-01: how long to wait until the record is there; 0 does not look" zh:"DNS-01：等待记录生效的最长时间；0 表示不检查"`
+	DNSDelegate  string `env:"DERP_DNS_DELEGATE" en:"DNS-01: the name, in a zone of the provider, to which _acme-challenge of each domain is a CNAME" zh:"DNS-01：服务商处某个区域里的名称，各域名的 _acme-challenge 都是指向它的 CNAME"`
 
 	Verify    string `env:"DERP_VERIFY_CLIENTS,default=auto" en:"auto: the tailscaled socket if it is there; true: the socket, and nobody while it does not answer; false: not the socket" zh:"auto：tailscaled 的 socket 存在就用；true：必须用 socket，它不回答就谁也不放行；false：不用 socket"`
 	Socket    string `env:"DERP_TAILSCALED_SOCKET,default=/var/run/tailscale/tailscaled.sock" en:"tailscaled sockets, one for each tailnet, comma-separated" zh:"tailscaled 的 socket，每个 tailnet 一个，逗号分隔"`
@@ -72,6 +79,33 @@ type variable struct {
 	zhHow    string // computed, in Chinese
 	secret   bool   // never shown
 	url      bool   // shown without what may be secret in it
+	provider string // whose credential it is, of DERP_DNS_PROVIDER
+	required bool   // by its provider
+}
+
+// credentialName is the variable of one credential of a DNS provider.
+func credentialName(provider, field string) string {
+	return "DERP_DNS_" + strings.ToUpper(provider) + "_" + field
+}
+
+// credentialVariables lists the credentials of all DNS providers. The table in
+// package certs is their documentation.
+func credentialVariables() []variable {
+	var list []variable
+	for _, p := range certs.DNSProviders {
+		for _, c := range p.Credentials {
+			list = append(list, variable{
+				name:     credentialName(p.Name, c.Field),
+				fallback: c.Default,
+				en:       c.English,
+				zh:       c.Chinese,
+				secret:   c.Secret,
+				provider: p.Name,
+				required: c.Required,
+			})
+		}
+	}
+	return list
 }
 
 // variables lists the fields of e in the order of the documentation.
@@ -147,6 +181,9 @@ type loaded struct {
 	// given tells what was set from what is a default.
 	given map[string]bool
 
+	// credentials are the given credentials of DNS providers, by variable.
+	credentials map[string]string
+
 	// ignored are variables that Docker or Kubernetes injected.
 	ignored []string
 }
@@ -155,10 +192,10 @@ type loaded struct {
 // counts as unset, since compose files pass variables on that way.
 func loadEnvironment(pairs []string) (*loaded, error) {
 	known := make(map[string]bool)
-	for _, v := range (environment{}).variables() {
+	for _, v := range slices.Concat((environment{}).variables(), credentialVariables()) {
 		known[v.name] = true
 	}
-	l := &loaded{fromFile: make(map[string]string), given: make(map[string]bool)}
+	l := &loaded{fromFile: make(map[string]string), given: make(map[string]bool), credentials: make(map[string]string)}
 	values := make(map[string]string)
 	var errs []error
 	for _, pair := range pairs {
@@ -196,6 +233,11 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 	}
 	for name := range values {
 		l.given[name] = true
+	}
+	for _, v := range credentialVariables() {
+		if l.given[v.name] {
+			l.credentials[v.name] = values[v.name]
+		}
 	}
 	if err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
 		Target:   &l.environment,
