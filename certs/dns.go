@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/certmagic"
@@ -83,13 +84,21 @@ type Credential struct {
 
 	English, Chinese string // what it means
 
-	// Want is the rule for the value, in English, where there is one.
-	Want  string
-	valid func(string) bool
+	// Options are all values there are, where they can be listed. Want is
+	// the rule in English for one that cannot, but can be told to be wrong
+	// without asking anybody.
+	Options []string
+	Want    string
+	valid   func(string) bool
 }
 
-// Valid reports whether the value keeps to the rule.
-func (c Credential) Valid(value string) bool { return c.valid == nil || c.valid(value) }
+// Valid reports whether the value is an option, or keeps to the rule.
+func (c Credential) Valid(value string) bool {
+	if c.Options != nil {
+		return slices.Contains(c.Options, value)
+	}
+	return c.valid == nil || c.valid(value)
+}
 
 // Included reports whether the provider is in this binary.
 func (p DNSProvider) Included() bool { return p.build != nil }
@@ -111,33 +120,40 @@ func (p DNSProvider) New(values map[string]string) certmagic.DNSProvider {
 			}
 		}
 	}
-	return masked{p.build(filled), strings.NewReplacer(hidden...)}
+	return &guarded{DNSProvider: p.build(filled), hide: strings.NewReplacer(hidden...)}
 }
 
-// masked keeps secrets out of a provider's errors, which certmagic logs and
+// guarded keeps secrets out of a provider's errors, which certmagic logs and
 // health shows: some APIs take them in the URL, and net/http's errors hold it.
-type masked struct {
+// It also lets one call in at a time: libdns wants providers to be safe for
+// more, but alidns is not, and namecheap's API replaces the whole zone.
+type guarded struct {
 	certmagic.DNSProvider
+	mu   sync.Mutex // held during a call
 	hide *strings.Replacer
 }
 
 // AppendRecords implements [libdns.RecordAppender].
-func (m masked) AppendRecords(ctx context.Context, zone string, records []libdns.Record) ([]libdns.Record, error) {
-	done, err := m.DNSProvider.AppendRecords(ctx, zone, records)
-	return done, m.mask(err)
+func (g *guarded) AppendRecords(ctx context.Context, zone string, records []libdns.Record) ([]libdns.Record, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	done, err := g.DNSProvider.AppendRecords(ctx, zone, records)
+	return done, g.mask(err)
 }
 
 // DeleteRecords implements [libdns.RecordDeleter].
-func (m masked) DeleteRecords(ctx context.Context, zone string, records []libdns.Record) ([]libdns.Record, error) {
-	done, err := m.DNSProvider.DeleteRecords(ctx, zone, records)
-	return done, m.mask(err)
+func (g *guarded) DeleteRecords(ctx context.Context, zone string, records []libdns.Record) ([]libdns.Record, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	done, err := g.DNSProvider.DeleteRecords(ctx, zone, records)
+	return done, g.mask(err)
 }
 
-func (m masked) mask(err error) error {
+func (g *guarded) mask(err error) error {
 	if err == nil {
 		return nil
 	}
-	return maskedError{err, m.hide.Replace(err.Error())}
+	return maskedError{err, g.hide.Replace(err.Error())}
 }
 
 type maskedError struct {
@@ -150,16 +166,6 @@ func (e maskedError) Error() string { return e.text }
 
 // Unwrap gives errors.Is the cause.
 func (e maskedError) Unwrap() error { return e.cause }
-
-// The rules for values that can be told to be wrong without asking anybody.
-const (
-	wantHostPort  = "HOST:PORT"
-	wantBase64    = "base64"
-	wantURL       = "an http or https URL"
-	wantIP        = "an IP address"
-	wantAlgorithm = "hmac-sha1, hmac-sha224, hmac-sha256, hmac-sha384 or hmac-sha512"
-	wantEndpoint  = "ovh-eu, ovh-ca, ovh-us, kimsufi-eu, kimsufi-ca, soyoustart-eu or soyoustart-ca"
-)
 
 // IsHostPort reports whether s is the address of a DNS server. Names of ports
 // are refused, since the image has no list of them.
@@ -184,18 +190,12 @@ func isIP(s string) bool {
 	return err == nil
 }
 
-// isOneOf holds a value to the words of a rule such as "a, b or c".
-func isOneOf(want string) func(string) bool {
-	words := strings.FieldsFunc(want, func(r rune) bool { return r == ' ' || r == ',' })
-	return func(s string) bool { return s != "or" && slices.Contains(words, s) }
-}
-
 // DNSProviders are the providers there are, in alphabetical order.
 var DNSProviders = []DNSProvider{
 	{
 		Name: "acmedns",
 		Credentials: []Credential{
-			{Field: "SERVER_URL", Required: true, English: "URL of the acme-dns server", Chinese: "acme-dns 服务器的网址", Want: wantURL, valid: isURL},
+			{Field: "SERVER_URL", Required: true, English: "URL of the acme-dns server", Chinese: "acme-dns 服务器的网址", Want: "an http or https URL", valid: isURL},
 			{Field: "USERNAME", Required: true, English: "username from /register", Chinese: "/register 返回的 username"},
 			{Field: "PASSWORD", Required: true, Secret: true, English: "password from /register", Chinese: "/register 返回的 password"},
 			{Field: "SUBDOMAIN", Required: true, English: "subdomain from /register", Chinese: "/register 返回的 subdomain"},
@@ -274,7 +274,7 @@ var DNSProviders = []DNSProvider{
 		Credentials: []Credential{
 			{Field: "API_USER", Required: true, English: "user name", Chinese: "用户名"},
 			{Field: "API_KEY", Required: true, Secret: true, English: "API key", Chinese: "API key"},
-			{Field: "CLIENT_IP", English: "address of this machine as allowed in Namecheap's console; without it, a public service is asked", Chinese: "本机在 Namecheap 控制台里登记的地址；不填则询问一个公共服务", Want: wantIP, valid: isIP},
+			{Field: "CLIENT_IP", English: "address of this machine as allowed in Namecheap's console; without it, a public service is asked", Chinese: "本机在 Namecheap 控制台里登记的地址；不填则询问一个公共服务", Want: "an IP address", valid: isIP},
 		},
 		build: func(v map[string]string) certmagic.DNSProvider {
 			return &namecheap.Provider{User: v["API_USER"], APIKey: v["API_KEY"], ClientIP: v["CLIENT_IP"]}
@@ -283,7 +283,7 @@ var DNSProviders = []DNSProvider{
 	{
 		Name: "ovh",
 		Credentials: []Credential{
-			{Field: "ENDPOINT", Default: "ovh-eu", English: wantEndpoint, Chinese: "ovh-eu、ovh-ca、ovh-us、kimsufi-eu、kimsufi-ca、soyoustart-eu 或 soyoustart-ca", Want: wantEndpoint, valid: isOneOf(wantEndpoint)},
+			{Field: "ENDPOINT", Default: "ovh-eu", English: "ovh-eu, ovh-ca, ovh-us, kimsufi-eu, kimsufi-ca, soyoustart-eu or soyoustart-ca", Chinese: "ovh-eu、ovh-ca、ovh-us、kimsufi-eu、kimsufi-ca、soyoustart-eu 或 soyoustart-ca", Options: []string{"ovh-eu", "ovh-ca", "ovh-us", "kimsufi-eu", "kimsufi-ca", "soyoustart-eu", "soyoustart-ca"}},
 			{Field: "APPLICATION_KEY", Required: true, English: "application key", Chinese: "application key"},
 			{Field: "APPLICATION_SECRET", Required: true, Secret: true, English: "application secret", Chinese: "application secret"},
 			{Field: "CONSUMER_KEY", Required: true, Secret: true, English: "consumer key", Chinese: "consumer key"},
@@ -305,10 +305,10 @@ var DNSProviders = []DNSProvider{
 	{
 		Name: "rfc2136",
 		Credentials: []Credential{
-			{Field: "SERVER", Required: true, English: "the zone's primary server (BIND, Knot, PowerDNS and others), HOST:PORT, TCP", Chinese: "该区域的主服务器（BIND、Knot、PowerDNS 等），HOST:PORT，TCP", Want: wantHostPort, valid: IsHostPort},
+			{Field: "SERVER", Required: true, English: "the zone's primary server (BIND, Knot, PowerDNS and others), HOST:PORT, TCP", Chinese: "该区域的主服务器（BIND、Knot、PowerDNS 等），HOST:PORT，TCP", Want: "HOST:PORT", valid: IsHostPort},
 			{Field: "KEY_NAME", Required: true, English: "name of the TSIG key", Chinese: "TSIG 密钥的名称"},
-			{Field: "KEY_ALG", Default: "hmac-sha256", English: "algorithm of the TSIG key", Chinese: "TSIG 密钥的算法", Want: wantAlgorithm, valid: isOneOf(wantAlgorithm)},
-			{Field: "KEY", Required: true, Secret: true, English: "the TSIG key, base64", Chinese: "TSIG 密钥，base64", Want: wantBase64, valid: isBase64},
+			{Field: "KEY_ALG", Default: "hmac-sha256", English: "algorithm of the TSIG key", Chinese: "TSIG 密钥的算法", Options: []string{"hmac-sha1", "hmac-sha224", "hmac-sha256", "hmac-sha384", "hmac-sha512"}},
+			{Field: "KEY", Required: true, Secret: true, English: "the TSIG key, base64", Chinese: "TSIG 密钥，base64", Want: "base64", valid: isBase64},
 		},
 		build: func(v map[string]string) certmagic.DNSProvider {
 			return &rfc2136.Provider{Server: v["SERVER"], KeyName: v["KEY_NAME"], KeyAlg: v["KEY_ALG"], Key: v["KEY"]}

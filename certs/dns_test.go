@@ -1,16 +1,12 @@
 package certs_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -35,124 +31,12 @@ func dnsProvider(t *testing.T, name string, values map[string]string) certmagic.
 	return certs.DNSProviders[i].New(values)
 }
 
-// freePort finds a port of 127.0.0.1 that is free for UDP and TCP, for servers
-// that bind for themselves.
-func freePort(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		tcp, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		udp, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", tcp.Addr().String())
-		_ = tcp.Close()
-		if err != nil {
-			continue
-		}
-		_ = udp.Close()
-		_, port, _ := net.SplitHostPort(tcp.Addr().String())
-		return port
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
-// tsigSecret is the key "derpd." of the zones that may be changed.
-const tsigSecret = "ZGVycGQgdGVzdCBrZXksIG5vdCBhIHNlY3JldCBvbmU="
-
-// Recursion is on because BIND follows a CNAME into another of its zones only
-// then; no test asks for a name that it does not hold.
-const namedConfig = `
-options {
-	directory "DIR"; pid-file none; session-keyfile "DIR/session.key";
-	listen-on port PORT { 127.0.0.1; }; listen-on-v6 { none; };
-	recursion yes; dnssec-validation no;
-};
-controls { };
-key "derpd." { algorithm hmac-sha256; secret "SECRET"; };
-zone "example.com" { type primary; file "example.com.zone"; allow-update { key derpd.; }; };
-zone "example.org" { type primary; file "example.org.zone"; };
-zone "acme.example.net" { type primary; file "acme.example.net.zone"; allow-update { key derpd.; }; };
-`
-
-// startNamed runs BIND and returns its address. It holds example.com, which
-// may be changed; example.org, which may not, and whose challenges are a CNAME
-// into acme.example.net; and that one, which may.
-func startNamed(t *testing.T) string {
-	t.Helper()
-	installed, err := exec.LookPath("named")
-	if err != nil {
-		installed = "/usr/sbin/named"
-	}
-	binary, err := os.ReadFile(installed)
-	if err != nil {
-		t.Fatalf("this test needs BIND's named: install the Debian package bind9 (%v)", err)
-	}
-	dir, port := t.TempDir(), freePort(t)
-	zone := func(name, records string) {
-		content := "$TTL 60\n@ SOA ns." + name + ". root." + name + ". 1 60 60 600 1\n@ NS ns." + name + ".\nns A 127.0.0.1\n" + records
-		if err := os.WriteFile(filepath.Join(dir, name+".zone"), []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	zone("example.com", "derp A 127.0.0.1\n")
-	zone("example.org", "derp A 127.0.0.1\n_acme-challenge.derp CNAME derp.acme.example.net.\n")
-	zone("acme.example.net", "")
-	config := strings.NewReplacer("DIR", dir, "PORT", port, "SECRET", tsigSecret).Replace(namedConfig)
-	if err := os.WriteFile(filepath.Join(dir, "named.conf"), []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	// AppArmor's profile for /usr/sbin/named keeps it from reading
-	// temporary directories; it does not know a copy.
-	program := filepath.Join(dir, "named")
-	if err := os.WriteFile(program, binary, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	var log bytes.Buffer
-	ctx, cancel := context.WithCancel(context.Background())
-	command := exec.CommandContext(ctx, program, "-g", "-n", "1", "-c", filepath.Join(dir, "named.conf"))
-	command.Stdout, command.Stderr = &log, &log
-	if err := command.Start(); err != nil {
-		cancel()
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cancel()
-		_ = command.Wait()
-		if t.Failed() {
-			t.Logf("named:\n%s", &log)
-		}
-	})
-	server := net.JoinHostPort("127.0.0.1", port)
-	deadline, tick := time.After(30*time.Second), time.NewTicker(20*time.Millisecond)
-	defer tick.Stop()
-	for lookup(t, server, "example.com", dns.TypeSOA) == "" {
-		select {
-		case <-deadline:
-			t.Fatal("named does not answer")
-		case <-tick.C:
-		}
-	}
-	return server
-}
-
-// lookup gives the answer of the server, or nothing when it has none.
-func lookup(t *testing.T, server, name string, kind uint16) string {
-	t.Helper()
-	question := new(dns.Msg).SetQuestion(dns.Fqdn(name), kind)
-	answer, _, err := (&dns.Client{Net: "tcp"}).ExchangeContext(t.Context(), question, server)
-	if err != nil || len(answer.Answer) == 0 {
-		return ""
-	}
-	return answer.Answer[0].String()
-}
-
 // A real authority looks into a real DNS server, where records are made by
 // RFC 2136.
 func TestDNS01ByUpdate(t *testing.T) {
-	server := startNamed(t)
-	good := map[string]string{"SERVER": server, "KEY_NAME": "derpd", "KEY": tsigSecret}
-	refused := map[string]string{"SERVER": server, "KEY_NAME": "derpd", "KEY": "bm90IHRoZSBrZXk="}
+	server := acmetest.StartNamed(t)
+	good := map[string]string{"SERVER": server.Addr, "KEY_NAME": acmetest.KeyName, "KEY": acmetest.Key}
+	refused := map[string]string{"SERVER": server.Addr, "KEY_NAME": acmetest.KeyName, "KEY": "bm90IHRoZSBrZXk="}
 	for _, tt := range []struct {
 		name, domain, delegate, record string
 		key                            map[string]string
@@ -163,7 +47,7 @@ func TestDNS01ByUpdate(t *testing.T) {
 		{name: "refused, HTTP-01 instead", domain: "derp.example.com", record: "_acme-challenge.derp.example.com", key: refused, http: true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			authority := acmetest.StartResolving(t, server)
+			authority := acmetest.StartResolving(t, server.Addr)
 			l := listen(t)
 			authority.Validate(portOf(l.http), portOf(l.https))
 			c := certs.ACMEConfig{
@@ -171,7 +55,7 @@ func TestDNS01ByUpdate(t *testing.T) {
 				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
 				DNS: &certs.DNSConfig{
 					Provider:           dnsProvider(t, "rfc2136", tt.key),
-					Resolvers:          []string{server},
+					Resolvers:          []string{server.Addr},
 					PropagationTimeout: 20 * time.Second,
 					Delegate:           tt.delegate,
 				},
@@ -185,7 +69,7 @@ func TestDNS01ByUpdate(t *testing.T) {
 			if err := m.Status().Leaf.VerifyHostname(tt.domain); err != nil {
 				t.Error(err)
 			}
-			if left := lookup(t, server, tt.record, dns.TypeTXT); left != "" {
+			if left := server.Lookup(t, tt.record, dns.TypeTXT); left != "" {
 				t.Errorf("the challenge was left in the zone: %s", left)
 			}
 		})
@@ -194,8 +78,8 @@ func TestDNS01ByUpdate(t *testing.T) {
 
 // What the DNS server says is what the operator reads.
 func TestDNS01Refused(t *testing.T) {
-	server := startNamed(t)
-	authority := acmetest.StartResolving(t, server)
+	server := acmetest.StartNamed(t)
+	authority := acmetest.StartResolving(t, server.Addr)
 	l := listen(t)
 	authority.Validate(portOf(l.http), portOf(l.https))
 	const key = "bm90IHRoZSBrZXk="
@@ -203,8 +87,8 @@ func TestDNS01Refused(t *testing.T) {
 		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 		ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
 		DNS: &certs.DNSConfig{
-			Provider:  dnsProvider(t, "rfc2136", map[string]string{"SERVER": server, "KEY_NAME": "derpd", "KEY": key}),
-			Resolvers: []string{server},
+			Provider:  dnsProvider(t, "rfc2136", map[string]string{"SERVER": server.Addr, "KEY_NAME": acmetest.KeyName, "KEY": key}),
+			Resolvers: []string{server.Addr},
 		},
 	})
 	serveChallenges(t, m, l)
@@ -244,7 +128,7 @@ func startAcmeDNS(t *testing.T) *acmeDNS {
 	t.Cleanup(api.Close)
 	a.url = api.URL
 
-	a.addr = net.JoinHostPort("127.0.0.1", freePort(t))
+	a.addr = net.JoinHostPort("127.0.0.1", acmetest.FreePort(t))
 	for _, network := range []string{"udp", "tcp"} {
 		started := make(chan struct{})
 		server := &dns.Server{Addr: a.addr, Net: network, Handler: dns.HandlerFunc(a.answer), NotifyStartedFunc: func() { close(started) }}

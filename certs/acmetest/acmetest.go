@@ -115,15 +115,7 @@ func (c *CA) Roots() *x509.CertPool {
 // startDNS answers 127.0.0.1 for every name.
 func startDNS(t *testing.T) string {
 	t.Helper()
-	// The server binds for itself and tells no port: find a free one.
-	probe, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := probe.LocalAddr().String()
-	if err := probe.Close(); err != nil {
-		t.Fatal(err)
-	}
+	addr := net.JoinHostPort("127.0.0.1", FreePort(t))
 	var out bytes.Buffer
 	server, err := challtestsrv.New(challtestsrv.Config{
 		DNSAddrs: []string{addr},

@@ -491,15 +491,19 @@ func (p *parser) dnsProvider() certmagic.DNSProvider {
 		name := credentialName(provider.Name, credential.Field)
 		value := p.credentials[name]
 		values[credential.Field] = value
+		want := credential.Want
+		if credential.Options != nil {
+			want = either(credential.Options)
+		}
 		_, unreadable := p.fromFile[name] // and then already reported
 		switch {
 		case value == "" && credential.Required && !unreadable:
 			p.fail(name, "want a value (%s), since DERP_DNS_PROVIDER is %s; got nothing", credential.English, provider.Name)
 		case value == "" || credential.Valid(value):
 		case credential.Secret:
-			p.fail(name, "want %s, got something else", credential.Want)
+			p.fail(name, "want %s, got something else", want)
 		default:
-			p.fail(name, "want %s, got %q", credential.Want, value)
+			p.fail(name, "want %s, got %q", want, value)
 		}
 	}
 	if len(p.errs) > before {
@@ -514,8 +518,12 @@ func providerNames() string {
 	for _, d := range certs.DNSProviders {
 		names = append(names, d.Name)
 	}
-	last := len(names) - 1
-	return strings.Join(names[:last], ", ") + " or " + names[last]
+	return either(names)
+}
+
+func either(words []string) string {
+	last := len(words) - 1
+	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
 // eabKey brings a MAC key into the base64url form that RFC 8555 wants; some
