@@ -49,7 +49,7 @@ func TestDNS01ByUpdate(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			authority := acmetest.StartResolving(t, server.Addr)
 			l := listen(t)
-			authority.Validate(portOf(l.http), portOf(l.https))
+			authority.Validate(t, portOf(l.http), portOf(l.https))
 			c := certs.ACMEConfig{
 				Names: []string{tt.domain}, Directory: authority.Directory, Roots: authority.ServerRoots,
 				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
@@ -81,7 +81,7 @@ func TestDNS01Refused(t *testing.T) {
 	server := acmetest.StartNamed(t)
 	authority := acmetest.StartResolving(t, server.Addr)
 	l := listen(t)
-	authority.Validate(portOf(l.http), portOf(l.https))
+	authority.Validate(t, portOf(l.http), portOf(l.https))
 	const key = "bm90IHRoZSBrZXk="
 	m := certs.NewACME(certs.ACMEConfig{
 		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
@@ -199,7 +199,7 @@ func TestDNS01ByAcmeDNS(t *testing.T) {
 			server := startAcmeDNS(t)
 			authority := acmetest.StartResolving(t, server.addr)
 			l := listen(t)
-			authority.Validate(portOf(l.http), portOf(l.https))
+			authority.Validate(t, portOf(l.http), portOf(l.https))
 			m := certs.NewACME(certs.ACMEConfig{
 				Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),

@@ -22,7 +22,7 @@ import (
 func TestDNSChallenge(t *testing.T) {
 	server := acmetest.StartNamed(t)
 	authority := acmetest.StartResolving(t, server.Addr)
-	authority.Validate(1, 1)
+	authority.Validate(t, 1, 1)
 	key := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(key, []byte(acmetest.Key+"\n"), 0o600); err != nil {
 		t.Fatal(err)
