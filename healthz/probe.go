@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"time"
 
 	"tailscale.com/derp"
@@ -96,26 +97,38 @@ func AskSTUN(ctx context.Context, conn net.Conn) (seen netip.AddrPort, took time
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
 
+	for {
+		seen, took, err := askOnce(conn)
+		switch {
+		case err == nil:
+			return seen, took, nil
+		case ctx.Err() != nil: // which closed conn
+			return seen, 0, fmt.Errorf("no answer from %s: %w", conn.RemoteAddr(), context.Cause(ctx))
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return seen, 0, err
+		}
+	}
+}
+
+// askOnce sends one request and waits for its answer, past whatever else
+// arrives.
+func askOnce(conn net.Conn) (seen netip.AddrPort, took time.Duration, err error) {
 	tx := stun.NewTxID()
 	buf := make([]byte, 1500)
-	for ctx.Err() == nil {
-		start := time.Now()
-		if _, err := conn.Write(stun.Request(tx)); err != nil {
-			return seen, 0, err
-		}
-		if err := conn.SetReadDeadline(start.Add(stunRetry)); err != nil {
-			return seen, 0, err
-		}
+	start := time.Now()
+	if err := conn.SetReadDeadline(start.Add(stunRetry)); err != nil {
+		return seen, 0, err
+	}
+	if _, err := conn.Write(stun.Request(tx)); err != nil {
+		return seen, 0, err
+	}
+	for {
 		n, err := conn.Read(buf)
 		if err != nil {
-			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() || ctx.Err() != nil {
-				continue
-			}
 			return seen, 0, err
 		}
 		if got, addr, err := stun.ParseResponse(buf[:n]); err == nil && got == tx {
 			return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()), time.Since(start), nil
 		}
 	}
-	return seen, 0, fmt.Errorf("no answer from %s: %w", conn.RemoteAddr(), context.Cause(ctx))
 }
