@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/caddyserver/certmagic"
 	"github.com/mholt/acmez/v3/acme"
@@ -26,6 +27,9 @@ var Directories = map[string]string{
 // shortlived is the certificate profile under which authorities sign IP
 // addresses (RFC 8738; Let's Encrypt's profiles).
 const shortlived = "shortlived"
+
+// stopWithin bounds the wait for certmagic at the stop.
+const stopWithin = 300 * time.Millisecond
 
 // ACMEConfig says what to obtain, from whom, and how to prove it (RFC 8555).
 type ACMEConfig struct {
@@ -98,7 +102,7 @@ func (a *ACME) Run(ctx context.Context) error {
 		},
 		Logger: logger,
 	})
-	defer cache.Stop()
+	defer stopCache(cache)
 
 	state := &acmeState{cache: cache}
 	byName = make(map[string]*certmagic.Config)
@@ -188,6 +192,23 @@ func (a *ACME) onEvent(_ context.Context, event string, data map[string]any) err
 		}
 	}
 	return nil
+}
+
+// stopCache stops certmagic's maintenance, which may be waiting for an authority
+// that does not answer: the relay's stop must not wait with it. What it leaves
+// behind is a lock file, which certmagic takes over once it is stale.
+func stopCache(cache *certmagic.Cache) {
+	stopped := make(chan struct{})
+	go func() {
+		cache.Stop()
+		close(stopped)
+	}()
+	timeout := time.NewTimer(stopWithin)
+	defer timeout.Stop()
+	select {
+	case <-stopped:
+	case <-timeout.C:
+	}
 }
 
 // failed keeps the error for health, and logs it unless it is the one that was

@@ -1,6 +1,7 @@
 package certs_test
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -108,7 +109,7 @@ func TestACMEObtains(t *testing.T) {
 			}
 
 			// A client that dials an address sends no SNI.
-			dialer := &tls.Dialer{Config: &tls.Config{ServerName: tt.names[0], RootCAs: authority.Roots(), MinVersion: tls.VersionTLS12}}
+			dialer := &tls.Dialer{NetDialer: &net.Dialer{Timeout: 30 * time.Second}, Config: &tls.Config{ServerName: tt.names[0], RootCAs: authority.Roots(), MinVersion: tls.VersionTLS12}}
 			conn, err := dialer.DialContext(t.Context(), "tcp", l.https.Addr().String())
 			if err != nil {
 				t.Fatal(err)
@@ -243,4 +244,28 @@ func (b *lockedBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.b.String()
+}
+
+// An authority that takes a request and never answers does not hold the stop
+// up: a container manager would kill the relay.
+func TestACMEStopsWhileTheAuthorityHangs(t *testing.T) {
+	authority := acmetest.Start(t)
+	l := listen(t)
+	m := certs.NewACME(certs.ACMEConfig{
+		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
+		ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.Nop(),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	<-authority.Asked
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("Run waits for the authority")
+	}
 }

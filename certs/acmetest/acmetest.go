@@ -44,6 +44,10 @@ type CA struct {
 	issued  *ca.CAImpl
 	once    sync.Once
 	serving chan struct{} // closed when handler is set
+
+	// Asked is closed when the first request comes in.
+	Asked   chan struct{}
+	askOnce sync.Once
 }
 
 // Start starts an authority, which answers only after Validate. Every DNS name
@@ -60,8 +64,9 @@ func StartResolving(t *testing.T, server string) *CA {
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	t.Setenv("PEBBLE_WFE_NONCEREJECT", "0")
 
-	c := &CA{dns: server, serving: make(chan struct{})}
+	c := &CA{dns: server, serving: make(chan struct{}), Asked: make(chan struct{})}
 	front := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c.askOnce.Do(func() { close(c.Asked) })
 		select {
 		case <-c.serving:
 			c.handler.ServeHTTP(w, r)
