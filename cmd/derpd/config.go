@@ -137,8 +137,18 @@ func (p *parser) fail(name, format string, args ...any) {
 	p.errs = append(p.errs, fmt.Errorf(name+": "+format, args...))
 }
 
+// list splits a comma-separated value. One that holds nothing but commas would
+// quietly switch off what it is for, admission among others.
+func (p *parser) list(name, value string) []string {
+	items := splitList(value)
+	if value != "" && len(items) == 0 {
+		p.fail(name, "want a comma-separated list, got %q", value)
+	}
+	return items
+}
+
 func (p *parser) addresses(c *config) {
-	for _, d := range splitList(p.Domain) {
+	for _, d := range p.list("DERP_DOMAIN", p.Domain) {
 		if d, ok := p.domain(d); ok {
 			if slices.Contains(c.domains, d) {
 				p.fail("DERP_DOMAIN", "names %q twice", d)
@@ -398,7 +408,7 @@ func (p *parser) challenges(c *config) {
 			value = "dns"
 		}
 	}
-	for _, challenge := range splitList(value) {
+	for _, challenge := range p.list("DERP_ACME_CHALLENGES", value) {
 		switch challenge {
 		case "http":
 			c.acmeHTTP = true
@@ -438,7 +448,7 @@ func (p *parser) dns(c *config) {
 	case !c.acmeDNS:
 		p.fail("DERP_DNS_PROVIDER", "has no meaning when DERP_ACME_CHALLENGES is %s; add dns there, or remove one of them", p.Challenges)
 	}
-	config := &certs.DNSConfig{Resolvers: splitList(p.DNSResolvers), Delegate: strings.TrimSuffix(p.DNSDelegate, ".")}
+	config := &certs.DNSConfig{Resolvers: p.list("DERP_DNS_RESOLVERS", p.DNSResolvers), Delegate: strings.TrimSuffix(p.DNSDelegate, ".")}
 	config.Provider = p.dnsProvider()
 	for _, server := range config.Resolvers {
 		if !certs.IsHostPort(server) {
@@ -573,7 +583,7 @@ func (p *parser) manual(c *config) {
 }
 
 func (p *parser) admission(c *config) {
-	sockets := splitList(p.Socket)
+	sockets := p.list("DERP_TAILSCALED_SOCKET", p.Socket)
 	for _, s := range sockets {
 		if !filepath.IsAbs(s) {
 			p.fail("DERP_TAILSCALED_SOCKET", "want absolute paths, got %q", s)
@@ -597,7 +607,7 @@ func (p *parser) admission(c *config) {
 	if useSockets {
 		c.sockets = sockets
 	}
-	for _, target := range splitList(p.VerifyURL) {
+	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", p.VerifyURL) {
 		u, err := url.Parse(target)
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			p.fail("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
@@ -606,7 +616,7 @@ func (p *parser) admission(c *config) {
 		c.verifyURLs = append(c.verifyURLs, target)
 	}
 	p.allowKeys(c)
-	c.disallowApps = splitList(p.Disallow)
+	c.disallowApps = p.list("DERP_DISALLOW_APPS", p.Disallow)
 	c.openOnOrder = c.open() && !useSockets
 }
 
@@ -673,7 +683,7 @@ func (p *parser) publicFace(c *config) {
 		c.discovery = publicSTUNServers
 	case "off":
 	default:
-		c.discovery = splitList(p.Discovery)
+		c.discovery = p.list("DERP_DISCOVERY", p.Discovery)
 		for _, server := range c.discovery {
 			if host, port, err := net.SplitHostPort(server); err != nil || host == "" || port == "" {
 				p.fail("DERP_DISCOVERY", "want stun, off or STUN servers as HOST:PORT, got %q", server)
@@ -695,7 +705,7 @@ func (p *parser) publicAddress(name, family, value string, is func(netip.Addr) b
 }
 
 func (p *parser) rest(c *config) {
-	for _, name := range splitList(p.Bootstrap) {
+	for _, name := range p.list("DERP_BOOTSTRAP_DNS", p.Bootstrap) {
 		if !hostName.MatchString(name) {
 			p.fail("DERP_BOOTSTRAP_DNS", "want DNS names, got %q", name)
 		}

@@ -188,6 +188,10 @@ var badConfigurations = []struct {
 	{env: "DERP_ALLOW_KEYS=$D/keys", setup: file("keys", "# none yet\n"), want: []string{"DERP_ALLOW_KEYS: reading node keys from $D/keys: holds no node key"}},
 	{env: "DERP_ALLOW_KEYS_FILE=$D/keys", setup: file("keys", "nodekey:"+key64+"\nlaptop\n"), want: []string{`DERP_ALLOW_KEYS_FILE: reading node keys from $D/keys: line 2: want nodekey: and 64 hex digits, got "laptop"`}},
 
+	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=,", want: []string{`DERP_TAILSCALED_SOCKET: want a comma-separated list, got ","`}},
+	{env: "DERP_VERIFY_CLIENT_URL=,,", want: []string{`DERP_VERIFY_CLIENT_URL: want a comma-separated list, got ",,"`}},
+	{env: "DERP_CERT_MODE=letsencrypt DERP_DOMAIN=,", want: []string{`DERP_DOMAIN: want a comma-separated list, got ","`}},
+
 	// The map.
 	{env: "DERP_REGION_ID=1", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "1"`}},
 	{env: "DERP_REGION_ID=sha", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "sha"`}},
