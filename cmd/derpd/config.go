@@ -167,18 +167,18 @@ func (p *parser) addresses(c *config) {
 		}
 	}
 	if n, ok := p.port("DERP_HTTP_PORT", httpPort, -1); ok && n != -1 {
-		c.httpAddr = net.JoinHostPort(host, httpPort)
+		c.httpAddr = net.JoinHostPort(host, strconv.Itoa(n))
 	}
 	if p.yes("DERP_STUN", p.STUN) {
 		stunHost := host
 		if p.STUNIP != "" {
-			stunHost = p.STUNIP
+			stunHost = strings.Trim(p.STUNIP, "[]")
 			if _, err := netip.ParseAddr(stunHost); err != nil && !hostName.MatchString(stunHost) {
 				p.fail("DERP_STUN_ADDR", "want a host name or an address, without port, got %q", p.STUNIP)
 			}
 		}
-		if _, ok := p.port("DERP_STUN_PORT", p.STUNUDP, 0); ok {
-			c.stunAddr = net.JoinHostPort(stunHost, p.STUNUDP)
+		if n, ok := p.port("DERP_STUN_PORT", p.STUNUDP, 0); ok {
+			c.stunAddr = net.JoinHostPort(stunHost, strconv.Itoa(n))
 		}
 	}
 	p.distinct("DERP_HTTP_PORT", c.httpAddr, "DERP_ADDR", c.addr)
@@ -196,6 +196,10 @@ func (p *parser) distinct(name, addr, otherName, other string) {
 }
 
 var hostName = regexp.MustCompile(`^([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
+
+// numeric matches what looks like an address that lacks a part: no top-level
+// domain is a number (RFC 3696 §2).
+var numeric = regexp.MustCompile(`(^|\.)[0-9]+\.?$`)
 
 // domain normalises one entry of DERP_DOMAIN.
 func (p *parser) domain(d string) (string, bool) {
@@ -216,7 +220,7 @@ func (p *parser) domain(d string) (string, bool) {
 		p.fail("DERP_DOMAIN", "want a name without a path, got %q", d)
 	case strings.Contains(d, ":"):
 		p.fail("DERP_DOMAIN", "want a name without a port, got %q; the port goes into DERP_ADDR, or DERP_PUBLIC_PORT behind a port mapping", d)
-	case len(d) > 253 || !hostName.MatchString(d):
+	case len(d) > 253 || !hostName.MatchString(d) || numeric.MatchString(d):
 		p.fail("DERP_DOMAIN", "want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got %q", d)
 	default:
 		return strings.ToLower(strings.TrimSuffix(d, ".")), true
@@ -235,10 +239,11 @@ func (p *parser) hostPort(name, value string) string {
 		p.fail(name, "want a host name or an address before the port, got %q", value)
 		return ""
 	}
-	if _, ok := p.port(name, port, 0); !ok {
+	n, ok := p.port(name, port, 0)
+	if !ok {
 		return ""
 	}
-	return value
+	return net.JoinHostPort(host, strconv.Itoa(n))
 }
 
 // port parses a port; lowest is what is allowed below 1: 0 for any free port,

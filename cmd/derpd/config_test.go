@@ -77,6 +77,7 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=derp_1.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "derp_1.example.com"`}},
 	{env: "DERP_DOMAIN=中继.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "中继.example.com"`}},
 	{env: "DERP_DOMAIN=a.example.com,A.example.com.", want: []string{`DERP_DOMAIN: names "a.example.com" twice`}},
+	{env: "DERP_DOMAIN=203.0.113", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "203.0.113"`}},
 	{env: "DERP_DOMAIN=0.0.0.0", want: []string{`DERP_DOMAIN: want an address that clients can dial, got "0.0.0.0"`}},
 
 	// Listeners.
@@ -90,6 +91,7 @@ var badConfigurations = []struct {
 	{env: "DERP_STUN_PORT=-1", want: []string{`DERP_STUN_PORT: want a port from 1 to 65535, got "-1"`}},
 	{env: "DERP_STUN_ADDR=0.0.0.0:3478", want: []string{`DERP_STUN_ADDR: want a host name or an address, without port, got "0.0.0.0:3478"`}},
 	{env: "DERP_ADMIN_ADDR=localhost", want: []string{`DERP_ADMIN_ADDR: want host:port or :port, got "localhost"`}},
+	{env: "DERP_ADDR=:08080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; want another"}},
 	{env: "DERP_ADDR=:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; want another"}},
 	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_ADMIN_ADDR: port 8080 is taken by DERP_HTTP_PORT; want another"}},
 
