@@ -6,7 +6,11 @@ package relay
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
+	"encoding/hex"
+	"expvar"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -52,10 +56,11 @@ type Config struct {
 type Relay struct {
 	server  *derpserver.Server
 	handler http.Handler
+	clients *clients
 }
 
 // New returns a relay that serves nothing until its handler is mounted.
-func New(c Config) *Relay {
+func New(c Config) (*Relay, error) {
 	// derpserver names client addresses in its lines, and nearly all of
 	// them are faults of clients.
 	log := c.Log.With().Str("component", "derp").Logger()
@@ -67,8 +72,27 @@ func New(c Config) *Relay {
 		server.SetVerifyClientURL(admissionURL(c.Admit))
 		server.SetVerifyClientURLFailOpen(false)
 	}
-	return &Relay{server: server, handler: routes(server, c)}
+	// Made anew at each start and known to this process only; see [clients].
+	mesh := make([]byte, 32)
+	_, _ = rand.Read(mesh) // never fails
+	if err := server.SetMeshKey(hex.EncodeToString(mesh)); err != nil {
+		return nil, fmt.Errorf("setting mesh key: %w", err)
+	}
+	return &Relay{server: server, handler: routes(server, c), clients: &clients{server: server, log: c.Log}}, nil
 }
+
+// Run keeps the list of [Relay.Clients] until ctx ends.
+func (r *Relay) Run(ctx context.Context) error { return r.clients.run(ctx) }
+
+// Clients is who is connected, with the address of the latest connection.
+func (r *Relay) Clients() map[key.NodePublic]netip.Addr { return r.clients.list() }
+
+// Disconnect closes every connection of a node. Whether it may come back is
+// up to [Config.Admit].
+func (r *Relay) Disconnect(node key.NodePublic) error { return r.clients.disconnect(node) }
+
+// Metrics are upstream's, by the names under which derper publishes them.
+func (r *Relay) Metrics() expvar.Var { return r.server.ExpVar(false) }
 
 // PublicKey is the key by which clients know this node.
 func (r *Relay) PublicKey() key.NodePublic { return r.server.PublicKey() }

@@ -105,7 +105,10 @@ func TestAdmissionStaysApart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := relay.New(relay.Config{PrivateKey: key.NewNode(), Admit: tt.admit, Home: home, BootstrapDNS: relay.NewBootstrapDNS(nil, zerolog.Nop()), Log: zerolog.Nop()})
+		r, err := relay.New(relay.Config{PrivateKey: key.NewNode(), Admit: tt.admit, Home: home, BootstrapDNS: relay.NewBootstrapDNS(nil, zerolog.Nop()), Log: zerolog.Nop()})
+		if err != nil {
+			t.Fatal(err)
+		}
 		server := httptest.NewServer(r.Handler())
 		c, err := derphttp.NewClient(member, server.URL+"/derp", logger.Discard, netmon.NewStatic())
 		if err != nil {

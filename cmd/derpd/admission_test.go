@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/netmon"
@@ -23,9 +24,17 @@ import (
 // of it.
 func connectAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) error {
 	t.Helper()
-	c := derphttp.NewRegionClient(private, logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return r })
+	c := clientAs(t, r, private)
 	defer func() { _ = c.Close() }()
 	return admitted(t, c)
+}
+
+// clientAs is a client with a given node key.
+func clientAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) *derphttp.Client {
+	t.Helper()
+	c := derphttp.NewRegionClient(private, logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return r })
+	t.Cleanup(func() { _ = c.Close() })
+	return c
 }
 
 // serveSocket serves HTTP on a unix socket.
@@ -144,7 +153,7 @@ func TestAdmissionFailsClosed(t *testing.T) {
 			if err := connectAs(t, r, member); err != nil {
 				t.Errorf("a node that another source knows is refused: %v", err)
 			}
-			if report := n.health.Report(t.Context()); !strings.Contains(report.String(), "warn admission: 1 of 2 sources cannot tell") {
+			if report := n.health.Report(t.Context()); !strings.Contains(report.String(), "warn admission: 1 of 2 sources need attention: url http://127.0.0.1") {
 				t.Errorf("health does not tell: %s", report)
 			}
 		})
@@ -163,6 +172,22 @@ func TestAdmissionFailsClosed(t *testing.T) {
 	})
 }
 
+// eventually waits until a condition holds.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	deadline, tick := time.After(patience), time.NewTicker(20*time.Millisecond)
+	defer tick.Stop()
+	for !holds() {
+		select {
+		case <-deadline:
+			t.Fatalf("not within %s: %s", patience, what)
+		case <-tick.C:
+		}
+	}
+}
+
+// A key file acts when it changes: on new nodes, and on those that are
+// connected. One that is emptied or broken changes nothing.
 func TestKeyFileIsReadAgain(t *testing.T) {
 	first, second := key.NewNode(), key.NewNode()
 	file := filepath.Join(t.TempDir(), "keys")
@@ -179,13 +204,153 @@ func TestKeyFileIsReadAgain(t *testing.T) {
 		t.Error("a node that is not in the file is admitted")
 	}
 	write(first.Public().String() + "\n" + second.Public().String() + "\n")
-	if err := connectAs(t, r, second); err != nil {
-		t.Errorf("a node that was added is refused: %v", err)
-	}
+	eventually(t, "a node that was added is admitted", func() bool { return connectAs(t, r, second) == nil })
 	for _, broken := range []string{"", "nodekey:123", "# nothing\n"} {
 		write(broken)
+		eventually(t, "health tells of the broken file", func() bool {
+			return strings.Contains(n.health.Report(t.Context()).String(), "the last good list of 2 keys stays in force")
+		})
 		if err := connectAs(t, r, first); err != nil {
 			t.Errorf("the file became %q, and a known node is refused: %v", broken, err)
+		}
+		write(first.Public().String() + "\n" + second.Public().String() + "\n")
+		eventually(t, "health tells that the file is good again", func() bool {
+			return strings.Contains(n.health.Report(t.Context()).String(), "ok   admission: keys "+file)
+		})
+	}
+}
+
+// A connected node that its source no longer knows is disconnected, and cannot
+// come back; the others do not notice.
+func TestRevocation(t *testing.T) {
+	member, removed := key.NewNode(), key.NewNode()
+	for name, revoke := range map[string]func(t *testing.T) (env []string, remove func()){
+		"key file": func(t *testing.T) ([]string, func()) {
+			file := filepath.Join(t.TempDir(), "keys")
+			write := func(keys ...key.NodePrivate) {
+				text := ""
+				for _, k := range keys {
+					text += k.Public().String() + "\n"
+				}
+				if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write(member, removed)
+			return []string{"DERP_ALLOW_KEYS=" + file, "DERP_VERIFY_INTERVAL=1h"}, func() { write(member) }
+		},
+		"url": func(t *testing.T) ([]string, func()) {
+			var isRemoved atomic.Bool
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				var question tailcfg.DERPAdmitClientRequest
+				_ = json.NewDecoder(r.Body).Decode(&question)
+				allow := question.NodePublic == member.Public() || question.NodePublic == removed.Public() && !isRemoved.Load()
+				_ = json.NewEncoder(w).Encode(tailcfg.DERPAdmitClientResponse{Allow: allow})
+			}))
+			t.Cleanup(server.Close)
+			return []string{"DERP_VERIFY_CLIENT_URL=" + server.URL, "DERP_VERIFY_INTERVAL=1s"}, func() { isRemoved.Store(true) }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env, remove := revoke(t)
+			n := begin(t, loopbackEnv(t, env...))
+			r := region(t, parsePolicy(t, n.printed))
+			stays, leaves := clientAs(t, r, member), clientAs(t, r, removed)
+			for _, c := range []*derphttp.Client{stays, leaves} {
+				if err := admitted(t, c); err != nil {
+					t.Fatal(err)
+				}
+			}
+			exchange(t, stays, leaves, member.Public(), removed.Public())
+			eventually(t, "the relay lists both", func() bool { return len(n.connected()) == 2 })
+			start := time.Now()
+			remove()
+			for {
+				if _, err := leaves.Recv(); err != nil {
+					break
+				}
+			}
+			t.Logf("disconnected after %s", time.Since(start).Round(time.Millisecond))
+			if err := connectAs(t, r, removed); err == nil {
+				t.Error("the node came back")
+			}
+			other := clientAs(t, r, member)
+			if err := admitted(t, other); err != nil {
+				t.Error(err)
+			}
+			if counts := n.gate.Counts(); counts.Disconnected != 1 {
+				t.Errorf("counted %+v, want one disconnected", counts)
+			}
+			if _, ok := n.connected()[member.Public()]; !ok {
+				t.Error("the member was disconnected too")
+			}
+		})
+	}
+}
+
+// Upstream's fail-open is there, by name only, and only for a URL that cannot
+// be reached.
+func TestFailOpen(t *testing.T) {
+	broken := httptest.NewServer(answer(http.StatusInternalServerError, ""))
+	t.Cleanup(broken.Close)
+	for target, want := range map[string]bool{"http://127.0.0.1:1/verify": true, broken.URL: false} {
+		n := begin(t, loopbackEnv(t, "DERP_VERIFY_CLIENT_URL="+target, "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=true"))
+		stranger := key.NewNode()
+		err := connectAs(t, region(t, parsePolicy(t, n.printed)), stranger)
+		if (err == nil) != want {
+			t.Errorf("%s: %v, want admitted %t", target, err, want)
+		}
+		if warnings := strings.Join(n.config.warnings, "\n"); !strings.Contains(warnings, "lets anybody in") {
+			t.Errorf("no warning in %q", warnings)
+		}
+	}
+}
+
+// Metrics and `derpd admit` tell what the gate knows.
+func TestAdmissionIsTold(t *testing.T) {
+	member := key.NewNode()
+	down := httptest.NewServer(answer(http.StatusInternalServerError, ""))
+	t.Cleanup(down.Close)
+	env := loopbackEnv(t, "DERP_ALLOW_KEYS="+member.Public().String(), "DERP_VERIFY_CLIENT_URL="+down.URL)
+	n := begin(t, env)
+	r := region(t, parsePolicy(t, n.printed))
+	c := clientAs(t, r, member)
+	if err := admitted(t, c); err != nil {
+		t.Fatal(err)
+	}
+	if err := connectAs(t, r, key.NewNode()); err == nil {
+		t.Fatal("a stranger is admitted")
+	}
+	eventually(t, "the member is listed", func() bool { return len(n.connected()) == 1 })
+	admin := n.listeners.admin.Addr().String()
+	res, err := askAdmin(t.Context(), admin, "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(res.Body)
+	_ = res.Body.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`derpd_admission_decisions_total{decision="admitted"} 1`,
+		`derpd_admission_decisions_total{decision="unavailable"} 1`,
+		`derpd_admission_source_up{source="1 keys"} 1`,
+		`derpd_admission_source_up{source="url ` + down.URL + `"} 0`,
+		"derpd_clients 1\n", "derpd_open 0\n", "derpd_certificate_failing 0\n", "derp_packets_sent ",
+	} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("metrics lack %q:\n%s", want, text)
+		}
+	}
+	for node, want := range map[string]string{
+		member.Public().String():        "1 keys: yes\nurl " + down.URL + ": cannot tell: admission URL answered 500 Internal Server Error\nadmitted: a source says yes\n",
+		key.NewNode().Public().String(): "1 keys: no\nurl " + down.URL + ": cannot tell: admission URL answered 500 Internal Server Error\nrefused: no source says yes, and a source cannot tell\n",
+	} {
+		var out strings.Builder
+		err := run(t.Context(), time.Now(), []string{"admit", node}, append(env, "DERP_ADMIN_ADDR="+admin), &out, io.Discard)
+		if out.String() != want || (err == nil) != strings.Contains(want, "\nadmitted") {
+			t.Errorf("derpd admit: %v\n%s\nwant\n%s", err, out.String(), want)
 		}
 	}
 }

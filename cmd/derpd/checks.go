@@ -122,15 +122,31 @@ func (n *node) checkSTUN(ctx context.Context) healthz.Result {
 
 func (n *node) checkAdmission(context.Context) healthz.Result {
 	if n.gate == nil {
-		return healthz.Warnf("open: anybody who finds this relay can use it; set DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL or DERP_VERIFY_CLIENTS=true")
+		return healthz.Warnf("open: anybody who finds this relay can use it; set DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL, DERP_TAILNET_API_KEY or DERP_VERIFY_CLIENTS=true")
 	}
-	if down := n.gate.Down(); len(down) > 0 {
-		var list []string
-		for name, err := range down {
-			list = append(list, fmt.Sprintf("%s: %v", name, err))
+	var good, bad []string
+	for _, s := range n.gate.States() {
+		switch {
+		case s.Err != nil && s.AsOf.IsZero():
+			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Err))
+		case s.Err != nil:
+			bad = append(bad, fmt.Sprintf("%s: %v (it last could %s ago)", s.Source, s.Err, age(s.AsOf)))
+		case s.Trouble != nil:
+			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Trouble))
+		case s.AsOf.IsZero():
+			good = append(good, s.Source+", not asked yet")
+		default:
+			good = append(good, fmt.Sprintf("%s, as of %s ago", s.Source, age(s.AsOf)))
 		}
-		slices.Sort(list)
-		return healthz.Warnf("%d of %d sources cannot tell who may connect: %s", len(down), len(n.gate.Sources()), strings.Join(list, "; "))
 	}
-	return healthz.Okf("%s", strings.Join(n.gate.Sources(), ", "))
+	counts := n.gate.Counts()
+	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
+		counts.Admitted, counts.Refused+counts.Unavailable, counts.Kept, counts.Disconnected)
+	if len(bad) > 0 {
+		return healthz.Warnf("%d of %d sources need attention: %s; %s", len(bad), len(bad)+len(good), strings.Join(bad, "; "), done)
+	}
+	return healthz.Okf("%s; %s", strings.Join(good, ", "), done)
 }
+
+// age is how long ago t was, for people.
+func age(t time.Time) time.Duration { return time.Since(t).Round(time.Second) }

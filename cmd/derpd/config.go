@@ -60,12 +60,16 @@ type config struct {
 	acmeTLS  bool // whether TLS-ALPN-01 may be used
 	acmeDNS  bool // whether DNS-01 may be used
 
-	sockets      []string // tailscaled sockets to ask
-	verifyURLs   []string
-	keys         admit.KeySet
-	keysFile     string // watched, instead of keys
-	openOnOrder  bool   // DERP_VERIFY_CLIENTS=false, and no other source
-	disallowApps []string
+	sockets        []string // tailscaled sockets to ask
+	verifyURLs     []string
+	failOpen       bool // of the URLs
+	keys           admit.KeySet
+	keysFile       string // watched, instead of keys
+	tailnets       []admit.TailnetConfig
+	grace          time.Duration // how long a known node stays welcome
+	verifyInterval time.Duration // between questions about connected nodes
+	openOnOrder    bool          // DERP_VERIFY_CLIENTS=false, and no other source
+	disallowApps   []string
 
 	node       derpmap.Node // without what is only known when listening
 	publicTLS  int          // 0: as listened
@@ -85,11 +89,6 @@ type config struct {
 // publicSTUNServers are Tailscale's own, far apart, so that one of them is
 // near enough to answer within discoveryTimeout.
 var publicSTUNServers = []string{"derp1.tailscale.com:3478", "derp3.tailscale.com:3478", "derp4.tailscale.com:3478", "derp7.tailscale.com:3478"}
-
-// open reports whether anybody may use the relay.
-func (c *config) open() bool {
-	return len(c.sockets) == 0 && len(c.verifyURLs) == 0 && c.keys == nil && c.keysFile == ""
-}
 
 // nodeKeyFile holds the node key.
 func (c *config) nodeKeyFile() string { return filepath.Join(c.dataDir, "node.key") }
@@ -585,73 +584,6 @@ func (p *parser) manual(c *config) {
 	if _, err := certs.LoadManual(c.manual); err != nil {
 		p.fail("DERP_CERT_FILE", "%w%s", err, secretHint(err))
 	}
-}
-
-func (p *parser) admission(c *config) {
-	sockets := p.list("DERP_TAILSCALED_SOCKET", p.Socket)
-	for _, s := range sockets {
-		if !filepath.IsAbs(s) {
-			p.fail("DERP_TAILSCALED_SOCKET", "want absolute paths, got %q", s)
-		}
-	}
-	useSockets := false
-	switch value := strings.ToLower(p.Verify); value {
-	case "auto":
-		sockets = slices.DeleteFunc(sockets, func(s string) bool {
-			info, err := os.Stat(s)
-			return err != nil || info.Mode().Type() != fs.ModeSocket
-		})
-		useSockets = true
-	default:
-		b, err := strconv.ParseBool(value)
-		if err != nil {
-			p.fail("DERP_VERIFY_CLIENTS", "want auto, true or false, got %q", p.Verify)
-		}
-		useSockets = b
-	}
-	if useSockets {
-		c.sockets = sockets
-	}
-	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", p.VerifyURL) {
-		u, err := url.Parse(target)
-		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
-			p.fail("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
-			continue
-		}
-		c.verifyURLs = append(c.verifyURLs, target)
-	}
-	p.allowKeys(c)
-	c.disallowApps = p.list("DERP_DISALLOW_APPS", p.Disallow)
-	c.openOnOrder = c.open() && !useSockets
-}
-
-// allowKeys reads the node keys: from the value, or from a file that is read
-// again when it changes, which both DERP_ALLOW_KEYS=/path and
-// DERP_ALLOW_KEYS_FILE=/path name.
-func (p *parser) allowKeys(c *config) {
-	value := p.AllowKeys
-	path, fromFile := p.fromFile["DERP_ALLOW_KEYS"]
-	name := "DERP_ALLOW_KEYS"
-	switch {
-	case value == "":
-		return
-	case fromFile:
-		name += "_FILE"
-	case strings.HasPrefix(value, "/") || strings.HasPrefix(value, "./"):
-		path = value
-	default:
-		keys, err := admit.ParseKeys(value)
-		if err != nil {
-			p.fail(name, "%w", err)
-			return
-		}
-		c.keys = keys
-		return
-	}
-	if _, err := admit.LoadKeys(path); err != nil {
-		p.fail(name, "%w%s", err, secretHint(err))
-	}
-	c.keysFile = path
 }
 
 var regionCode = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)

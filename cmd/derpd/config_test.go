@@ -191,6 +191,17 @@ var badConfigurations = []struct {
 	{env: "DERP_ALLOW_KEYS_FILE=$D/keys", setup: file("keys", "nodekey:"+key64+"\nlaptop\n"), want: []string{`DERP_ALLOW_KEYS_FILE: reading node keys from $D/keys: line 2: want nodekey: and 64 hex digits, got "laptop"`}},
 
 	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=,", want: []string{`DERP_TAILSCALED_SOCKET: want a comma-separated list, got ","`}},
+	{env: "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=true", want: []string{"DERP_VERIFY_CLIENT_URL_FAIL_OPEN: has no meaning without DERP_VERIFY_CLIENT_URL; remove it"}},
+	{env: "DERP_VERIFY_GRACE=1", want: []string{`DERP_VERIFY_GRACE: want a duration such as 24h, 5m or 30s, got "1"`}},
+	{env: "DERP_VERIFY_GRACE=-1h", want: []string{`DERP_VERIFY_GRACE: want a duration such as 24h, 5m or 30s, got "-1h"`}},
+	{env: "DERP_VERIFY_INTERVAL=10ms", want: []string{`DERP_VERIFY_INTERVAL: want at least 1s, got "10ms"`}},
+	{env: "DERP_TAILNET=example.com", want: []string{"DERP_TAILNET: has no meaning without DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID; set one of them, or remove it"}},
+	{env: "DERP_TAILNET_EXTERNAL=true", want: []string{"DERP_TAILNET_EXTERNAL: has no meaning without DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID; set one of them, or remove it"}},
+	{env: "DERP_TAILNET=a,b DERP_TAILNET_API_KEY=tskey-api-1", want: []string{"DERP_TAILNET: want one name for each of the 1 credentials, API keys first, or none; got 2"}},
+	{env: "DERP_TAILNET_OAUTH_CLIENT_ID=a,b DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 2 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
+	{env: "DERP_TAILNET_API_KEY=tskey-auth-s3cret", want: []string{"DERP_TAILNET_API_KEY: want an API access token (tskey-api-…); an auth key adds devices and cannot list them, and an OAuth client goes into DERP_TAILNET_OAUTH_CLIENT_ID and _SECRET"}},
+	{env: "DERP_TAILNET_API_URL=api.example.com", want: []string{`DERP_TAILNET_API_URL: want an http or https URL, got "api.example.com"`}},
+	{env: "DERP_TAILNET_API_KEY=,", want: []string{`DERP_TAILNET_API_KEY: want a comma-separated list, got ","`}},
 	{env: "DERP_VERIFY_CLIENT_URL=,,", want: []string{`DERP_VERIFY_CLIENT_URL: want a comma-separated list, got ",,"`}},
 	{env: "DERP_CERT_MODE=letsencrypt DERP_DOMAIN=,", want: []string{`DERP_DOMAIN: want a comma-separated list, got ","`}},
 

@@ -46,11 +46,20 @@ type environment struct {
 	DNSTimeout   string `env:"DERP_DNS_PROPAGATION_TIMEOUT,default=2m" en:"DNS-01: how long to wait until the record is there; 0 does not look" zh:"DNS-01：等待记录生效的最长时间；0 表示不检查"`
 	DNSDelegate  string `env:"DERP_DNS_DELEGATE" en:"DNS-01: the name, in a zone of the provider, to which _acme-challenge of each domain is a CNAME" zh:"DNS-01：服务商处某个区域里的名称，各域名的 _acme-challenge 都是指向它的 CNAME"`
 
-	Verify    string `env:"DERP_VERIFY_CLIENTS,default=auto" en:"auto: the tailscaled socket if it is there; true: the socket, and nobody while it does not answer; false: not the socket" zh:"auto：tailscaled 的 socket 存在就用；true：必须用 socket，它不回答就谁也不放行；false：不用 socket"`
-	Socket    string `env:"DERP_TAILSCALED_SOCKET,default=/var/run/tailscale/tailscaled.sock" en:"tailscaled sockets, one for each tailnet, comma-separated" zh:"tailscaled 的 socket，每个 tailnet 一个，逗号分隔"`
-	VerifyURL string `env:"DERP_VERIFY_CLIENT_URL" en:"admission URLs, comma-separated (Headscale's /verify)" zh:"准入网址，逗号分隔（Headscale 的 /verify）" secret:"url"`
-	AllowKeys string `env:"DERP_ALLOW_KEYS" en:"node keys (nodekey:…) that may connect, or the path of a file of them, read again when it changes" zh:"允许连接的节点公钥（nodekey:…），或存放它们的文件路径，文件改动后自动重读"`
-	Disallow  string `env:"DERP_DISALLOW_APPS" en:"app names that may not connect, comma-separated" zh:"不允许连接的应用名，逗号分隔"`
+	Verify      string `env:"DERP_VERIFY_CLIENTS,default=auto" en:"auto: the tailscaled socket if it is there; true: the socket, and nobody while it does not answer; false: not the socket" zh:"auto：tailscaled 的 socket 存在就用；true：必须用 socket，它不回答就谁也不放行；false：不用 socket"`
+	Socket      string `env:"DERP_TAILSCALED_SOCKET,default=/var/run/tailscale/tailscaled.sock" en:"tailscaled sockets, one for each tailnet, comma-separated" zh:"tailscaled 的 socket，每个 tailnet 一个，逗号分隔"`
+	VerifyURL   string `env:"DERP_VERIFY_CLIENT_URL" en:"admission URLs, comma-separated (Headscale's /verify)" zh:"准入网址，逗号分隔（Headscale 的 /verify）" secret:"url"`
+	FailOpen    string `env:"DERP_VERIFY_CLIENT_URL_FAIL_OPEN,default=false" en:"true: anybody may connect while an admission URL cannot be reached, as derper does by default" zh:"true：准入网址无法访问时任何人都可以连接（derper 的默认行为）"`
+	AllowKeys   string `env:"DERP_ALLOW_KEYS" en:"node keys (nodekey:…) that may connect, or the path of a file of them, read again when it changes" zh:"允许连接的节点公钥（nodekey:…），或存放它们的文件路径，文件改动后自动重读"`
+	APIKey      string `env:"DERP_TAILNET_API_KEY" en:"Tailscale API access token (tskey-api-…): the devices of its tailnet may connect; several, comma-separated" zh:"Tailscale API 访问令牌（tskey-api-…）：其 tailnet 的设备可以连接；可以有多个，逗号分隔" secret:"true"`
+	OAuthID     string `env:"DERP_TAILNET_OAUTH_CLIENT_ID" en:"the same with an OAuth client with the scope devices:core:read, which does not expire; several, comma-separated" zh:"同上，使用带 devices:core:read 权限、不会过期的 OAuth 客户端；可以有多个，逗号分隔"`
+	OAuthSecret string `env:"DERP_TAILNET_OAUTH_CLIENT_SECRET" en:"the secrets of the OAuth clients, in the same order" zh:"OAuth 客户端的密钥，顺序相同" secret:"true"`
+	Tailnet     string `env:"DERP_TAILNET" en:"names of the tailnets, one for each API key and then for each OAuth client" zh:"tailnet 的名称，先按 API 令牌、再按 OAuth 客户端的顺序各一个" or:"the credential's own" zhor:"凭据自己的 tailnet"`
+	APIURL      string `env:"DERP_TAILNET_API_URL,default=https://api.tailscale.com" en:"where Tailscale's API is asked, for a proxy of yours that can reach it" zh:"Tailscale API 的网址，用于你自己的、能访问它的代理"`
+	External    string `env:"DERP_TAILNET_EXTERNAL,default=false" en:"whether devices that others share into the tailnet may connect too" zh:"别人共享进 tailnet 的设备是否也可以连接"`
+	Grace       string `env:"DERP_VERIFY_GRACE,default=24h" en:"how long an admitted node stays welcome while a source of admission does not answer; 0 is not at all" zh:"准入来源不回答时，已放行过的节点在多长时间内仍可连接；0 表示不可"`
+	Interval    string `env:"DERP_VERIFY_INTERVAL,default=1m" en:"how often connected nodes are asked about again, and Tailscale's API for its devices, which is asked every 15s at most" zh:"多久重新核对一次已连接的节点，以及多久向 Tailscale API 查询一次设备（最短 15 秒一次）"`
+	Disallow    string `env:"DERP_DISALLOW_APPS" en:"app names that may not connect, comma-separated" zh:"不允许连接的应用名，逗号分隔"`
 
 	RegionID   string `env:"DERP_REGION_ID,default=900" en:"region in the map, 900 to 999" zh:"DERPMap 里的区域编号，900 到 999"`
 	RegionCode string `env:"DERP_REGION_CODE,default=derpd" en:"short name of the region" zh:"区域短名"`

@@ -37,6 +37,7 @@ const usage = `usage: derpd [command]
   derpmap         print what to paste: --format policy | headscale | json
   pin             print the pinned certificate's hash and end
                   --rotate makes a new certificate, and prints the new map
+  admit NODEKEY   ask every source of admission about a node
   env             print the configuration in force, without secrets
                   --example prints a file to fill in
   healthcheck     ask the running relay whether it is ready
@@ -74,6 +75,8 @@ func run(ctx context.Context, start time.Time, args, env []string, stdout, stder
 		return printMap(ctx, args, env, stdout, stderr)
 	case "pin":
 		return pin(ctx, args, env, stdout, stderr)
+	case "admit":
+		return askAdmission(ctx, args, env, stdout, stderr)
 	case "env":
 		return printEnvironment(args, env, stdout, stderr)
 	case "healthcheck":

@@ -23,10 +23,8 @@ import (
 	"go.uber.org/goleak"
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 )
 
 // patience bounds everything that must happen in a test.
@@ -172,9 +170,7 @@ func region(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
 // newClient is a client that knows the relay only by the region.
 func newClient(t *testing.T, r *tailcfg.DERPRegion) *derphttp.Client {
 	t.Helper()
-	c := derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return r })
-	t.Cleanup(func() { _ = c.Close() })
-	return c
+	return clientAs(t, r, key.NewNode())
 }
 
 // receiver is what both kinds of DERP client share.

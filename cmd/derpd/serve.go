@@ -102,7 +102,7 @@ func (n *node) build(ctx context.Context) error {
 		return err
 	}
 	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
-	n.relay = relay.New(relay.Config{
+	n.relay, err = relay.New(relay.Config{
 		PrivateKey:   private,
 		Admit:        n.admit(),
 		DisallowApps: c.disallowApps,
@@ -110,6 +110,9 @@ func (n *node) build(ctx context.Context) error {
 		BootstrapDNS: n.bootstrap,
 		Log:          n.log,
 	})
+	if err != nil {
+		return err
+	}
 	if n.listeners.stun != nil {
 		if n.stun, err = relay.NewSTUN(n.listeners.stun, n.log); err != nil {
 			return err
@@ -135,6 +138,8 @@ func (n *node) servers() {
 	admin := http.NewServeMux()
 	admin.Handle("/", n.health.Handler())
 	admin.HandleFunc("GET /derpmap", n.serveMap)
+	admin.HandleFunc("GET /admit", n.serveAdmit)
+	admin.HandleFunc("GET /metrics", n.serveMetrics)
 	n.admin = newHTTPServer(admin, n.log)
 }
 
@@ -208,46 +213,6 @@ func (n *node) findAddress(ctx context.Context) error {
 	return nil
 }
 
-// newGate is nil for an open relay.
-func newGate(c *config, log zerolog.Logger) (*admit.Gate, error) {
-	if c.open() {
-		return nil, nil
-	}
-	var sources []admit.Source
-	for _, socket := range c.sockets {
-		sources = append(sources, admit.Tailscaled(socket))
-	}
-	for _, target := range c.verifyURLs {
-		sources = append(sources, admit.URL(target))
-	}
-	if c.keys != nil {
-		sources = append(sources, admit.Keys(c.keys))
-	}
-	if c.keysFile != "" {
-		source, err := admit.KeyFile(c.keysFile, log)
-		if err != nil {
-			return nil, fmt.Errorf("DERP_ALLOW_KEYS: %w", err)
-		}
-		sources = append(sources, source)
-	}
-	return admit.NewGate(sources, log), nil
-}
-
-// admit is nil for an open relay. The self-check's key exists in this process
-// only, so admitting it lets nobody else in.
-func (n *node) admit() relay.AdmitFunc {
-	if n.gate == nil {
-		return nil
-	}
-	probe := n.probe.Public()
-	return func(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
-		if node == probe {
-			return nil
-		}
-		return n.gate.Admit(ctx, node, addr)
-	}
-}
-
 // task is one long-lived part. It returns nil when its context ends.
 type task struct {
 	name string
@@ -277,6 +242,11 @@ func (n *node) tasks() []task {
 	}
 	if n.certs != nil {
 		list = append(list, task{"certificates", n.certs.Run})
+	}
+	if n.gate != nil {
+		list = append(list, task{"clients", n.relay.Run}, task{"admission", func(ctx context.Context) error {
+			return n.gate.Run(ctx, admit.Clients{List: n.connected, Disconnect: n.relay.Disconnect})
+		}})
 	}
 	return list
 }

@@ -4,53 +4,86 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
 )
 
+// source answers every question alike.
 func source(name string, err error) Source {
-	return Source{name, func(context.Context, key.NodePublic, netip.Addr) error { return err }}
+	return Source{Name: name, Ask: func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) { return time.Now(), err }}
+}
+
+// listed is source, from memory.
+func listed(name string, err error) Source {
+	s := source(name, err)
+	s.Local = true
+	return s
+}
+
+var errBroken = errors.New("connection refused")
+
+func newGate(t *testing.T, sources ...Source) *Gate {
+	t.Helper()
+	return NewGate(Config{Sources: sources, Grace: time.Hour, Path: filepath.Join(t.TempDir(), "admitted.json"), Log: zerolog.Nop()})
 }
 
 func TestGate(t *testing.T) {
-	broken := errors.New("connection refused")
 	for _, tt := range []struct {
 		name    string
 		sources []Source
 		want    string // in the refusal; empty for a yes
 		down    string
+		counts  Counts
 	}{
-		{"no source", nil, "is not admitted", ""},
-		{"yes", []Source{source("a", nil)}, "", ""},
-		{"no", []Source{source("a", ErrRefused)}, "a: unknown node key", ""},
-		{"no and yes", []Source{source("a", ErrRefused), source("b", nil)}, "", ""},
-		{"broken and yes", []Source{source("a", broken), source("b", nil)}, "", ""},
-		{"no and broken", []Source{source("a", ErrRefused), source("b", broken)}, "b: connection refused", "b"},
+		{"no source", nil, "is not admitted", "", Counts{Refused: 1}},
+		{"yes", []Source{source("a", nil)}, "", "", Counts{Admitted: 1}},
+		{"no", []Source{source("a", ErrRefused)}, "a: unknown node key", "", Counts{Refused: 1}},
+		{"no and yes", []Source{source("a", ErrRefused), source("b", nil)}, "", "", Counts{Admitted: 1}},
+		{"broken and yes", []Source{source("a", errBroken), source("b", nil)}, "", "", Counts{Admitted: 1}},
+		{"no and broken", []Source{source("a", ErrRefused), source("b", errBroken)}, "b: connection refused", "b", Counts{Unavailable: 1}},
+		{"listed", []Source{source("a", errBroken), listed("b", nil)}, "", "", Counts{Admitted: 1}},
+		{"not listed, yes", []Source{listed("a", ErrRefused), source("b", nil)}, "", "", Counts{Admitted: 1}},
+		{"not listed", []Source{listed("a", ErrRefused)}, "a: unknown node key", "", Counts{Refused: 1}},
+		{"stale list", []Source{listed("a", errBroken), source("b", ErrRefused)}, "a: connection refused", "a", Counts{Unavailable: 1}},
 	} {
-		g := NewGate(tt.sources, zerolog.Nop())
+		g := newGate(t, tt.sources...)
 		err := g.Admit(t.Context(), key.NewNode().Public(), netip.Addr{})
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want %q in it", tt.name, err, tt.want)
 		}
-		if down := g.Down(); tt.down != "" && down[tt.down] == nil {
-			t.Errorf("%s: %v is not in what is down", tt.name, tt.down)
+		for _, s := range g.States() {
+			if down := s.Err != nil; down != (s.Source == tt.down) && tt.want != "" {
+				t.Errorf("%s: %s is down: %t (%v)", tt.name, s.Source, down, s.Err)
+			}
+		}
+		if got := g.Counts(); got != tt.counts {
+			t.Errorf("%s: counted %+v, want %+v", tt.name, got, tt.counts)
 		}
 	}
 }
 
-// A yes need not wait for a source that hangs.
+// A yes need not wait for a source that hangs, and a list is not worth a
+// question to anybody else.
 func TestFirstYesWins(t *testing.T) {
-	hang := Source{"slow", func(ctx context.Context, _ key.NodePublic, _ netip.Addr) error {
+	hang := Source{Name: "slow", Ask: func(ctx context.Context, _ key.NodePublic, _ netip.Addr) (time.Time, error) {
 		<-ctx.Done()
-		return ctx.Err()
+		return time.Time{}, ctx.Err()
 	}}
-	g := NewGate([]Source{hang, source("fast", nil)}, zerolog.Nop())
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	if err := g.Admit(ctx, key.NewNode().Public(), netip.Addr{}); err != nil {
+	g := newGate(t, hang, source("fast", nil))
+	if err := g.Admit(t.Context(), key.NewNode().Public(), netip.Addr{}); err != nil {
+		t.Error(err)
+	}
+	never := Source{Name: "never", Ask: func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) {
+		t.Error("asked about a node that a list admits")
+		return time.Time{}, nil
+	}}
+	g = newGate(t, never, listed("list", nil))
+	if err := g.Admit(t.Context(), key.NewNode().Public(), netip.Addr{}); err != nil {
 		t.Error(err)
 	}
 }
@@ -58,14 +91,14 @@ func TestFirstYesWins(t *testing.T) {
 // A source that comes back is no longer called down.
 func TestSourceComesBack(t *testing.T) {
 	answer := errors.New("timeout")
-	g := NewGate([]Source{{"a", func(context.Context, key.NodePublic, netip.Addr) error { return answer }}}, zerolog.Nop())
+	g := newGate(t, Source{Name: "a", Ask: func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) { return time.Now(), answer }})
 	_ = g.Admit(t.Context(), key.NewNode().Public(), netip.Addr{})
-	if len(g.Down()) != 1 {
+	if g.States()[0].Err == nil {
 		t.Error("a source that timed out is not down")
 	}
 	answer = ErrRefused
 	_ = g.Admit(t.Context(), key.NewNode().Public(), netip.Addr{})
-	if len(g.Down()) != 0 {
+	if g.States()[0].Err != nil {
 		t.Error("a source that answered no is down")
 	}
 }

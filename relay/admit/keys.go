@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"strings"
@@ -13,6 +14,8 @@ import (
 
 	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
+
+	"derpd/filewatch"
 )
 
 // KeySet is a set of node keys.
@@ -59,9 +62,10 @@ func parseKey(field string) (key.NodePublic, error) {
 // Keys admits the nodes of a fixed set.
 func Keys(keys KeySet) Source {
 	return Source{
-		Name: fmt.Sprintf("%d keys", len(keys)),
-		Ask: func(_ context.Context, node key.NodePublic, _ netip.Addr) error {
-			return keys.ask(node)
+		Name:  fmt.Sprintf("%d keys", len(keys)),
+		Local: true,
+		Ask: func(_ context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
+			return time.Now(), keys.ask(node)
 		},
 	}
 }
@@ -90,53 +94,71 @@ func LoadKeys(path string) (KeySet, error) {
 // changes. A file that became empty, broken or unreadable keeps the last good
 // list, and says so.
 func KeyFile(path string, log zerolog.Logger) (Source, error) {
-	f := &keyFile{path: path, log: log}
-	// The stamp is taken before the read: a write in between is read again.
-	f.stamp = stampOf(path)
 	keys, err := LoadKeys(path)
 	if err != nil {
 		return Source{}, err
 	}
-	f.keys = keys
-	return Source{Name: "keys " + path, Ask: f.ask}, nil
+	f := &keyFile{path: path, log: log, keys: keys}
+	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Trouble: f.trouble}, nil
 }
 
 type keyFile struct {
 	path string
 	log  zerolog.Logger
 
-	mu    sync.Mutex
-	stamp stamp  // of the file as it was last looked at; guarded by mu
-	keys  KeySet // the last good list; guarded by mu
+	mu   sync.RWMutex
+	keys KeySet // the last good list; guarded by mu
+	err  error  // why the file as it is was not taken; guarded by mu
 }
 
-// stamp tells two states of a file apart.
-type stamp struct {
-	modified time.Time
-	size     int64
+// A list that was read is as good as on the day of reading: the file is here,
+// and its owner means what stood in it. So the answer is never stale.
+func (f *keyFile) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return time.Now(), f.keys.ask(node)
 }
 
-// stampOf returns the zero stamp for a file that cannot be looked at.
-func stampOf(path string) stamp {
-	info, err := os.Stat(path)
-	if err != nil {
-		return stamp{}
+// trouble implements [Source].
+func (f *keyFile) trouble() error {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.err != nil {
+		return fmt.Errorf("the last good list of %d keys stays in force: %w", len(f.keys), f.err)
 	}
-	return stamp{info.ModTime(), info.Size()}
+	return nil
 }
 
-func (f *keyFile) ask(_ context.Context, node key.NodePublic, _ netip.Addr) error {
+func (f *keyFile) run(ctx context.Context, changed func()) error {
+	return filewatch.Run(ctx, filewatch.Config{
+		Paths: []string{f.path},
+		Look: func() {
+			if f.look() {
+				changed()
+			}
+		},
+		Log: f.log,
+	})
+}
+
+// look reads the file, and reports whether another list is in force.
+func (f *keyFile) look() bool {
+	keys, err := LoadKeys(f.path)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if now := stampOf(f.path); now != f.stamp {
-		f.stamp = now
-		keys, err := LoadKeys(f.path)
-		if err != nil {
+	before := f.err
+	f.err = err
+	switch {
+	case err != nil:
+		if before == nil || before.Error() != err.Error() {
 			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read: the last good list stays in force")
-		} else {
-			f.keys = keys
-			f.log.Info().Str("file", f.path).Int("keys", len(keys)).Msg("node keys read again")
 		}
+		return false
+	case before == nil && maps.Equal(keys, f.keys):
+		return false
 	}
-	return f.keys.ask(node)
+	changed := !maps.Equal(keys, f.keys)
+	f.keys = keys
+	f.log.Info().Str("file", f.path).Int("keys", len(keys)).Msg("node keys read again")
+	return changed
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	"tailscale.com/client/local"
 	"tailscale.com/types/key"
@@ -18,18 +19,18 @@ func Tailscaled(socket string) Source {
 	client := &local.Client{Socket: socket, UseSocketOnly: true}
 	return Source{
 		Name: "tailscaled " + socket,
-		Ask: func(ctx context.Context, node key.NodePublic, _ netip.Addr) error {
+		Ask: func(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
 			_, err := client.WhoIsNodeKey(ctx, node)
 			switch {
 			case err == nil:
-				return nil
+				return time.Now(), nil
 			case errors.Is(err, local.ErrPeerNotFound):
-				return ErrRefused
+				return time.Now(), ErrRefused
 			case strings.Contains(err.Error(), "invalid 'addr' parameter"):
 				// tailscale/tailscale#12617
-				return errors.New("tailscaled is too old to be asked about node keys; update it")
+				return time.Time{}, errors.New("tailscaled is too old to be asked about node keys; update it")
 			}
-			return fmt.Errorf("asking tailscaled: %w", err)
+			return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
 		},
 	}
 }

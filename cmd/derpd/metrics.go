@@ -1,0 +1,85 @@
+package main
+
+import (
+	"expvar"
+	"net/http"
+
+	"tailscale.com/metrics"
+	"tailscale.com/tsweb/varz"
+)
+
+// serveMetrics writes Prometheus' text format. What derpserver counts keeps the
+// names that derper gives it (derp_bytes_sent and so on), so that dashboards
+// made for derper go on working; what derpd adds begins with derpd_.
+func (n *node) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	for _, v := range n.metrics() {
+		varz.WritePrometheusExpvar(w, v)
+	}
+}
+
+func (n *node) metrics() []expvar.KeyValue {
+	list := []expvar.KeyValue{
+		{Key: "derp", Value: n.relay.Metrics()},
+		{Key: "gauge_derpd_open", Value: number(n.gate == nil)},
+	}
+	if n.certs != nil {
+		status := n.certs.Status()
+		if status.Leaf != nil {
+			list = append(list, expvar.KeyValue{Key: "gauge_derpd_certificate_not_after_timestamp_seconds", Value: number(status.Leaf.NotAfter.Unix())})
+		}
+		list = append(list, expvar.KeyValue{Key: "gauge_derpd_certificate_failing", Value: number(status.Err != nil)})
+	}
+	return append(list, n.admissionMetrics()...)
+}
+
+// decisionLabel and sourceLabel are the labels of admission.
+type (
+	decisionLabel struct{ Decision string }
+	sourceLabel   struct{ Source string }
+)
+
+func (n *node) admissionMetrics() []expvar.KeyValue {
+	if n.gate == nil {
+		return nil
+	}
+	counts := n.gate.Counts()
+	decisions := &metrics.MultiLabelMap[decisionLabel]{Type: "counter", Help: "Decisions about nodes since the start; disconnected ones had been admitted before."}
+	for decision, count := range map[string]uint64{
+		"admitted": counts.Admitted, "kept": counts.Kept, "refused": counts.Refused,
+		"unavailable": counts.Unavailable, "disconnected": counts.Disconnected,
+	} {
+		decisions.Set(decisionLabel{decision}, number(int64(count)))
+	}
+	up := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Whether the source could tell when it was asked last."}
+	asOf := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Time of what the source knows."}
+	for _, s := range n.gate.States() {
+		label := sourceLabel{s.Source}
+		up.Set(label, number(s.Err == nil && s.Trouble == nil))
+		if !s.AsOf.IsZero() {
+			asOf.Set(label, number(s.AsOf.Unix()))
+		}
+	}
+	return []expvar.KeyValue{
+		{Key: "derpd_admission_decisions_total", Value: decisions},
+		{Key: "derpd_admission_source_up", Value: up},
+		{Key: "derpd_admission_source_timestamp_seconds", Value: asOf},
+		{Key: "gauge_derpd_clients", Value: number(len(n.connected()))},
+	}
+}
+
+// number is a variable with one value.
+func number[T bool | int | int64](v T) expvar.Var {
+	i := new(expvar.Int)
+	switch v := any(v).(type) {
+	case bool:
+		if v {
+			i.Set(1)
+		}
+	case int:
+		i.Set(int64(v))
+	case int64:
+		i.Set(v)
+	}
+	return i
+}
