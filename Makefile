@@ -12,14 +12,23 @@ TOOLS   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/derpd
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
 GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
 
+# The tailscaled may be older than the relay, as other people's are; not newer.
+TAILSCALE := v1.102.5
+HEADSCALE := v0.29.0
+PEERS     := $(TOOLS)/peers-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
+
 .DEFAULT_GOAL := help
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
 
+test: export DERPD_PEERS := $(PEERS)
 .PHONY: test
-test: ## run all tests, in any order, with the race detector
+test: peers ## run all tests, in any order, with the race detector
 	go test -race -shuffle=on -timeout 5m ./...
+
+.PHONY: peers
+peers: $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/headscale ## build the real tailscaled and headscale that tests talk to
 
 # High ports and ./data, so that no root is needed. What you have set wins.
 run: export DERP_ADDR ?= :8443
@@ -73,3 +82,22 @@ $(GOVULNCHECK): PACKAGE = golang.org/x/vuln/cmd/govulncheck
 $(GOLANGCI_LINT) $(GOVULNCHECK):
 	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
 	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
+
+# The version is stamped as in a release. What finds captive portals is left
+# out: it asks hosts on the internet.
+$(PEERS)/tailscaled $(PEERS)/tailscale:
+	GOBIN=$(TOOLS)/bin go install -trimpath -tags ts_omit_captiveportal \
+		-ldflags '-X tailscale.com/version.longStamp=$(TAILSCALE:v%=%) -X tailscale.com/version.shortStamp=$(TAILSCALE:v%=%)' \
+		tailscale.com/cmd/$(@F)@$(TAILSCALE)
+	mkdir -p $(@D)
+	mv $(TOOLS)/bin/$(@F) $@
+
+# Not by go install, which asks for a list of headscale's versions; built as a
+# requirement of an empty module.
+$(PEERS)/headscale:
+	rm -rf $(PEERS)/module
+	mkdir -p $(PEERS)/module
+	cd $(PEERS)/module && go mod init tool && go mod edit -require=github.com/juanfont/headscale@$(HEADSCALE) && \
+		go build -mod=mod -trimpath -o headscale github.com/juanfont/headscale/cmd/headscale
+	mv $(PEERS)/module/headscale $@
+	rm -r $(PEERS)/module

@@ -1,0 +1,90 @@
+package peers
+
+import (
+	"context"
+	"path/filepath"
+	"testing"
+
+	"tailscale.com/client/local"
+	"tailscale.com/ipn/ipnstate"
+	"tailscale.com/types/key"
+)
+
+// Tailscaled is a running tailscaled with a network stack of its own.
+type Tailscaled struct {
+	*daemon
+	Socket string // of its local API
+
+	cli       string // path of tailscale
+	headscale *Headscale
+	hostname  string
+	client    *local.Client
+}
+
+// StartTailscaled starts a tailscaled of its own for a test. It is not logged
+// in before Up.
+func StartTailscaled(t *testing.T, h *Headscale, hostname string) *Tailscaled {
+	t.Helper()
+	program, cli, dir := find(t, "tailscaled"), find(t, "tailscale"), shortDir(t)
+	socket := filepath.Join(dir, "socket")
+	n := &Tailscaled{
+		Socket: socket, cli: cli, headscale: h, hostname: hostname,
+		client: &local.Client{Socket: socket, UseSocketOnly: true},
+	}
+	n.daemon = newDaemon(t,
+		environ(dir,
+			"TS_LOGS_DIR="+dir,
+			"TS_ASSUME_NETWORK_UP_FOR_TEST=1", // or it waits where there is only loopback
+			"TS_DISABLE_PORTMAPPER=1",         // which would ask the router
+			"TS_DEBUG_DISABLE_PORTLIST=1",
+			"TS_PANIC_IF_HIT_MAIN_CONTROL=1",
+		),
+		filepath.Join(dir, "log"), program,
+		"--tun=userspace-networking", "--port=0", "--socket="+socket, "--statedir="+dir,
+		"--encrypt-state=false", "--no-logs-no-support")
+	n.Start(t)
+	return n
+}
+
+// Start starts it again after Stop, with the state that it had.
+func (n *Tailscaled) Start(t *testing.T) {
+	t.Helper()
+	n.start(t, func(ctx context.Context) error {
+		_, err := n.client.StatusWithoutPeers(ctx)
+		return err
+	})
+}
+
+// Run runs a command of tailscale, and returns what it prints.
+func (n *Tailscaled) Run(t *testing.T, args ...string) []byte {
+	t.Helper()
+	return run(t, n.env, n.cli, append([]string{"--socket=" + n.Socket}, args...)...)
+}
+
+// Up logs in with a key of headscale, and waits until it is connected.
+func (n *Tailscaled) Up(t *testing.T, authKey string) {
+	t.Helper()
+	n.Run(t, "up", "--login-server="+n.headscale.URL, "--auth-key="+authKey, "--hostname="+n.hostname, "--accept-dns=false")
+}
+
+// Logout leaves the network and forgets the node key.
+func (n *Tailscaled) Logout(t *testing.T) {
+	t.Helper()
+	n.Run(t, "logout")
+}
+
+// Status is what `tailscale status` tells.
+func (n *Tailscaled) Status(t *testing.T) *ipnstate.Status {
+	t.Helper()
+	status, err := n.client.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return status
+}
+
+// NodeKey is the key by which others know it.
+func (n *Tailscaled) NodeKey(t *testing.T) key.NodePublic {
+	t.Helper()
+	return n.Status(t).Self.PublicKey
+}
