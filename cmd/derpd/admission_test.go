@@ -72,9 +72,14 @@ func TestAdmissionSources(t *testing.T) {
 	}))
 	t.Cleanup(admissionURL.Close)
 
-	// The LocalAPI as tailscaled serves it (ipn/localapi, serveWhoIs).
+	// The LocalAPI as tailscaled serves it (ipn/localapi, serveWhoIs and
+	// serveStatus).
 	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
 	serveSocket(t, socket, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/localapi/v0/status" {
+			answer(http.StatusOK, `{"BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`)(w, r)
+			return
+		}
 		var k key.NodePublic
 		if r.URL.Path != "/localapi/v0/whois" || k.UnmarshalText([]byte(r.FormValue("addr"))) != nil {
 			http.Error(w, "invalid 'addr' parameter", http.StatusBadRequest)

@@ -3,7 +3,12 @@ package admit
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -156,6 +161,34 @@ func FuzzParseAnswer(f *testing.F) {
 			t.Errorf("%q is a yes", answer)
 		}
 	})
+}
+
+// A tailscaled before 1.70 answers so (tailscale/tailscale#12617).
+func TestTailscaledTooOld(t *testing.T) {
+	dir, err := os.MkdirTemp("", "admit") // t.TempDir is too long for a socket on some systems
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "socket")
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &httptest.Server{Listener: ln, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/localapi/v0/status" {
+			_, _ = io.WriteString(w, `{"Version":"1.68.1-tf02ad8397-g1234","BackendState":"Running"}`)
+			return
+		}
+		http.Error(w, "invalid 'addr' parameter", http.StatusBadRequest)
+	})}}
+	server.Start()
+	t.Cleanup(server.Close)
+	_, err = Tailscaled(socket).Ask(t.Context(), key.NewNode().Public(), netip.Addr{})
+	want := "tailscaled 1.68.1 cannot be asked about node keys, which came with 1.70: update it to 1."
+	if err == nil || errors.Is(err, ErrRefused) || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("%v, want %s…", err, want)
+	}
 }
 
 func TestRedacted(t *testing.T) {

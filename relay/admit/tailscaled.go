@@ -8,9 +8,15 @@ import (
 	"strings"
 	"time"
 
+	tailscale "tailscale.com"
 	"tailscale.com/client/local"
+	"tailscale.com/ipn"
 	"tailscale.com/types/key"
 )
+
+// mapDelay is what a map of the network may take into use in a tailscaled that
+// is connected to its control server already.
+const mapDelay = 500 * time.Millisecond
 
 // Tailscaled admits the nodes that the tailscaled behind the unix socket knows
 // (derper's --verify-clients). The socket may appear later: until then nobody
@@ -20,17 +26,64 @@ func Tailscaled(socket string) Source {
 	return Source{
 		Name: "tailscaled " + socket,
 		Ask: func(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
-			_, err := client.WhoIsNodeKey(ctx, node)
-			switch {
-			case err == nil:
-				return time.Now(), nil
-			case errors.Is(err, local.ErrPeerNotFound):
-				return time.Now(), ErrRefused
-			case strings.Contains(err.Error(), "invalid 'addr' parameter"):
-				// tailscale/tailscale#12617
-				return time.Time{}, errors.New("tailscaled is too old to be asked about node keys; update it")
-			}
-			return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
+			return time.Now(), askTailscaled(ctx, client, node)
 		},
 	}
+}
+
+func askTailscaled(ctx context.Context, client *local.Client, node key.NodePublic) error {
+	_, err := client.WhoIsNodeKey(ctx, node)
+	if errors.Is(err, local.ErrPeerNotFound) {
+		// It says so of everybody, too, while it has no map of its network.
+		if err := knowsNetwork(ctx, client); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(mapDelay):
+		}
+		_, err = client.WhoIsNodeKey(ctx, node)
+	}
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, local.ErrPeerNotFound):
+		return ErrRefused
+	case strings.Contains(err.Error(), "invalid 'addr' parameter"):
+		// tailscale/tailscale#12617
+		return tooOld(ctx, client)
+	}
+	return fmt.Errorf("asking tailscaled: %w", err)
+}
+
+// knowsNetwork returns why tailscaled may not know all nodes of its network.
+// After a restart it calls itself running by a map that it has kept, in which
+// nodes can be missing, before it has the whole one from its control server.
+func knowsNetwork(ctx context.Context, client *local.Client) error {
+	status, err := client.StatusWithoutPeers(ctx)
+	switch {
+	case err != nil:
+		return fmt.Errorf("asking tailscaled for its status: %w", err)
+	case status.BackendState == ipn.NeedsLogin.String():
+		return fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
+	case status.BackendState == ipn.Stopped.String():
+		return fmt.Errorf("tailscaled is disconnected (%s): run tailscale up", status.BackendState)
+	case status.BackendState != ipn.Running.String():
+		return fmt.Errorf("tailscaled is not connected yet (%s): see tailscale status", status.BackendState)
+	case status.Self == nil || !status.Self.InNetworkMap || !status.Self.Online:
+		return errors.New("tailscaled has no connection to its control server: see tailscale status")
+	}
+	return nil
+}
+
+// tooOld names both versions. Node keys can be asked about since 1.70.
+func tooOld(ctx context.Context, client *local.Client) error {
+	status, err := client.StatusWithoutPeers(ctx)
+	if err != nil {
+		return fmt.Errorf("tailscaled is too old to be asked about node keys (and for its status: %w); update it", err)
+	}
+	theirs, _, _ := strings.Cut(status.Version, "-")
+	return fmt.Errorf("tailscaled %s cannot be asked about node keys, which came with 1.70: update it to %s, which this relay is made of",
+		theirs, strings.TrimSpace(tailscale.VersionDotTxt))
 }
