@@ -14,11 +14,11 @@ import (
 type Tailscaled struct {
 	*daemon
 	Socket string // of its local API
+	Client *local.Client
 
 	cli       string // path of tailscale
 	headscale *Headscale
 	hostname  string
-	client    *local.Client
 }
 
 // StartTailscaled starts a tailscaled of its own for a test. It is not logged
@@ -28,15 +28,15 @@ func StartTailscaled(t *testing.T, h *Headscale, hostname string) *Tailscaled {
 	program, cli, dir := find(t, "tailscaled"), find(t, "tailscale"), shortDir(t)
 	socket := filepath.Join(dir, "socket")
 	n := &Tailscaled{
-		Socket: socket, cli: cli, headscale: h, hostname: hostname,
-		client: &local.Client{Socket: socket, UseSocketOnly: true},
+		Socket: socket, Client: &local.Client{Socket: socket, UseSocketOnly: true},
+		cli: cli, headscale: h, hostname: hostname,
 	}
 	n.daemon = newDaemon(t,
 		environ(dir,
 			"TS_LOGS_DIR="+dir,
 			"TS_ASSUME_NETWORK_UP_FOR_TEST=1", // or it waits where there is only loopback
 			"TS_DISABLE_PORTMAPPER=1",         // which would ask the router
-			"TS_DEBUG_DISABLE_PORTLIST=1",
+			"TS_DEBUG_NEVER_DIRECT_UDP=1",     // or nodes on one machine need no relay
 			"TS_PANIC_IF_HIT_MAIN_CONTROL=1",
 		),
 		filepath.Join(dir, "log"), program,
@@ -50,7 +50,7 @@ func StartTailscaled(t *testing.T, h *Headscale, hostname string) *Tailscaled {
 func (n *Tailscaled) Start(t *testing.T) {
 	t.Helper()
 	n.start(t, func(ctx context.Context) error {
-		_, err := n.client.StatusWithoutPeers(ctx)
+		_, err := n.Client.StatusWithoutPeers(ctx)
 		return err
 	})
 }
@@ -76,7 +76,7 @@ func (n *Tailscaled) Logout(t *testing.T) {
 // Status is what `tailscale status` tells.
 func (n *Tailscaled) Status(t *testing.T) *ipnstate.Status {
 	t.Helper()
-	status, err := n.client.Status(t.Context())
+	status, err := n.Client.Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
