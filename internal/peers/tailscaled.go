@@ -2,6 +2,8 @@ package peers
 
 import (
 	"context"
+	"encoding/json"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -16,6 +18,7 @@ type Tailscaled struct {
 	Socket string // of its local API
 	Client *local.Client
 
+	dir       string // of its state
 	cli       string // path of tailscale
 	headscale *Headscale
 	hostname  string
@@ -29,7 +32,7 @@ func StartTailscaled(t *testing.T, h *Headscale, hostname string) *Tailscaled {
 	socket := filepath.Join(dir, "socket")
 	n := &Tailscaled{
 		Socket: socket, Client: &local.Client{Socket: socket, UseSocketOnly: true},
-		cli: cli, headscale: h, hostname: hostname,
+		dir: dir, cli: cli, headscale: h, hostname: hostname,
 	}
 	n.daemon = newDaemon(t,
 		environ(dir,
@@ -87,4 +90,25 @@ func (n *Tailscaled) Status(t *testing.T) *ipnstate.Status {
 func (n *Tailscaled) NodeKey(t *testing.T) key.NodePublic {
 	t.Helper()
 	return n.Status(t).Self.PublicKey
+}
+
+// PrivateKey is the node's own key, as it keeps it on disk: with it a test can
+// be this node, once it is stopped.
+func (n *Tailscaled) PrivateKey(t *testing.T) key.NodePrivate {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(n.dir, "tailscaled.state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var state map[string][]byte // base64, of JSON or of a name
+	if err := json.Unmarshal(data, &state); err != nil {
+		t.Fatal(err)
+	}
+	var profile struct {
+		Config struct{ PrivateNodeKey key.NodePrivate }
+	}
+	if err := json.Unmarshal(state[string(state["_current-profile"])], &profile); err != nil || profile.Config.PrivateNodeKey.IsZero() {
+		t.Fatalf("no key in the state of tailscaled: %v", err)
+	}
+	return profile.Config.PrivateNodeKey
 }
