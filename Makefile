@@ -28,7 +28,7 @@ test: peers ## run all tests, in any order, with the race detector
 	go test -race -shuffle=on -timeout 5m ./...
 
 .PHONY: peers
-peers: $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/headscale ## build the real tailscaled and headscale that tests talk to
+peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests talk to
 
 # High ports and ./data, so that no root is needed. What you have set wins.
 run: export DERP_ADDR ?= :8443
@@ -51,8 +51,9 @@ image: ## build the image, derpd, and print its size
 	@docker image inspect --format '{{.Size}}' $(IMAGE) | numfmt --to=si --suffix=B --format '$(IMAGE): %.1f'
 
 # docker/bases/make first, where no registry can be reached.
+e2e: export DERPD_PEERS := $(PEERS)
 .PHONY: e2e
-e2e: image ## test the image with docker compose; takes ports 443, 80 and 3478
+e2e: image peers ## test the image with docker compose; takes ports 443, 80 and 3478
 	DERPD_IMAGE=$(IMAGE) go test -tags e2e -count=1 -v ./docker/e2e
 
 # tidy also looks at what only the tests of dependencies need; -e goes on where
@@ -83,10 +84,10 @@ $(GOLANGCI_LINT) $(GOVULNCHECK):
 	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
 	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
 
-# The version is stamped as in a release. What finds captive portals is left
+# Static, for an image of them. The version is stamped as in a release. What finds captive portals is left
 # out: it asks hosts on the internet.
-$(PEERS)/tailscaled $(PEERS)/tailscale:
-	GOBIN=$(TOOLS)/bin go install -trimpath -tags ts_omit_captiveportal \
+$(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/containerboot:
+	CGO_ENABLED=0 GOBIN=$(TOOLS)/bin go install -trimpath -tags ts_omit_captiveportal \
 		-ldflags '-X tailscale.com/version.longStamp=$(TAILSCALE:v%=%) -X tailscale.com/version.shortStamp=$(TAILSCALE:v%=%)' \
 		tailscale.com/cmd/$(@F)@$(TAILSCALE)
 	mkdir -p $(@D)
