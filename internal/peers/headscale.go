@@ -41,13 +41,12 @@ type Headscale struct {
 
 // Node is a node as headscale knows it.
 type Node struct {
-	ID   uint64         `json:"id"`
-	Name string         `json:"name"`
-	Key  key.NodePublic `json:"node_key"`
+	ID  uint64         `json:"id"`
+	Key key.NodePublic `json:"node_key"`
 }
 
 // NewHeadscale prepares a headscale. Its URL is known from now on, so that a
-// relay can be told; what it needs before Start is a map.
+// relay can be told; before Start it needs a map.
 func NewHeadscale(t *testing.T) *Headscale {
 	t.Helper()
 	program, dir := find(t, "headscale"), shortDir(t)

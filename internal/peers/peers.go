@@ -6,18 +6,20 @@ package peers
 import (
 	"context"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// Folder is the environment variable that names the folder of the programs.
-const Folder = "DERPD_PEERS"
+// variable is what names the folder of the programs, in the environment.
+const variable = "DERPD_PEERS"
 
 const (
 	patience   = time.Minute            // for what must happen in a test
@@ -51,13 +53,13 @@ func Wait(t *testing.T, what string, attempt func(context.Context) error) {
 // with a folder that lacks the program it fails, or nobody would notice.
 func find(t *testing.T, name string) string {
 	t.Helper()
-	folder := os.Getenv(Folder)
+	folder := os.Getenv(variable)
 	if folder == "" {
 		t.Skip("real tailscaled and headscale are needed: run make test")
 	}
 	path, err := exec.LookPath(filepath.Join(folder, name))
 	if err != nil {
-		t.Fatalf("%s: %v; run make peers", Folder, err)
+		t.Fatalf("%s: %v; run make peers", variable, err)
 	}
 	return path
 }
@@ -79,16 +81,21 @@ func environ(dir string, pairs ...string) []string {
 	return append([]string{"HOME=" + dir, "PATH=" + os.Getenv("PATH")}, pairs...)
 }
 
-// freePort finds a port of 127.0.0.1 for a program that binds for itself.
+// freePort finds a port of 127.0.0.1 for a program that binds for itself, and
+// again after a stop. It is below those that systems give to whoever asks for
+// any port, or somebody would take it in between.
 func freePort(t *testing.T) string {
 	t.Helper()
-	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := strconv.Itoa(20000 + rand.IntN(10000))
+		ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:"+port)
+		if err == nil {
+			_ = ln.Close()
+			return port
+		}
 	}
-	defer func() { _ = ln.Close() }()
-	_, port, _ := net.SplitHostPort(ln.Addr().String())
-	return port
+	t.Fatal("no free port")
+	return ""
 }
 
 // run runs a program to its end and returns what it printed.
@@ -113,8 +120,7 @@ type daemon struct {
 	env     []string
 	log     string // file; of all its lives
 
-	stop  func()          // nil while it does not run
-	ended <-chan struct{} // closed when the program is gone
+	stop func() // of its present life; nil before the first
 }
 
 // newDaemon describes a program, which ends with the test. Its log is shown
@@ -152,7 +158,6 @@ func (d *daemon) start(t *testing.T, ready func(context.Context) error) {
 		_ = command.Wait()
 		close(ended)
 	}()
-	d.ended = ended
 	d.stop = sync.OnceFunc(func() {
 		cancel()
 		<-ended

@@ -12,7 +12,8 @@ import (
 	"tailscale.com/types/key"
 )
 
-// Tailscaled is a running tailscaled with a network stack of its own.
+// Tailscaled is a tailscaled of its own for a test, beside the network of this
+// machine.
 type Tailscaled struct {
 	*daemon
 	Socket string // of its local API
@@ -24,8 +25,8 @@ type Tailscaled struct {
 	hostname  string
 }
 
-// StartTailscaled starts a tailscaled of its own for a test. It is not logged
-// in before Up.
+// StartTailscaled starts a tailscaled for the network of h, in which it is only
+// after Up.
 func StartTailscaled(t *testing.T, h *Headscale, hostname string) *Tailscaled {
 	t.Helper()
 	program, cli, dir := find(t, "tailscaled"), find(t, "tailscale"), shortDir(t)

@@ -14,8 +14,8 @@ import (
 	"tailscale.com/types/key"
 )
 
-// mapDelay is what a map of the network may take into use in a tailscaled that
-// is connected to its control server already.
+// mapDelay is how long a tailscaled that is connected to its control server may
+// take to apply the first map of the network that it gets from there.
 const mapDelay = 500 * time.Millisecond
 
 // Tailscaled admits the nodes that the tailscaled behind the unix socket knows
