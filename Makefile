@@ -84,8 +84,8 @@ $(GOLANGCI_LINT) $(GOVULNCHECK):
 	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
 	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
 
-# Static, for an image of them. The version is stamped as in a release. What finds captive portals is left
-# out: it asks hosts on the internet.
+# Static, for an image of them, and with the version stamped as in a release.
+# What finds captive portals is left out: it asks hosts on the internet.
 $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/containerboot:
 	CGO_ENABLED=0 GOBIN=$(TOOLS)/bin go install -trimpath -tags ts_omit_captiveportal \
 		-ldflags '-X tailscale.com/version.longStamp=$(TAILSCALE:v%=%) -X tailscale.com/version.shortStamp=$(TAILSCALE:v%=%)' \

@@ -201,7 +201,7 @@ func newGate(c *config, log zerolog.Logger) (*admit.Gate, error) {
 		sources = append(sources, source)
 	}
 	for _, socket := range c.sockets {
-		sources = append(sources, admit.Tailscaled(socket))
+		sources = append(sources, admit.Tailscaled(socket, c.grace))
 	}
 	for _, target := range c.verifyURLs {
 		sources = append(sources, admit.URL(admit.URLConfig{Target: target, FailOpen: c.failOpen}))

@@ -170,7 +170,7 @@ func TestAdmissionFailsClosed(t *testing.T) {
 		if err := connectAs(t, r, other); err == nil {
 			t.Error("admitted by a tailscaled that is not there")
 		}
-		serveSocket(t, socket, answer(http.StatusOK, `{"Node":{"ID":1}}`))
+		serveSocket(t, socket, answer(http.StatusOK, `{"Node":{"ID":1},"BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`))
 		if err := connectAs(t, r, other); err != nil {
 			t.Errorf("the socket appeared, but: %v", err)
 		}

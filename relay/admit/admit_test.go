@@ -184,7 +184,7 @@ func TestTailscaledTooOld(t *testing.T) {
 	})}}
 	server.Start()
 	t.Cleanup(server.Close)
-	_, err = Tailscaled(socket).Ask(t.Context(), key.NewNode().Public(), netip.Addr{})
+	_, err = Tailscaled(socket, time.Hour).Ask(t.Context(), key.NewNode().Public(), netip.Addr{})
 	want := "tailscaled 1.68.1 cannot be asked about node keys, which came with 1.70: update it to 1."
 	if err == nil || errors.Is(err, ErrRefused) || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("%v, want %s…", err, want)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"tailscale.com/types/key"
 
@@ -110,7 +111,7 @@ func TestRealTailscaled(t *testing.T) {
 	h, nodes := network(t, "beside-the-relay", "member")
 	local, member, stranger := nodes[0], nodes[1].NodeKey(t), key.NewNode().Public()
 	socket := filepath.Join(t.TempDir(), "socket")
-	source := admit.Tailscaled(socket)
+	source := admit.Tailscaled(socket, time.Hour)
 	wantUnknown(t, source, member, "no such file")
 	if err := os.Symlink(local.Socket, socket); err != nil {
 		t.Fatal(err)
@@ -135,11 +136,13 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 	h, nodes := network(t, "member")
 	member, stranger := nodes[0].NodeKey(t), key.NewNode().Public()
 	local := peers.StartTailscaled(t, h, "beside-the-relay")
-	source := admit.Tailscaled(local.Socket)
+	source := admit.Tailscaled(local.Socket, time.Hour)
 	wantUnknown(t, source, member, "not logged in (NeedsLogin): run tailscale up")
 
 	local.Up(t, h.AuthKey(t, "somebody"))
 	wantYes(t, "a member", source, member)
+	strict := admit.Tailscaled(local.Socket, 0)
+	wantYes(t, "a member, without a grace", strict, member)
 
 	// It keeps a map of its own, in which the member is missing.
 	local.Run(t, "down")
@@ -157,6 +160,8 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 		return nil
 	})
 	wantYes(t, "a member that tailscaled still knows", source, member)
+	wantUnknown(t, admit.Tailscaled(local.Socket, time.Hour), member, "no connection to its control server")
+	wantUnknown(t, strict, member, "no connection to its control server")
 	wantUnknown(t, source, stranger, "no connection to its control server")
 	local.Stop()
 	local.Start(t)

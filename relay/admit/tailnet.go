@@ -142,7 +142,7 @@ func (t *tailnet) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (tim
 	expires, listed := t.good.Devices[node]
 	listed = listed && !expired(expires, now)
 	switch {
-	case listed && age <= t.Grace:
+	case listed && age <= max(t.Grace, freshPolls*t.Interval):
 		return t.good.Read, nil
 	case !listed && age <= freshPolls*t.Interval:
 		return t.good.Read, ErrRefused

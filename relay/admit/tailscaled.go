@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync"
 	"time"
 
 	tailscale "tailscale.com"
@@ -18,43 +19,75 @@ import (
 // take to apply the first map of the network that it gets from there.
 const mapDelay = 500 * time.Millisecond
 
+// statusFor is how long the state of a tailscaled is taken for the present one,
+// when it says yes. Before a no it is always looked at.
+const statusFor = time.Second
+
 // Tailscaled admits the nodes that the tailscaled behind the unix socket knows
 // (derper's --verify-clients). The socket may appear later: until then nobody
-// is admitted by it.
-func Tailscaled(socket string) Source {
-	client := &local.Client{Socket: socket, UseSocketOnly: true}
-	return Source{
-		Name: "tailscaled " + socket,
-		Ask: func(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
-			return time.Now(), askTailscaled(ctx, client, node)
-		},
-	}
+// is admitted by it. While tailscaled has no connection to its control server,
+// it learns of no node that was removed: what it knew when it had one counts
+// for the grace, and no longer.
+func Tailscaled(socket string, grace time.Duration) Source {
+	t := &tailscaled{client: &local.Client{Socket: socket, UseSocketOnly: true}, grace: grace}
+	return Source{Name: "tailscaled " + socket, Ask: t.ask}
 }
 
-func askTailscaled(ctx context.Context, client *local.Client, node key.NodePublic) error {
-	_, err := client.WhoIsNodeKey(ctx, node)
+type tailscaled struct {
+	client *local.Client
+	grace  time.Duration
+
+	mu        sync.Mutex
+	looked    time.Time // at its state; guarded by mu
+	state     error     // why it may not know its network, as looked at; guarded by mu
+	connected time.Time // when it last knew its network; guarded by mu
+}
+
+func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
+	_, err := t.client.WhoIsNodeKey(ctx, node)
+	maxAge := statusFor
+	if err != nil {
+		maxAge = 0
+	}
+	asOf, state := t.network(ctx, maxAge)
 	if errors.Is(err, local.ErrPeerNotFound) {
 		// It says so of everybody, too, while it has no map of its network.
-		if err := knowsNetwork(ctx, client); err != nil {
-			return err
+		if state != nil {
+			return time.Time{}, state
 		}
 		select {
 		case <-ctx.Done():
-			return ctx.Err()
+			return time.Time{}, ctx.Err()
 		case <-time.After(mapDelay):
 		}
-		_, err = client.WhoIsNodeKey(ctx, node)
+		_, err = t.client.WhoIsNodeKey(ctx, node)
 	}
 	switch {
+	case err == nil && state != nil && time.Since(asOf) > t.grace:
+		return time.Time{}, state
 	case err == nil:
-		return nil
+		return asOf, nil
 	case errors.Is(err, local.ErrPeerNotFound):
-		return ErrRefused
+		return asOf, ErrRefused
 	case strings.Contains(err.Error(), "invalid 'addr' parameter"):
 		// tailscale/tailscale#12617
-		return tooOld(ctx, client)
+		return time.Time{}, tooOld(ctx, t.client)
 	}
-	return fmt.Errorf("asking tailscaled: %w", err)
+	return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
+}
+
+// network returns when tailscaled last knew its network, and why it may not
+// know it now, as of at most maxAge ago.
+func (t *tailscaled) network(ctx context.Context, maxAge time.Duration) (connected time.Time, state error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if now := time.Now(); t.state != nil || now.Sub(t.looked) > maxAge {
+		t.looked, t.state = now, knowsNetwork(ctx, t.client)
+		if t.state == nil {
+			t.connected = now
+		}
+	}
+	return t.connected, t.state
 }
 
 // knowsNetwork returns why tailscaled may not know all nodes of its network.
