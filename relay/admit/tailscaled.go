@@ -38,37 +38,19 @@ type tailscaled struct {
 	grace  time.Duration
 
 	mu        sync.Mutex
-	looked    time.Time // at its state; guarded by mu
-	state     error     // why it may not know its network, as looked at; guarded by mu
-	connected time.Time // when it last knew its network; guarded by mu
+	looked    time.Time // at its status; guarded by mu
+	trouble   error     // why its no is no no, as looked at; guarded by mu
+	online    bool      // whether it had a connection to its control server, as looked at; guarded by mu
+	connected time.Time // when it last had one; guarded by mu
 }
 
 func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
 	_, err := t.client.WhoIsNodeKey(ctx, node)
-	maxAge := statusFor
-	if err != nil {
-		maxAge = 0
-	}
-	asOf, state := t.network(ctx, maxAge)
-	if errors.Is(err, local.ErrPeerNotFound) {
-		// It says so of everybody, too, while it has no map of its network.
-		if state != nil {
-			return time.Time{}, state
-		}
-		select {
-		case <-ctx.Done():
-			return time.Time{}, ctx.Err()
-		case <-time.After(mapDelay):
-		}
-		_, err = t.client.WhoIsNodeKey(ctx, node)
-	}
 	switch {
-	case err == nil && state != nil && time.Since(asOf) > t.grace:
-		return time.Time{}, state
 	case err == nil:
-		return asOf, nil
+		return t.yes(ctx)
 	case errors.Is(err, local.ErrPeerNotFound):
-		return asOf, ErrRefused
+		return t.no(ctx, node)
 	case strings.Contains(err.Error(), "invalid 'addr' parameter"):
 		// tailscale/tailscale#12617
 		return time.Time{}, tooOld(ctx, t.client)
@@ -76,38 +58,71 @@ func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr)
 	return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
 }
 
-// network returns when tailscaled last knew its network, and why it may not
-// know it now, as of at most maxAge ago.
-func (t *tailscaled) network(ctx context.Context, maxAge time.Duration) (connected time.Time, state error) {
+// yes asks for no more than a connection to the control server: where this
+// relay is the only one, tailscaled is not running before it may use it.
+func (t *tailscaled) yes(ctx context.Context) (time.Time, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if now := time.Now(); t.state != nil || now.Sub(t.looked) > maxAge {
-		t.looked, t.state = now, knowsNetwork(ctx, t.client)
-		if t.state == nil {
-			t.connected = now
-		}
+	t.look(ctx, statusFor)
+	if !t.online && time.Since(t.connected) > t.grace {
+		return time.Time{}, t.trouble
 	}
-	return t.connected, t.state
+	return t.connected, nil
 }
 
-// knowsNetwork returns why tailscaled may not know all nodes of its network.
-// After a restart it calls itself running by a map that it has kept, in which
+// no is a no only from a tailscaled that knows its whole network: until then it
+// finds nobody.
+func (t *tailscaled) no(ctx context.Context, node key.NodePublic) (time.Time, error) {
+	t.mu.Lock()
+	t.look(ctx, 0)
+	trouble := t.trouble
+	t.mu.Unlock()
+	if trouble != nil {
+		return time.Time{}, trouble
+	}
+	select {
+	case <-ctx.Done():
+		return time.Time{}, ctx.Err()
+	case <-time.After(mapDelay):
+	}
+	_, err := t.client.WhoIsNodeKey(ctx, node)
+	switch {
+	case err == nil:
+		return time.Now(), nil
+	case errors.Is(err, local.ErrPeerNotFound):
+		return time.Now(), ErrRefused
+	}
+	return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
+}
+
+// look asks for the status, unless it was fine at most maxAge ago. After a
+// restart tailscaled calls itself running by a map that it has kept, in which
 // nodes can be missing, before it has the whole one from its control server.
-func knowsNetwork(ctx context.Context, client *local.Client) error {
-	status, err := client.StatusWithoutPeers(ctx)
+// mu must be held.
+func (t *tailscaled) look(ctx context.Context, maxAge time.Duration) {
+	now := time.Now()
+	if t.trouble == nil && now.Sub(t.looked) <= maxAge {
+		return
+	}
+	status, err := t.client.StatusWithoutPeers(ctx)
+	t.looked, t.trouble = now, nil
+	t.online = err == nil && status.Self != nil && status.Self.InNetworkMap && status.Self.Online &&
+		status.BackendState != ipn.NeedsLogin.String()
+	if t.online {
+		t.connected = now
+	}
 	switch {
 	case err != nil:
-		return fmt.Errorf("asking tailscaled for its status: %w", err)
+		t.trouble = fmt.Errorf("asking tailscaled for its status: %w", err)
 	case status.BackendState == ipn.NeedsLogin.String():
-		return fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
+		t.trouble = fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
 	case status.BackendState == ipn.Stopped.String():
-		return fmt.Errorf("tailscaled is disconnected (%s): run tailscale up", status.BackendState)
+		t.trouble = fmt.Errorf("tailscaled is disconnected (%s): run tailscale up", status.BackendState)
 	case status.BackendState != ipn.Running.String():
-		return fmt.Errorf("tailscaled is not connected yet (%s): see tailscale status", status.BackendState)
-	case status.Self == nil || !status.Self.InNetworkMap || !status.Self.Online:
-		return errors.New("tailscaled has no connection to its control server: see tailscale status")
+		t.trouble = fmt.Errorf("tailscaled is not connected yet (%s): see tailscale status", status.BackendState)
+	case !t.online:
+		t.trouble = errors.New("tailscaled has no connection to its control server: see tailscale status")
 	}
-	return nil
 }
 
 // tooOld names both versions. Node keys can be asked about since 1.70.
