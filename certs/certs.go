@@ -48,6 +48,10 @@ type Status struct {
 
 	// Err is why there is no certificate, or why it could not be renewed.
 	Err error
+
+	// Reloads counts the certificates that took the place of the first one,
+	// and ReloadErrors the attempts that brought none.
+	Reloads, ReloadErrors uint64
 }
 
 // Pin is the CertName by which clients recognise exactly this certificate:

@@ -40,6 +40,8 @@ type files struct {
 	mu   sync.Mutex
 	seen [sha256.Size]byte // of what was looked at last; guarded by mu
 	err  error             // what is wrong with it; guarded by mu
+
+	reloads, reloadErrors uint64 // guarded by mu
 }
 
 // newFiles loads the files for the first time.
@@ -79,11 +81,13 @@ func (f *files) reload() {
 	f.seen = now
 	cert, err := f.load()
 	if err != nil {
+		f.reloadErrors++
 		f.err = fmt.Errorf("the new files were not taken, the old certificate stays: %w", err)
 		f.log.Error().Err(err).Msg("certificate files not taken, the old certificate stays")
 		return
 	}
 	f.err = nil
+	f.reloads++
 	f.current.Store(cert)
 	f.log.Info().Str("names", covered(cert.Leaf)).Time("not_after", cert.Leaf.NotAfter).Msg("certificate files taken")
 }
@@ -140,7 +144,7 @@ func (f *files) Status() Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	cert := f.current.Load()
-	s := Status{Leaf: cert.Leaf, Err: f.err}
+	s := Status{Leaf: cert.Leaf, Err: f.err, Reloads: f.reloads, ReloadErrors: f.reloadErrors}
 	// Clients that pin want the certificate alone (tlsdial's
 	// SetConfigExpectedCertHash).
 	if len(cert.Certificate) == 1 && selfSigned(cert.Leaf) {
