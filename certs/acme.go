@@ -4,9 +4,13 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,13 +32,26 @@ var Directories = map[string]string{
 // addresses (RFC 8738; Let's Encrypt's profiles).
 const shortlived = "shortlived"
 
+const (
+	// checkEvery is the default of CheckEvery.
+	checkEvery = time.Minute
+
+	// firstPause and longestPause are between two attempts to reach an
+	// authority, or to store something, before anything was asked for.
+	firstPause   = time.Second
+	longestPause = time.Minute
+
+	// reachTimeout bounds one question to the authority.
+	reachTimeout = 30 * time.Second
+)
+
 // stopWithin bounds the wait for certmagic at the stop.
 const stopWithin = 300 * time.Millisecond
 
 // ACMEConfig says what to obtain, from whom, and how to prove it (RFC 8555).
 type ACMEConfig struct {
-	// Names are DNS names and IP addresses. The first is served to clients
-	// that send no SNI.
+	// Names are DNS names and IP addresses. Each gets a certificate of its
+	// own; ready is whoever has the first one's.
 	Names []string
 
 	Directory string         // URL of the authority's directory
@@ -56,6 +73,14 @@ type ACMEConfig struct {
 	// addresses, which DNS cannot prove (RFC 8738 §7).
 	DNS *DNSConfig
 
+	// Lookup finds what DNS says of a name that could not be proven; nil for
+	// the system's resolver.
+	Lookup LookupFunc
+
+	// CheckEvery is how often to look whether a certificate is due; 0 for a
+	// minute. A renewal that failed is tried again after growing pauses.
+	CheckEvery time.Duration
+
 	Dir string // where accounts, keys and certificates are kept
 	Log zerolog.Logger
 }
@@ -64,24 +89,33 @@ type ACMEConfig struct {
 type ACME struct {
 	config ACMEConfig
 	ready  chan struct{}
-	once   sync.Once                  // closes ready
-	state  atomic.Pointer[acmeState]  // nil until Run
-	err    atomic.Pointer[errorValue] // of the last attempt
-}
+	once   sync.Once                 // closes ready
+	state  atomic.Pointer[acmeState] // nil until Run
 
-type errorValue struct{ error }
+	renewed, failures atomic.Uint64
+
+	mu     sync.Mutex
+	faults map[string]*explained // by name, and by "" for the storage; guarded by mu
+}
 
 // acmeState is what certmagic keeps while it runs. Its configurations share
 // one cache, so each of them serves all certificates.
 type acmeState struct {
 	cache   *certmagic.Cache
+	storage *storage
 	config  *certmagic.Config // of the first name
 	issuers []*certmagic.ACMEIssuer
 }
 
 // NewACME returns a manager that obtains nothing until Run.
 func NewACME(c ACMEConfig) *ACME {
-	return &ACME{config: c, ready: make(chan struct{})}
+	if c.CheckEvery == 0 {
+		c.CheckEvery = checkEvery
+	}
+	if c.Lookup == nil {
+		c.Lookup = net.DefaultResolver.LookupNetIP
+	}
+	return &ACME{config: c, ready: make(chan struct{}), faults: make(map[string]*explained)}
 }
 
 // Run implements [Manager]. A failing authority is asked again with growing
@@ -100,22 +134,22 @@ func (a *ACME) Run(ctx context.Context) error {
 			}
 			return byName[a.config.Names[0]], nil
 		},
-		Logger: logger,
+		RenewCheckInterval: a.config.CheckEvery,
+		Logger:             logger,
 	})
 	defer stopCache(cache)
 
-	state := &acmeState{cache: cache}
+	state := &acmeState{cache: cache, storage: newStorage(a.config.Dir, a.wrote)}
 	byName = make(map[string]*certmagic.Config)
 	for profile, subjects := range map[string][]string{"": names, shortlived: addresses} {
 		if len(subjects) == 0 {
 			continue
 		}
 		config := certmagic.New(cache, certmagic.Config{
-			Storage:           &certmagic.FileStorage{Path: a.config.Dir},
-			DefaultServerName: a.config.Names[0],
-			KeySource:         certmagic.StandardKeyGenerator{KeyType: certmagic.P256},
-			OnEvent:           a.onEvent,
-			Logger:            logger,
+			Storage:   state.storage,
+			KeySource: certmagic.StandardKeyGenerator{KeyType: certmagic.P256},
+			OnEvent:   a.onEvent,
+			Logger:    logger,
 		})
 		config.Issuers = nil
 		for _, template := range a.issuers(profile) {
@@ -131,13 +165,86 @@ func (a *ACME) Run(ctx context.Context) error {
 	state.config = byName[a.config.Names[0]]
 	a.state.Store(state)
 
+	var managing sync.WaitGroup
 	for _, name := range a.config.Names {
-		if err := byName[name].ManageAsync(ctx, []string{name}); err != nil {
-			return err
-		}
+		managing.Go(func() { a.manage(ctx, byName[name], name) })
+	}
+	managing.Wait()
+	// What was stored may be due, or have ended, while the relay was down.
+	if err := cache.RenewManagedCertificates(ctx); err != nil && ctx.Err() == nil {
+		a.config.Log.Debug().Err(err).Msg("looking for certificates that are due")
 	}
 	<-ctx.Done()
 	return nil
+}
+
+// manage serves what is stored, or obtains it. What certmagic's own retries do
+// not cover is tried again here: an authority that cannot be reached at all,
+// since a machine that has just started may have no network yet, and a
+// directory that cannot be written to.
+func (a *ACME) manage(ctx context.Context, config *certmagic.Config, name string) {
+	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+		err := a.loadOrObtain(ctx, config, name)
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			a.mended(name)
+			return
+		}
+		a.mu.Lock()
+		told := a.faults[""] != nil
+		a.mu.Unlock()
+		if !told {
+			a.failed(name, explain(name, err))
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+		}
+	}
+}
+
+func (a *ACME) loadOrObtain(ctx context.Context, config *certmagic.Config, name string) error {
+	_, err := config.CacheManagedCertificate(ctx, name)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if errors.Is(err, errDamaged) {
+		a.config.Log.Warn().Err(err).Str("name", name).Msg("stored certificate is damaged, another one is obtained")
+	}
+	if err := a.reach(ctx); err != nil {
+		return err
+	}
+	if err := config.ObtainCertAsync(ctx, name); err != nil {
+		return err
+	}
+	_, err = config.CacheManagedCertificate(ctx, name)
+	return err
+}
+
+// reach asks the authority for its directory. Asking costs it nothing, so the
+// pauses are short; certmagic's begin with a minute.
+func (a *ACME) reach(ctx context.Context) error {
+	client := &http.Client{
+		Timeout: reachTimeout,
+		Transport: &http.Transport{
+			Proxy:             http.ProxyFromEnvironment,
+			TLSClientConfig:   &tls.Config{RootCAs: a.config.Roots, MinVersion: tls.VersionTLS12},
+			DisableKeepAlives: true,
+		},
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, a.config.Directory, http.NoBody)
+	if err != nil {
+		return err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	return res.Body.Close()
 }
 
 // issuers are tried in their order. There are two because certmagic's issuer
@@ -173,15 +280,21 @@ func (a *ACME) issuers(profile string) []certmagic.ACMEIssuer {
 	return []certmagic.ACMEIssuer{byDNS, issuer}
 }
 
-// onEvent follows what certmagic does; it must be quick.
-func (a *ACME) onEvent(_ context.Context, event string, data map[string]any) error {
+// onEvent follows what certmagic does.
+func (a *ACME) onEvent(ctx context.Context, event string, data map[string]any) error {
 	switch event {
 	case "cert_failed":
+		name := fmt.Sprint(data["identifier"])
 		if err, ok := data["error"].(error); ok {
-			a.failed(explain(fmt.Sprint(data["identifier"]), err))
+			fault := explain(name, err)
+			fault.words += whereTo(ctx, name, err, a.config.Lookup)
+			a.failed(name, fault)
 		}
 	case "cert_obtained":
-		a.err.Store(nil)
+		a.mended(fmt.Sprint(data["identifier"]))
+		if renewal, _ := data["renewal"].(bool); renewal {
+			a.renewed.Add(1)
+		}
 		a.config.Log.Info().Any("name", data["identifier"]).Any("renewal", data["renewal"]).Msg("certificate obtained")
 	case "cached_managed_cert":
 		names, _ := data["sans"].([]string)
@@ -195,8 +308,7 @@ func (a *ACME) onEvent(_ context.Context, event string, data map[string]any) err
 }
 
 // stopCache stops certmagic's maintenance, which may be waiting for an authority
-// that does not answer: the relay's stop must not wait with it. What it leaves
-// behind is a lock file, which certmagic takes over once it is stale.
+// that does not answer: the relay's stop must not wait with it.
 func stopCache(cache *certmagic.Cache) {
 	stopped := make(chan struct{})
 	go func() {
@@ -213,11 +325,43 @@ func stopCache(cache *certmagic.Cache) {
 
 // failed keeps the error for health, and logs it unless it is the one that was
 // logged last: the authority is asked again and again.
-func (a *ACME) failed(err error) {
-	if last := a.err.Swap(&errorValue{err}); last != nil && last.Error() == err.Error() {
+func (a *ACME) failed(name string, fault *explained) {
+	a.failures.Add(1)
+	a.mu.Lock()
+	last := a.faults[name]
+	a.faults[name] = fault
+	a.mu.Unlock()
+	if last == nil || last.kind != fault.kind {
+		a.config.Log.Warn().Err(fault).Msg("certificate not obtained")
+	}
+}
+
+// mended takes the error back.
+func (a *ACME) mended(name string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.faults, name)
+}
+
+// wrote follows the storage: certmagic only logs what it cannot write.
+func (a *ACME) wrote(err error) {
+	if err == nil {
+		a.mended("")
 		return
 	}
-	a.config.Log.Warn().Err(err).Msg("certificate not obtained")
+	a.failed("", notStored(a.config.Dir, err))
+}
+
+// fault is what to mend first, or nil.
+func (a *ACME) fault() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, name := range append([]string{""}, a.config.Names...) {
+		if fault := a.faults[name]; fault != nil {
+			return fault
+		}
+	}
+	return nil
 }
 
 // GetCertificate implements [Manager].
@@ -226,7 +370,42 @@ func (a *ACME) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 	if state == nil {
 		return nil, ErrNone
 	}
-	return state.config.GetCertificate(hello)
+	if hello.ServerName != "" {
+		return state.config.GetCertificate(hello)
+	}
+	for _, name := range withoutSNI(a.config.Names, hello.Conn) {
+		if found := state.cache.AllMatchingCertificates(name); len(found) > 0 {
+			return &found[0].Certificate, nil
+		}
+	}
+	return nil, ErrNone
+}
+
+// withoutSNI puts the names first that suit a client which sent no SNI: it has
+// dialled an address (RFC 6066 §3). That may be the one at which the connection
+// arrived; behind a port mapping it is another one, mostly of that family.
+func withoutSNI(names []string, conn net.Conn) []string {
+	var local netip.Addr
+	if conn != nil {
+		if ap, err := netip.ParseAddrPort(conn.LocalAddr().String()); err == nil {
+			local = ap.Addr().Unmap().WithZone("")
+		}
+	}
+	fit := func(name string) int {
+		addr, err := netip.ParseAddr(name)
+		switch {
+		case err != nil:
+			return 0
+		case addr == local:
+			return 3
+		case addr.Is4() == local.Is4():
+			return 2
+		}
+		return 1
+	}
+	best := slices.Clone(names)
+	slices.SortStableFunc(best, func(a, b string) int { return fit(b) - fit(a) })
+	return best
 }
 
 // HTTPHandler implements [Manager].
@@ -248,14 +427,14 @@ func (a *ACME) Ready() <-chan struct{} { return a.ready }
 
 // Status implements [Manager].
 func (a *ACME) Status() Status {
-	s := Status{Err: ErrNone}
+	s := Status{Err: ErrNone, Reloads: a.renewed.Load(), ReloadErrors: a.failures.Load()}
 	if state := a.state.Load(); state != nil {
 		if found := state.cache.AllMatchingCertificates(a.config.Names[0]); len(found) > 0 {
 			s.Leaf, s.Err = found[0].Leaf, nil
 		}
 	}
-	if e := a.err.Load(); e != nil {
-		s.Err = e.error
+	if err := a.fault(); err != nil {
+		s.Err = err
 	}
 	return s
 }

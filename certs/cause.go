@@ -2,10 +2,14 @@ package certs
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/mholt/acmez/v3/acme"
 )
@@ -26,9 +30,44 @@ var remedies = map[string]string{
 	acme.ProblemTypeServerInternal:          "the fault is on its side; derpd tries again by itself",
 }
 
+// challengeProblems are what an authority says when it did not find the relay
+// where it looked.
+var challengeProblems = []string{acme.ProblemTypeDNS, acme.ProblemTypeConnection, acme.ProblemTypeUnauthorized, acme.ProblemTypeTLS}
+
+// lookupTimeout bounds the look into DNS.
+const lookupTimeout = 2 * time.Second
+
+// LookupFunc finds the addresses of a DNS name, as [net.Resolver.LookupNetIP]
+// does.
+type LookupFunc func(ctx context.Context, network, host string) ([]netip.Addr, error)
+
+// whereTo says where DNS leads, after a challenge that failed: the authority
+// often does not name the address that it tried.
+func whereTo(ctx context.Context, name string, err error, lookup LookupFunc) string {
+	problem, ok := errors.AsType[acme.Problem](err)
+	if !ok || problem.Resource == nil || !slices.Contains(challengeProblems, problem.Type) || net.ParseIP(name) != nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+	defer cancel()
+	found, err := lookup(ctx, "ip", name)
+	if missing, ok := errors.AsType[*net.DNSError](err); ok && missing.IsNotFound {
+		return fmt.Sprintf("; DNS says that %s has no address", name)
+	}
+	if err != nil || len(found) == 0 {
+		return ""
+	}
+	var addresses []string
+	for _, a := range found {
+		addresses = append(addresses, a.Unmap().String())
+	}
+	slices.Sort(addresses)
+	return fmt.Sprintf("; DNS says %s is %s", name, strings.Join(addresses, " and "))
+}
+
 // explain puts an error of certmagic into the words of the authority, and adds
 // the likely cause. The error is still in the chain.
-func explain(name string, err error) error {
+func explain(name string, err error) *explained {
 	if problem, ok := errors.AsType[acme.Problem](err); ok {
 		words := problem.Detail
 		for _, sub := range problem.Subproblems {
@@ -42,16 +81,21 @@ func explain(name string, err error) error {
 		case remedy == "":
 			remedy = "derpd tries again by itself"
 		}
-		return &explained{fmt.Sprintf("%s: the authority says %q (%s): %s", name, words, strings.TrimPrefix(problem.Type, acme.ProblemTypeNamespace), remedy), err}
+		return &explained{problem.Type, fmt.Sprintf("%s: the authority says %q (%s): %s", name, words, strings.TrimPrefix(problem.Type, acme.ProblemTypeNamespace), remedy), err}
+	}
+	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return &explained{"untrusted", fmt.Sprintf("%s: the authority's own certificate is not trusted here: %v; a private authority's roots go into DERP_ACME_CA_ROOTS", name, untrusted.Err), err}
 	}
 	if _, ok := errors.AsType[net.Error](err); ok && !errors.Is(err, context.Canceled) {
-		return &explained{fmt.Sprintf("%s: the authority cannot be reached from here: %v; derpd tries again by itself", name, rootCause(err)), err}
+		return &explained{"unreachable", fmt.Sprintf("%s: the authority cannot be reached from here: %v; derpd tries again by itself", name, rootCause(err)), err}
 	}
-	return &explained{fmt.Sprintf("%s: %v", name, err), err}
+	words := fmt.Sprintf("%s: %v", name, err)
+	return &explained{words, words, err}
 }
 
 // explained is an error in other words.
 type explained struct {
+	kind  string // the same for errors that differ only in a time or a token
 	words string
 	err   error
 }

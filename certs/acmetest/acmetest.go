@@ -5,6 +5,7 @@ package acmetest
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/pem"
 	"io"
@@ -14,8 +15,11 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/letsencrypt/challtestsrv"
 	"github.com/letsencrypt/pebble/v2/ca"
@@ -39,6 +43,17 @@ type CA struct {
 	// none means that anybody may.
 	ExternalAccounts map[string]string
 
+	// Validity is that of what is issued; 0 for what is usual. Set it before
+	// Validate, as well as RejectNonces, the percentage of good nonces that
+	// are refused.
+	Validity     time.Duration
+	RejectNonces int
+
+	// Refuse, when it holds a function, answers orders in place of the
+	// authority.
+	Refuse atomic.Pointer[http.HandlerFunc]
+
+	front   *httptest.Server
 	dns     string
 	handler http.Handler
 	issued  *ca.CAImpl
@@ -62,18 +77,22 @@ func Start(t *testing.T) *CA {
 func StartResolving(t *testing.T, server string) *CA {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
-	t.Setenv("PEBBLE_WFE_NONCEREJECT", "0")
 
 	c := &CA{dns: server, serving: make(chan struct{}), Asked: make(chan struct{})}
 	front := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c.askOnce.Do(func() { close(c.Asked) })
+		if refuse := c.Refuse.Load(); refuse != nil && r.URL.Path == "/order-plz" {
+			(*refuse)(w, r)
+			return
+		}
 		select {
 		case <-c.serving:
 			c.handler.ServeHTTP(w, r)
 		case <-r.Context().Done():
 		}
 	}))
-	t.Cleanup(front.Close)
+	c.front = front
+	t.Cleanup(func() { c.front.Close() })
 	c.Directory = front.URL + wfe.DirectoryPath
 	c.ServerRoots = x509.NewCertPool()
 	c.ServerRoots.AddCert(front.Certificate())
@@ -85,17 +104,36 @@ func StartResolving(t *testing.T, server string) *CA {
 	return c
 }
 
+// Stop makes the authority refuse connections, until Resume.
+func (c *CA) Stop() { c.front.Close() }
+
+// Resume listens where it listened before.
+func (c *CA) Resume(t *testing.T) {
+	t.Helper()
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", c.front.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	front := httptest.NewUnstartedServer(c.front.Config.Handler)
+	_ = front.Listener.Close()
+	front.Listener = ln
+	front.StartTLS()
+	c.front = front
+}
+
 // Validate lets requests through, and says on which ports the authority finds
 // the challenges. The caller learns them only once its listeners are bound,
 // and its first request may come before that.
 func (c *CA) Validate(t *testing.T, httpPort, tlsPort int) {
 	t.Helper()
 	c.once.Do(func() {
+		t.Setenv("PEBBLE_WFE_NONCEREJECT", strconv.Itoa(c.RejectNonces))
+		validity := uint64(c.Validity.Seconds()) // 0 is the authority's default
 		quiet := log.New(io.Discard, "", 0)
 		store := db.NewMemoryStore()
 		c.issued = ca.New(quiet, store, "", "ecdsa", 0, 1, map[string]ca.Profile{
-			"default":    {Description: "default"},
-			"shortlived": {Description: "six days", ValidityPeriod: 6 * 24 * 3600},
+			"default":    {Description: "default", ValidityPeriod: validity},
+			"shortlived": {Description: "six days", ValidityPeriod: cmp.Or(validity, 6*24*3600)},
 		})
 		validation := va.New(quiet, httpPort, tlsPort, false, c.dns, store)
 		for id, key := range c.ExternalAccounts {

@@ -1,0 +1,116 @@
+package certs_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"net"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"derpd/certs"
+	"derpd/certs/acmetest"
+)
+
+// listenOn is listen with two listeners on given addresses.
+func listenOn(t *testing.T, https, plain string) listeners {
+	t.Helper()
+	var l listeners
+	for ln, addr := range map[*net.Listener]string{&l.https: https, &l.http: plain} {
+		var err error
+		if *ln, err = new(net.ListenConfig).Listen(t.Context(), "tcp", addr); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = (*ln).Close() })
+	}
+	return l
+}
+
+// eventually dials until the client is shown a certificate that it accepts: the
+// manager is ready when it has the first one.
+func eventually(t *testing.T, l listeners, host string, config *tls.Config) *x509.Certificate {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	addr := net.JoinHostPort(host, strconv.Itoa(portOf(l.https)))
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", addr)
+		if err == nil {
+			_ = conn.Close()
+			return conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s at %s: %v", config.ServerName, host, err)
+		case <-tick.C:
+		}
+	}
+}
+
+// Each name has a certificate of its own, and a client gets the one that it can
+// verify: by SNI, or by the address that it dialled when it sent none.
+func TestACMESeveralNames(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		names  []string
+		listen string
+		// what clients dial: an address, and the name that they verify.
+		// crypto/tls sends SNI for DNS names alone (RFC 6066 §3).
+		clients [][2]string
+	}{
+		{
+			"names and an address",
+			[]string{"derp.example.com", "relay.example.net", "127.0.0.1"},
+			"127.0.0.1:0",
+			[][2]string{{"127.0.0.1", "derp.example.com"}, {"127.0.0.1", "relay.example.net"}, {"127.0.0.1", "127.0.0.1"}},
+		},
+		{"an IPv6 address", []string{"::1"}, "[::1]:0", [][2]string{{"::1", "::1"}}},
+		{
+			"an address of each family",
+			[]string{"127.0.0.1", "::1"},
+			"[::]:0",
+			[][2]string{{"127.0.0.1", "127.0.0.1"}, {"::1", "::1"}},
+		},
+		{
+			// 127.0.0.2 stands for the inside of a port mapping: the
+			// client dialled 127.0.0.1.
+			"behind a port mapping",
+			[]string{"derp.example.com", "::1", "127.0.0.1"},
+			"[::]:0",
+			[][2]string{{"127.0.0.2", "127.0.0.1"}, {"127.0.0.2", "derp.example.com"}},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			authority := acmetest.Start(t)
+			l := listenOn(t, tt.listen, tt.listen)
+			authority.Validate(t, portOf(l.http), portOf(l.https))
+			host, _, _ := net.SplitHostPort(tt.listen)
+			m := certs.NewACME(certs.ACMEConfig{
+				Names: tt.names, Directory: authority.Directory, Roots: authority.ServerRoots,
+				ListenHost: host, HTTPPort: portOf(l.http), TLSPort: portOf(l.https), Dir: t.TempDir(), Log: zerolog.Nop(),
+			})
+			serveChallenges(t, m, l)
+			waitReady(t, m)
+			for _, client := range tt.clients {
+				leaf := eventually(t, l, client[0], &tls.Config{ServerName: client[1], RootCAs: authority.Roots(), MinVersion: tls.VersionTLS12})
+				covers := append([]string(nil), leaf.DNSNames...)
+				for _, ip := range leaf.IPAddresses {
+					covers = append(covers, ip.String())
+				}
+				if !slices.Equal(covers, []string{client[1]}) {
+					t.Errorf("%s gets a certificate for %v, want one of its own", client[1], covers)
+				}
+				days := leaf.NotAfter.Sub(leaf.NotBefore).Round(time.Hour).Hours() / 24
+				if net.ParseIP(client[1]) != nil && days != 6 {
+					t.Errorf("%s: valid for %v days, want the six of the profile shortlived", client[1], days)
+				}
+			}
+		})
+	}
+}
