@@ -85,6 +85,24 @@ type ACMEConfig struct {
 	Log zerolog.Logger
 }
 
+// Stored reports whether a certificate that is valid now is in Dir for every
+// name: if so, there is nothing to write until one is due.
+func (c ACMEConfig) Stored() bool {
+	stored := newStorage(c.Dir, nil)
+	authority := (&certmagic.ACMEIssuer{CA: c.Directory}).IssuerKey()
+	for _, name := range c.Names {
+		data, err := stored.Load(context.Background(), certmagic.StorageKeys.SiteCert(authority, name))
+		if err != nil {
+			return false
+		}
+		pair, err := tls.X509KeyPair(data, data)
+		if err != nil || time.Now().After(pair.Leaf.NotAfter) {
+			return false
+		}
+	}
+	return true
+}
+
 // ACME obtains and renews certificates with certmagic.
 type ACME struct {
 	config ACMEConfig
@@ -285,7 +303,7 @@ func (a *ACME) onEvent(ctx context.Context, event string, data map[string]any) e
 	switch event {
 	case "cert_failed":
 		name := fmt.Sprint(data["identifier"])
-		if err, ok := data["error"].(error); ok {
+		if err, ok := data["error"].(error); ok && !errors.Is(err, context.Canceled) {
 			fault := explain(name, err)
 			fault.words += whereTo(ctx, name, err, a.config.Lookup)
 			a.failed(name, fault)
