@@ -120,6 +120,7 @@ func readConfig(pairs []string) (*config, error) {
 	p.addresses(c)
 	p.directories(c)
 	p.certificates(c)
+	p.readOnly(c)
 	p.admission(c)
 	p.publicFace(c)
 	p.rest(c)
@@ -130,6 +131,8 @@ func readConfig(pairs []string) (*config, error) {
 type parser struct {
 	*loaded
 	errs []error
+
+	unwritable []error // directories that can at most be read
 }
 
 func (p *parser) fail(name, format string, args ...any) {
@@ -284,7 +287,7 @@ func (p *parser) directories(c *config) {
 }
 
 // directory checks that path is a directory that can be written to, or that it
-// can be made.
+// can be made. What can only be read is for readOnly to judge.
 func (p *parser) directory(name, path string) bool {
 	existing := filepath.Clean(path)
 	info, err := os.Stat(existing)
@@ -302,9 +305,39 @@ func (p *parser) directory(name, path string) bool {
 		if err == nil {
 			return true
 		}
-		p.fail(name, "%s cannot be written to by uid %d: %w; on the host: chown -R %d DIRECTORY, or use a named volume", existing, os.Getuid(), err, os.Getuid())
+		fix := fmt.Sprintf("on the host: chown -R %d DIRECTORY, or use a named volume", os.Getuid())
+		if errors.Is(err, unix.EROFS) {
+			fix = "mount it for writing"
+		}
+		p.unwritable = append(p.unwritable, fmt.Errorf("%s: %s cannot be written to by uid %d: %w; %s", name, existing, os.Getuid(), err, fix))
 	}
 	return false
+}
+
+// readOnly decides about directories that cannot be written to. Where all that
+// the relay needs is there already, it serves with that: a volume that became
+// read-only must not take down a relay which has a certificate.
+func (p *parser) readOnly(c *config) {
+	if len(p.unwritable) == 0 {
+		return
+	}
+	_, err := relay.LoadKey(c.nodeKeyFile())
+	complete, loss := err == nil, "; derpd works with what is there"
+	switch c.mode {
+	case modePinned:
+		_, err := certs.LoadPinned(c.pinned)
+		complete = complete && err == nil
+	case modeLetsEncrypt:
+		complete = complete && c.acme.Stored()
+		loss = "; the stored certificate is served, but IT CANNOT BE RENEWED"
+	}
+	if !complete {
+		p.errs = append(p.errs, p.unwritable...)
+		return
+	}
+	for _, err := range p.unwritable {
+		c.warnings = append(c.warnings, err.Error()+loss)
+	}
 }
 
 func (p *parser) certificates(c *config) {

@@ -42,10 +42,8 @@ func (m leakChecked) Run() int {
 	if err := goleak.Find(
 		// Pebble has no way to stop its workers.
 		goleak.IgnoreAnyFunction("github.com/letsencrypt/pebble/v2/va.VAImpl.processTasks"),
-		// certmagic's rate limiters live as long as the process, and its lock
-		// files are given up within five seconds.
+		// certmagic's rate limiters live as long as the process.
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*RingBufferRateLimiter).loop"),
-		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
 		// http.Transport keeps connections to admission URLs for the next
 		// question.
 		goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
@@ -82,6 +80,12 @@ func begin(t *testing.T, env []string, bound ...func(*node)) *testNode {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return beginConfig(t, c, bound...)
+}
+
+// beginConfig is begin with what no variable sets.
+func beginConfig(t *testing.T, c *config, bound ...func(*node)) *testNode {
+	t.Helper()
 	printed := make(chanWriter, 1)
 	ctx, cancel := context.WithCancel(context.Background())
 	n, err := newNode(ctx, time.Now(), c, zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.InfoLevel), printed)

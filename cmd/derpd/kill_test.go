@@ -1,0 +1,227 @@
+package main
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/certmagic"
+
+	"derpd/certs"
+	"derpd/certs/acmetest"
+	"derpd/relay"
+)
+
+// kills is how often a relay is killed by TestKilled, in all.
+const kills = 100
+
+// A relay that is killed at any moment leaves nothing on disk that the next one
+// cannot use, and loses nothing that was there.
+func TestKilled(t *testing.T) {
+	derpd := derpdBinary(t)
+	victims := []*victim{
+		// What is forgotten when it is whole is made again: so kills come
+		// while it is made.
+		{name: "everything is new", forget: "."},
+		{name: "a new certificate", forget: "certs/certificates"},
+		{name: "renewal"},
+		{name: "another renewal"},
+		{name: "pinned", forget: ".", pinned: true},
+	}
+	for _, v := range victims {
+		v.derpd, v.dir = derpd, t.TempDir()
+		v.env = loopbackEnv(t, "DERP_DATA_DIR="+v.dir)
+		if v.pinned {
+			continue
+		}
+		authority := acmetest.Start(t)
+		// So near its end, a certificate is renewed at each start.
+		authority.Validity = 4 * time.Minute
+		httpPort := acmetest.FreePort(t)
+		var number int
+		if _, err := fmt.Sscan(httpPort, &number); err != nil {
+			t.Fatal(err)
+		}
+		authority.Validate(t, number, 1)
+		v.env = append(v.env, "DERP_DOMAIN=killed.example.com", "DERP_HTTP_PORT="+httpPort, "DERP_ACME_CHALLENGES=http",
+			"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
+	}
+	var running sync.WaitGroup
+	for _, v := range victims {
+		running.Go(func() {
+			if err := v.killOften(t, kills/len(victims)); err != nil {
+				t.Errorf("%s: %v", v.name, err)
+			}
+		})
+	}
+	running.Wait()
+	for _, v := range victims {
+		begun := time.Now()
+		n := begin(t, v.env)
+		t.Logf("%s: a start takes %s; certificates seen whole %d times, %d of them new; ready %s after the last kill", v.name, v.takes, v.whole, v.changes, time.Since(begun).Round(time.Millisecond))
+		n.stop()
+	}
+}
+
+// derpdBinary is the test binary under the name by which it knows that it is to
+// be derpd.
+func derpdBinary(t *testing.T) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "derpd")
+	if err := os.Symlink(self, path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// victim is a relay that is started and killed again and again.
+type victim struct {
+	name, derpd, dir string
+	env              []string
+	forget           string // below dir, removed when the certificate is whole
+	pinned           bool
+
+	takes          time.Duration // of a first start, until the certificate is there
+	whole, changes int
+	seen           map[string]string // what must not change, or go, by its path
+}
+
+func (v *victim) killOften(t *testing.T, times int) error {
+	v.seen = make(map[string]string)
+	for i := range times {
+		cmd := exec.CommandContext(t.Context(), v.derpd)
+		cmd.Env = dedup(v.env)
+		begun := time.Now()
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		if i == 0 {
+			v.awaitCertificate()
+			v.takes = time.Since(begun)
+			if !v.pinned {
+				// Whether it waits for the authority or not, which asks
+				// for a second, is chance.
+				v.takes = max(v.takes, 1500*time.Millisecond)
+			}
+		} else {
+			<-time.After(rand.N(v.takes * 3 / 2))
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if err := v.check(); err != nil {
+			return fmt.Errorf("after kill %d: %w", i+1, err)
+		}
+		if v.forget != "" && v.certificate() != "" {
+			if err := os.RemoveAll(filepath.Join(v.dir, v.forget)); err != nil {
+				return err
+			}
+			if err := os.MkdirAll(v.dir, 0o700); err != nil {
+				return err
+			}
+			for path := range v.seen {
+				if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+					delete(v.seen, path)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (v *victim) awaitCertificate() {
+	deadline, tick := time.After(patience), time.NewTicker(5*time.Millisecond)
+	defer tick.Stop()
+	for v.certificate() == "" {
+		select {
+		case <-deadline:
+			return // check will tell what there is
+		case <-tick.C:
+		}
+	}
+}
+
+// certificate is the file of a certificate that is complete, or empty.
+func (v *victim) certificate() string {
+	pattern := "certs/certificates/*/*/*.json" // written last
+	if v.pinned {
+		pattern = "certs/pinned.pem.pin"
+	}
+	found, _ := filepath.Glob(filepath.Join(v.dir, pattern))
+	if len(found) == 0 {
+		return ""
+	}
+	return found[0]
+}
+
+// unfinished matches the names of files that are written before they are
+// renamed, and of certmagic's trial of the storage.
+var unfinished = regexp.MustCompile(`^\d+$|\.tmp\d+$|^rw_test_\d+$`)
+
+// check finds what is damaged, changed or lost.
+func (v *victim) check() error {
+	here := make(map[string]bool)
+	err := filepath.WalkDir(v.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || unfinished.MatchString(d.Name()) {
+			return err
+		}
+		here[path] = true
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		content, fixed := string(data), true
+		switch {
+		case d.Name() == "node.key":
+			_, err = relay.LoadKey(path)
+		case d.Name() == "pinned.pem":
+			_, err = certs.LoadPinned(certs.PinnedConfig{Path: path})
+		case d.Name() == "pinned.pem.pin":
+			_, err = os.Stat(strings.TrimSuffix(path, ".pin"))
+		case strings.HasSuffix(path, ".crt"):
+			fixed = false
+			_, err = tls.X509KeyPair(data, data)
+			v.whole++
+			if v.seen[path] != content {
+				v.changes++
+			}
+		case strings.HasSuffix(path, ".json"):
+			fixed = false
+			if !json.Valid(data) {
+				err = errors.New("no JSON")
+			}
+		case strings.Contains(path, "/users/") && strings.HasSuffix(path, ".key"):
+			_, err = certmagic.PEMDecodePrivateKey(data)
+		default:
+			err = errors.New("unexpected file")
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if before, ok := v.seen[path]; ok && fixed && before != content {
+			return fmt.Errorf("%s has changed", path)
+		}
+		v.seen[path] = content
+		return nil
+	})
+	for path := range v.seen {
+		if !here[path] {
+			err = errors.Join(err, fmt.Errorf("%s is gone", path))
+		}
+	}
+	return err
+}
