@@ -4,10 +4,13 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -140,6 +143,73 @@ func TestACMERestartUsesStoredCertificate(t *testing.T) {
 	waitReady(t, m)
 	if !slices.Equal(first, m.Status().Leaf.Raw) {
 		t.Error("the restart did not use the stored certificate")
+	}
+}
+
+// What a crash of the machine, or a person, left half is made anew.
+func TestACMEDamagedStorage(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		spoil func(file func(pattern string) string) error
+	}{
+		{"half a certificate", func(file func(string) string) error {
+			return os.Truncate(file("certificates/*/*/*.crt"), 300)
+		}},
+		{"a certificate without its key", func(file func(string) string) error {
+			path := file("certificates/*/*/*.crt")
+			data, err := os.ReadFile(path)
+			certificate, _ := pem.Decode(data)
+			return errors.Join(err, os.WriteFile(path, pem.EncodeToMemory(certificate), 0o600))
+		}},
+		{"an account without its key", func(file func(string) string) error {
+			return errors.Join(os.Remove(file("certificates/*/*/*.crt")), os.Remove(file("acme/*/users/*/*.key")))
+		}},
+		{"the directory of an account alone", func(file func(string) string) error {
+			return errors.Join(os.Remove(file("certificates/*/*/*.crt")), os.Remove(file("acme/*/users/*/*.key")), os.Remove(file("acme/*/users/*/*.json")))
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			authority := acmetest.Start(t)
+			l := listen(t)
+			authority.Validate(t, portOf(l.http), portOf(l.https))
+			c := certs.ACMEConfig{
+				Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
+				ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.Nop(),
+			}
+			if c.Stored() {
+				t.Error("an empty directory is said to hold a certificate")
+			}
+			var first []byte
+			t.Run("obtain", func(t *testing.T) {
+				m := certs.NewACME(c)
+				serveChallenges(t, m, l)
+				waitReady(t, m)
+				first = m.Status().Leaf.Raw
+			})
+			if !c.Stored() {
+				t.Error("the directory is said to hold no certificate")
+			}
+			err := tt.spoil(func(pattern string) string {
+				found, _ := filepath.Glob(filepath.Join(c.Dir, pattern))
+				if len(found) != 1 {
+					t.Fatalf("%s: %v, want one", pattern, found)
+				}
+				return found[0]
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.Stored() {
+				t.Error("a damaged directory is said to hold a certificate")
+			}
+			again := listenOn(t, l.https.Addr().String(), l.http.Addr().String())
+			m := certs.NewACME(c)
+			serveChallenges(t, m, again)
+			waitReady(t, m)
+			if slices.Equal(first, m.Status().Leaf.Raw) {
+				t.Error("the damaged certificate is served")
+			}
+		})
 	}
 }
 

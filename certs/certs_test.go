@@ -159,7 +159,7 @@ func issue(t *testing.T, name string, isCA bool, notBefore, notAfter time.Time, 
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}
 }
 
-func writePEM(t *testing.T, path, kind string, ders ...[]byte) {
+func encodePEM(t *testing.T, kind string, ders ...[]byte) []byte {
 	t.Helper()
 	var out bytes.Buffer
 	for _, der := range ders {
@@ -167,27 +167,32 @@ func writePEM(t *testing.T, path, kind string, ders ...[]byte) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(path, out.Bytes(), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	return out.Bytes()
 }
 
-func writeChain(t *testing.T, path string, chain ...*tls.Certificate) {
+func chainPEM(t *testing.T, chain ...*tls.Certificate) []byte {
 	t.Helper()
 	var ders [][]byte
 	for _, c := range chain {
 		ders = append(ders, c.Certificate[0])
 	}
-	writePEM(t, path, "CERTIFICATE", ders...)
+	return encodePEM(t, "CERTIFICATE", ders...)
 }
 
-func writeKey(t *testing.T, path string, c *tls.Certificate) {
+func keyPEM(t *testing.T, c *tls.Certificate) []byte {
 	t.Helper()
 	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
 	if err != nil {
 		t.Fatal(err)
 	}
-	writePEM(t, path, "PRIVATE KEY", der)
+	return encodePEM(t, "PRIVATE KEY", der)
+}
+
+func write(t *testing.T, path string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestManual(t *testing.T) {
@@ -224,11 +229,11 @@ func TestManual(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
 			certFile, keyFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
-			writeChain(t, certFile, tt.chain...)
+			write(t, certFile, chainPEM(t, tt.chain...))
 			if tt.key == nil {
 				tt.key = tt.chain[0]
 			}
-			writeKey(t, keyFile, tt.key)
+			write(t, keyFile, keyPEM(t, tt.key))
 			if tt.names == nil {
 				tt.names = []string{"derp.example.com"}
 			}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -92,8 +93,97 @@ func (s served) until(t *testing.T, what string, condition func(certs.Status) bo
 	}
 }
 
-// Files are replaced while clients connect: good ones are taken, and with bad
-// ones clients go on seeing the old certificate while the status tells.
+// layout is how a program leaves certificate and key, and replaces them.
+type layout struct {
+	name, certFile, keyFile string
+	publish                 func(t *testing.T, dir, version string, cert, key []byte)
+}
+
+var layouts = []layout{
+	{
+		"acme.sh", "fullchain.cer", "derp.example.com.key",
+		func(t *testing.T, dir, _ string, cert, key []byte) {
+			t.Helper()
+			// --install-cert writes in place, the key first.
+			write(t, filepath.Join(dir, "derp.example.com.key"), key)
+			write(t, filepath.Join(dir, "fullchain.cer"), cert)
+		},
+	},
+	{
+		"lego", "derp.example.com.crt", "derp.example.com.key",
+		func(t *testing.T, dir, _ string, cert, key []byte) {
+			t.Helper()
+			write(t, filepath.Join(dir, "derp.example.com.crt"), cert)
+			write(t, filepath.Join(dir, "derp.example.com.key"), key)
+		},
+	},
+	{
+		"renamed", "tls.crt", "tls.key",
+		func(t *testing.T, dir, version string, cert, key []byte) {
+			t.Helper()
+			for name, data := range map[string][]byte{"tls.crt": cert, "tls.key": key} {
+				write(t, filepath.Join(dir, version), data)
+				rename(t, filepath.Join(dir, version), filepath.Join(dir, name))
+			}
+		},
+	},
+	{
+		"Kubernetes", "tls.crt", "tls.key",
+		func(t *testing.T, dir, version string, cert, key []byte) {
+			t.Helper()
+			// A link to a directory is swapped; the files are links into it.
+			makeDir(t, filepath.Join(dir, ".."+version))
+			write(t, filepath.Join(dir, ".."+version, "tls.crt"), cert)
+			write(t, filepath.Join(dir, ".."+version, "tls.key"), key)
+			link(t, ".."+version, filepath.Join(dir, "..data.new"))
+			rename(t, filepath.Join(dir, "..data.new"), filepath.Join(dir, "..data"))
+			for _, name := range []string{"tls.crt", "tls.key"} {
+				_ = os.Remove(filepath.Join(dir, name))
+				link(t, filepath.Join("..data", name), filepath.Join(dir, name))
+			}
+		},
+	},
+	{
+		"certbot", "live/derp.example.com/fullchain.pem", "live/derp.example.com/privkey.pem",
+		func(t *testing.T, dir, version string, cert, key []byte) {
+			t.Helper()
+			makeDir(t, filepath.Join(dir, "live/derp.example.com"))
+			makeDir(t, filepath.Join(dir, "archive/derp.example.com"))
+			// A link to each file is taken away, and made anew.
+			for name, data := range map[string][]byte{"privkey": key, "fullchain": cert} {
+				write(t, filepath.Join(dir, "archive/derp.example.com", name+version+".pem"), data)
+				live := filepath.Join(dir, "live/derp.example.com", name+".pem")
+				_ = os.Remove(live)
+				link(t, "../../archive/derp.example.com/"+name+version+".pem", live)
+			}
+		},
+	},
+}
+
+func rename(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.Rename(from, to); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func link(t *testing.T, target, path string) {
+	t.Helper()
+	if err := os.Symlink(target, path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func makeDir(t *testing.T, path string) {
+	t.Helper()
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Files are replaced while clients connect, as each program does it: good ones
+// are taken, and with bad ones clients go on seeing the old certificate while
+// the status tells.
 func TestManualReplacedWhileServing(t *testing.T) {
 	soon, later := now.Add(-time.Hour), now.Add(90*24*time.Hour)
 	root := issue(t, "Test Root", true, soon, later, nil)
@@ -101,128 +191,64 @@ func TestManualReplacedWhileServing(t *testing.T) {
 	leaf := func(notAfter time.Time) *tls.Certificate {
 		return issue(t, "derp.example.com", false, soon.Add(-time.Hour), notAfter, middle)
 	}
-	first, second, third := leaf(later), leaf(later.Add(time.Hour)), leaf(later.Add(2*time.Hour))
+	first, second, expired := leaf(later), leaf(later.Add(time.Hour)), leaf(soon)
 	roots := x509.NewCertPool()
 	roots.AddCert(root.Leaf)
-
-	dir := t.TempDir()
-	certFile, keyFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
-	write := func(cert, key *tls.Certificate, issuers ...*tls.Certificate) {
-		t.Helper()
-		writeChain(t, certFile, append([]*tls.Certificate{cert}, issuers...)...)
-		writeKey(t, keyFile, key)
-	}
-	write(first, first, middle)
-	m, err := certs.LoadManual(certs.ManualConfig{CertFile: certFile, KeyFile: keyFile, Names: []string{"derp.example.com"}, Roots: roots, Log: zerolog.Nop()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := serve(t, m, roots)
-	seen := func(want *tls.Certificate) {
-		t.Helper()
-		if !s.leaf(t).Equal(want.Leaf) {
-			t.Error("clients see another certificate than they should")
-		}
-	}
-	seen(first)
-
-	write(second, second, middle)
-	s.until(t, "good files", func(st certs.Status) bool { return st.Leaf.Equal(second.Leaf) && st.Err == nil })
-	seen(second)
-
-	for _, bad := range []struct {
-		name  string
-		write func()
-		want  string
+	faults := []struct {
+		name      string
+		cert, key []byte
+		want      string
 	}{
-		{"wrong pair", func() { write(third, first, middle) }, "private key does not match public key"},
-		{"expired", func() { old := leaf(soon); write(old, old, middle) }, "expired on"},
-		{"missing issuer", func() { write(third, third) }, `the certificate of "CN=Test Intermediate" is missing`},
-		{"half-written", func() {
-			write(third, third, middle)
-			if err := os.Truncate(certFile, 200); err != nil {
-				t.Fatal(err)
-			}
-		}, "loading "},
-		{"gone", func() {
-			if err := os.Remove(keyFile); err != nil {
-				t.Fatal(err)
-			}
-		}, "no such file or directory"},
-	} {
-		bad.write()
-		s.until(t, bad.name, func(st certs.Status) bool { return st.Err != nil && strings.Contains(st.Err.Error(), bad.want) })
-		seen(second)
+		{"wrong pair", chainPEM(t, second, middle), keyPEM(t, first), "private key does not match public key"},
+		{"expired", chainPEM(t, expired, middle), keyPEM(t, expired), "expired on"},
+		{"missing issuer", chainPEM(t, second), keyPEM(t, second), `the certificate of "CN=Test Intermediate" is missing`},
+		{"half a certificate", chainPEM(t, second, middle)[:200], keyPEM(t, second), "any PEM data in certificate input"},
+		{"half a key", chainPEM(t, second, middle), keyPEM(t, second)[:100], "any PEM data in key input"},
+		{"empty", nil, nil, "any PEM data in certificate input"},
 	}
-
-	write(third, third, middle)
-	s.until(t, "good files again", func(st certs.Status) bool { return st.Leaf.Equal(third.Leaf) && st.Err == nil })
-	seen(third)
-}
-
-// Kubernetes swaps a link to a directory, certbot swaps a link to each file,
-// acme.sh and lego write in place or rename.
-func TestManualLayouts(t *testing.T) {
-	soon, later := now.Add(-time.Hour), now.Add(90*24*time.Hour)
-	first := issue(t, "derp.example.com", false, soon, later, nil)
-	second := issue(t, "derp.example.com", false, soon, later.Add(time.Hour), nil)
-	must := func(t *testing.T, err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	// relink points a link somewhere else in one step.
-	relink := func(t *testing.T, target, link string) {
-		t.Helper()
-		must(t, os.Symlink(target, link+".new"))
-		must(t, os.Rename(link+".new", link))
-	}
-	for name, layout := range map[string]func(t *testing.T, dir, version string, c *tls.Certificate){
-		"in place": func(t *testing.T, dir, _ string, c *tls.Certificate) {
-			t.Helper()
-			writeChain(t, filepath.Join(dir, "tls.crt"), c)
-			writeKey(t, filepath.Join(dir, "tls.key"), c)
-		},
-		"renamed": func(t *testing.T, dir, version string, c *tls.Certificate) {
-			t.Helper()
-			writeChain(t, filepath.Join(dir, version), c)
-			must(t, os.Rename(filepath.Join(dir, version), filepath.Join(dir, "tls.crt")))
-			writeKey(t, filepath.Join(dir, version), c)
-			must(t, os.Rename(filepath.Join(dir, version), filepath.Join(dir, "tls.key")))
-		},
-		"Kubernetes": func(t *testing.T, dir, version string, c *tls.Certificate) {
-			t.Helper()
-			must(t, os.Mkdir(filepath.Join(dir, ".."+version), 0o700))
-			writeChain(t, filepath.Join(dir, ".."+version, "tls.crt"), c)
-			writeKey(t, filepath.Join(dir, ".."+version, "tls.key"), c)
-			relink(t, ".."+version, filepath.Join(dir, "..data"))
-			for _, file := range []string{"tls.crt", "tls.key"} {
-				if err := os.Symlink(filepath.Join("..data", file), filepath.Join(dir, file)); err != nil && !os.IsExist(err) {
-					t.Fatal(err)
-				}
-			}
-		},
-		"certbot": func(t *testing.T, dir, version string, c *tls.Certificate) {
-			t.Helper()
-			archive := t.TempDir()
-			writeChain(t, filepath.Join(archive, version+".crt"), c)
-			writeKey(t, filepath.Join(archive, version+".key"), c)
-			relink(t, filepath.Join(archive, version+".crt"), filepath.Join(dir, "tls.crt"))
-			relink(t, filepath.Join(archive, version+".key"), filepath.Join(dir, "tls.key"))
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, l := range layouts {
+		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			layout(t, dir, "1", first)
-			m, err := certs.LoadManual(certs.ManualConfig{CertFile: filepath.Join(dir, "tls.crt"), KeyFile: filepath.Join(dir, "tls.key"), Names: []string{"derp.example.com"}, Log: zerolog.Nop()})
+			version := 0
+			publish := func(cert, key []byte) {
+				t.Helper()
+				version++
+				l.publish(t, dir, strconv.Itoa(version), cert, key)
+			}
+			publish(chainPEM(t, first, middle), keyPEM(t, first))
+			m, err := certs.LoadManual(certs.ManualConfig{
+				CertFile: filepath.Join(dir, l.certFile), KeyFile: filepath.Join(dir, l.keyFile),
+				Names: []string{"derp.example.com"}, Roots: roots, Log: zerolog.Nop(),
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
-			s := serve(t, m, nil)
-			layout(t, dir, "2", second)
-			s.until(t, name, func(st certs.Status) bool { return st.Leaf.Equal(second.Leaf) && st.Err == nil })
+			s := serve(t, m, roots)
+			seen := func(when string, want *tls.Certificate) {
+				t.Helper()
+				if !s.leaf(t).Equal(want.Leaf) {
+					t.Errorf("%s: clients see another certificate than they should", when)
+				}
+			}
+			seen("at the start", first)
+			for _, fault := range faults {
+				publish(fault.cert, fault.key)
+				s.until(t, fault.name, func(st certs.Status) bool { return st.Err != nil && strings.Contains(st.Err.Error(), fault.want) })
+				seen(fault.name, first)
+			}
+			if err := os.Remove(filepath.Join(dir, l.keyFile)); err != nil {
+				t.Fatal(err)
+			}
+			s.until(t, "gone", func(st certs.Status) bool { return strings.Contains(st.Err.Error(), "no such file or directory") })
+			seen("gone", first)
+
+			publish(chainPEM(t, second, middle), keyPEM(t, second))
+			s.until(t, "good files", func(st certs.Status) bool { return st.Leaf.Equal(second.Leaf) && st.Err == nil })
+			seen("good files", second)
+			if st := s.Status(); st.Reloads != 1 || st.ReloadErrors < uint64(len(faults)) {
+				t.Errorf("counted %d reloads and %d errors, want 1 and at least %d", st.Reloads, st.ReloadErrors, len(faults))
+			}
 		})
 	}
 }
