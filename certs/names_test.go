@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"io"
 	"net"
 	"slices"
 	"strconv"
@@ -110,6 +111,63 @@ func TestACMESeveralNames(t *testing.T) {
 				if net.ParseIP(client[1]) != nil && days != 6 {
 					t.Errorf("%s: valid for %v days, want the six of the profile shortlived", client[1], days)
 				}
+			}
+		})
+	}
+}
+
+// forward passes connections on, as a port mapping does, and gives its port.
+func forward(t *testing.T, to net.Listener) int {
+	t.Helper()
+	outside, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = outside.Close() })
+	go func() {
+		for {
+			client, err := outside.Accept()
+			if err != nil {
+				return
+			}
+			inside, err := new(net.Dialer).DialContext(context.Background(), "tcp", to.Addr().String())
+			if err != nil {
+				_ = client.Close()
+				continue
+			}
+			for _, way := range [][2]net.Conn{{client, inside}, {inside, client}} {
+				go func() {
+					_, _ = io.Copy(way[0], way[1])
+					_ = way[0].Close()
+				}()
+			}
+		}
+	}()
+	return portOf(outside)
+}
+
+// The listeners may be on any ports, as long as those that the authority asks
+// lead to them.
+func TestACMEBehindAPortMapping(t *testing.T) {
+	for _, challenge := range []string{"HTTP-01", "TLS-ALPN-01"} {
+		t.Run(challenge, func(t *testing.T) {
+			authority := acmetest.Start(t)
+			l := listen(t)
+			authority.Validate(t, forward(t, l.http), forward(t, l.https))
+			c := certs.ACMEConfig{
+				Names: []string{"derp.example.com", "127.0.0.1"}, Directory: authority.Directory, Roots: authority.ServerRoots,
+				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
+			}
+			if challenge == "HTTP-01" {
+				c.HTTPPort = portOf(l.http)
+			} else {
+				c.TLSPort = portOf(l.https)
+			}
+			m := certs.NewACME(c)
+			serveChallenges(t, m, l)
+			waitReady(t, m)
+			for _, name := range c.Names {
+				eventually(t, l, "127.0.0.1", &tls.Config{ServerName: name, RootCAs: authority.Roots(), MinVersion: tls.VersionTLS12})
 			}
 		})
 	}

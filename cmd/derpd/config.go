@@ -329,7 +329,7 @@ func (p *parser) readOnly(c *config) {
 		complete = complete && err == nil
 	case modeLetsEncrypt:
 		complete = complete && c.acme.Stored()
-		loss = "; the stored certificate is served, but IT CANNOT BE RENEWED"
+		loss = "; the stored certificate is served, but cannot be renewed"
 	}
 	if !complete {
 		p.errs = append(p.errs, p.unwritable...)

@@ -16,7 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 	"tailscale.com/derp/derphttp"
 
+	"derpd/certs"
 	"derpd/certs/acmetest"
+	"derpd/healthz"
+	"derpd/relay"
 )
 
 // shown is the certificate that a client gets and verifies.
@@ -86,33 +89,25 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
 		spoil, mend func(data string) error
-		want        string // in health; DIR is the data directory
+		want        string // in health; $D is the data directory
 		warning     string // of the configuration, or none
 	}{
 		{
 			name:  "full",
 			spoil: func(data string) error { return fill(filepath.Join(data, "rubbish")) },
 			mend:  func(data string) error { return os.Remove(filepath.Join(data, "rubbish")) },
-			want:  "certificates cannot be stored in DIR/certs: no space left on device; make room there; derpd tries again by itself",
+			want:  "certificates cannot be stored in $D/certs: no space left on device; make room there; derpd tries again by itself",
 		},
 		{
 			name:    "read-only",
-			spoil:   func(data string) error { return unix.Mount("", data, "", unix.MS_REMOUNT|unix.MS_RDONLY, tmpfsSize) },
+			spoil:   makeReadOnly,
 			mend:    func(data string) error { return unix.Mount("", data, "", unix.MS_REMOUNT, tmpfsSize) },
-			want:    "certificates cannot be stored in DIR/certs: read-only file system; mount it for writing; derpd tries again by itself",
-			warning: "DERP_DATA_DIR: DIR cannot be written to by uid 0: read-only file system; mount it for writing; the stored certificate is served, but IT CANNOT BE RENEWED",
+			want:    "certificates cannot be stored in $D/certs: read-only file system; mount it for writing; derpd tries again by itself",
+			warning: "DERP_DATA_DIR: $D cannot be written to by uid 0: read-only file system; mount it for writing; the stored certificate is served, but cannot be renewed",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			data := t.TempDir()
-			if err := unix.Mount("tmpfs", data, "tmpfs", 0, tmpfsSize); err != nil {
-				t.Skipf("mounting a small file system needs root: %v", err)
-			}
-			t.Cleanup(func() {
-				if err := unix.Unmount(data, 0); err != nil {
-					t.Error(err)
-				}
-			})
+			data := smallDisk(t)
 			authority := acmetest.Start(t)
 			authority.Validity = 4 * time.Minute // so near its end, it is renewed at each start
 			domain := tt.name + ".example.com"
@@ -132,10 +127,10 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 				t.Fatal(err)
 			}
 			n = begin(t, env)
-			if got, want := strings.Join(n.config.warnings, "\n"), strings.Replace(tt.warning, " DIR ", " "+data+" ", 1); got != want {
+			if got, want := strings.Join(n.config.warnings, "\n"), strings.ReplaceAll(tt.warning, "$D", data); got != want {
 				t.Errorf("warned of %q, want %q", got, want)
 			}
-			want := strings.ReplaceAll(tt.want, "DIR", data)
+			want := strings.ReplaceAll(tt.want, "$D", data)
 			until(t, "health says the cause", func() bool { return strings.HasSuffix(n.checkCertificate(t.Context()).Detail, want) })
 			if report := n.health.Report(t.Context()); !report.Ready {
 				t.Errorf("not ready: %s", report)
@@ -171,6 +166,126 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 
 // tmpfsSize is enough for a relay.
 const tmpfsSize = "size=256k"
+
+// smallDisk is a file system of its own.
+func smallDisk(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, tmpfsSize); err != nil {
+		t.Skipf("mounting a small file system needs root: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+func makeReadOnly(dir string) error {
+	return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, tmpfsSize)
+}
+
+// A data directory that can only be read is enough for a relay that finds all
+// it needs in it, and refused otherwise.
+func TestReadOnlyDirectory(t *testing.T) {
+	const refused = "DERP_DATA_DIR: $D cannot be written to by uid 0: read-only file system; mount it for writing"
+	nodeKey := func(t *testing.T, dir string) {
+		t.Helper()
+		if _, err := relay.LoadOrCreateKey(filepath.Join(dir, "node.key")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pinned := func(t *testing.T, dir string) {
+		t.Helper()
+		nodeKey(t, dir)
+		if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, "certs/pinned.pem")}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	manual := func(t *testing.T, dir string) {
+		t.Helper()
+		nodeKey(t, dir)
+		pair("certs/derp.example.com", "derp.example.com", time.Now())(t, dir)
+	}
+	for _, tt := range []struct {
+		name   string
+		env    []string
+		holds  setup
+		starts bool
+	}{
+		{"empty", nil, func(*testing.T, string) {}, false},
+		{"no certificate to pin", nil, nodeKey, false},
+		{"pinned", nil, pinned, true},
+		{"pinned, no node key", nil, func(t *testing.T, dir string) {
+			t.Helper()
+			pinned(t, dir)
+			if err := os.Remove(filepath.Join(dir, "node.key")); err != nil {
+				t.Fatal(err)
+			}
+		}, false},
+		{"manual", []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, manual, true},
+		{"off", []string{"DERP_CERT_MODE=off"}, nodeKey, true},
+		{"no certificate yet", []string{"DERP_DOMAIN=derp.example.com"}, nodeKey, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := smallDisk(t)
+			tt.holds(t, dir)
+			if err := makeReadOnly(dir); err != nil {
+				t.Fatal(err)
+			}
+			want := strings.ReplaceAll(refused, "$D", dir)
+			env := append(loopbackEnv(t, "DERP_DATA_DIR="+dir), tt.env...)
+			c, err := loadConfig(dedup(env))
+			if !tt.starts {
+				if err == nil || err.Error() != want {
+					t.Errorf("got %v, want %s", err, want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want += "; derpd works with what is there"; !slices.Equal(c.warnings, []string{want}) {
+				t.Errorf("warned of %q, want %q", c.warnings, want)
+			}
+			begin(t, env).stop()
+		})
+	}
+}
+
+// The end of a certificate that nobody renews is announced.
+func TestEndIsAnnounced(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		env    []string
+		file   string
+		warn   int // days before the end
+		remedy string
+	}{
+		{"pinned", nil, "certs/pinned.pem", 90, "days left; make a new one with `derpd pin --rotate` and paste the new map"},
+		{"manual", []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, "", 14, "days left; renew the files"},
+	} {
+		for _, left := range []int{tt.warn + 2, tt.warn - 1} {
+			env := append(loopbackEnv(t), tt.env...)
+			dir := t.TempDir()
+			env = append(env, "DERP_DATA_DIR="+dir)
+			made := time.Now().AddDate(-10, 0, left) // it is valid for ten years
+			if tt.file == "" {
+				pair("certs/derp.example.com", "derp.example.com", made)(t, dir)
+			} else if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, tt.file)}, made); err != nil {
+				t.Fatal(err)
+			}
+			n := begin(t, env)
+			result := n.checkCertificate(t.Context())
+			warned := result.Level == healthz.Warn && strings.HasSuffix(result.Detail, tt.remedy)
+			if due := left < tt.warn; warned != due {
+				t.Errorf("%s, %d days left: %+v, want a warning: %t", tt.name, left, result, due)
+			}
+			n.stop()
+		}
+	}
+}
 
 // until waits for what the message says.
 func until(t *testing.T, what string, condition func() bool) {
