@@ -155,7 +155,8 @@ func (a *ACME) Run(ctx context.Context) error {
 		RenewCheckInterval: a.config.CheckEvery,
 		Logger:             logger,
 	})
-	defer stopCache(cache)
+	var managing sync.WaitGroup
+	defer stop(cache, &managing)
 
 	state := &acmeState{cache: cache, storage: newStorage(a.config.Dir, a.wrote)}
 	byName = make(map[string]*certmagic.Config)
@@ -183,14 +184,16 @@ func (a *ACME) Run(ctx context.Context) error {
 	state.config = byName[a.config.Names[0]]
 	a.state.Store(state)
 
-	var managing sync.WaitGroup
 	for _, name := range a.config.Names {
-		managing.Go(func() { a.manage(ctx, byName[name], name) })
-	}
-	managing.Wait()
-	// What was stored may be due, or have ended, while the relay was down.
-	if err := cache.RenewManagedCertificates(ctx); err != nil && ctx.Err() == nil {
-		a.config.Log.Debug().Err(err).Msg("looking for certificates that are due")
+		managing.Go(func() {
+			if !a.manage(ctx, byName[name], name) {
+				return
+			}
+			// What was stored may have become due while the relay was down.
+			if err := cache.RenewManagedCertificates(ctx); err != nil {
+				a.config.Log.Debug().Err(err).Msg("looking for certificates that are due")
+			}
+		})
 	}
 	<-ctx.Done()
 	return nil
@@ -199,16 +202,17 @@ func (a *ACME) Run(ctx context.Context) error {
 // manage serves what is stored, or obtains it. What certmagic's own retries do
 // not cover is tried again here: an authority that cannot be reached at all,
 // since a machine that has just started may have no network yet, and a
-// directory that cannot be written to.
-func (a *ACME) manage(ctx context.Context, config *certmagic.Config, name string) {
+// directory that cannot be written to. It reports whether there is a certificate
+// at last.
+func (a *ACME) manage(ctx context.Context, config *certmagic.Config, name string) bool {
 	for pause := firstPause; ; pause = min(2*pause, longestPause) {
 		err := a.loadOrObtain(ctx, config, name)
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		if err == nil {
 			a.mended(name)
-			return
+			return true
 		}
 		a.mu.Lock()
 		told := a.faults[""] != nil
@@ -325,12 +329,14 @@ func (a *ACME) onEvent(ctx context.Context, event string, data map[string]any) e
 	return nil
 }
 
-// stopCache stops certmagic's maintenance, which may be waiting for an authority
-// that does not answer: the relay's stop must not wait with it.
-func stopCache(cache *certmagic.Cache) {
+// stop stops certmagic's maintenance and waits for what is under way. Either may
+// be waiting for an authority that does not answer: the relay's stop must not
+// wait with it.
+func stop(cache *certmagic.Cache, managing *sync.WaitGroup) {
 	stopped := make(chan struct{})
 	go func() {
 		cache.Stop()
+		managing.Wait()
 		close(stopped)
 	}()
 	timeout := time.NewTimer(stopWithin)

@@ -22,7 +22,7 @@ var remedies = map[string]string{
 	acme.ProblemTypeConnection:              "it could not connect: open TCP 80 (http) or TCP 443 (tls-alpn) to everybody, and see whether DNS points here",
 	acme.ProblemTypeUnauthorized:            "something else answered: DNS points to another machine, or a proxy stands before this one",
 	acme.ProblemTypeTLS:                     "something else answered on TCP 443: DNS points to another machine, or a proxy stands before this one",
-	acme.ProblemTypeRateLimited:             "wait until the time it names; try things out with DERP_ACME_CA=letsencrypt-staging",
+	acme.ProblemTypeRateLimited:             "wait until the time it names, if it names one; derpd tries again by itself; try things out with DERP_ACME_CA=letsencrypt-staging",
 	acme.ProblemTypeCAA:                     "a CAA record in DNS allows other authorities only: add this one, or choose another with DERP_ACME_CA",
 	acme.ProblemTypeExternalAccountRequired: "it wants an account binding: set DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY",
 	acme.ProblemTypeRejectedIdentifier:      "it does not sign this name; a public authority signs public names only",

@@ -121,6 +121,34 @@ func TestLetsEncrypt(t *testing.T) {
 	}
 }
 
+// Clients that dial a name and clients that dial an address, which send no SNI,
+// each verify a certificate of their own.
+func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
+	authority := acmetest.Start(t)
+	names := []string{"derp.example.com", "127.0.0.1", "::1"}
+	n := begin(t, loopbackEnv(t, "DERP_ADDR=[::]:0", "DERP_DOMAIN="+strings.Join(names, ","),
+		"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), func(n *node) {
+		authority.Validate(t, port(n.listeners.http.Addr()), port(n.listeners.https.Addr()))
+	})
+	roots := authority.Roots()
+	for _, name := range names {
+		r := region(t, parsePolicy(t, n.printed))
+		r.Nodes[0].HostName = name
+		r.Nodes[0].IPv4, r.Nodes[0].IPv6 = "127.0.0.1", "none"
+		if name == "::1" {
+			r.Nodes[0].IPv4, r.Nodes[0].IPv6 = "none", "::1"
+		}
+		trust := func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} }
+		// The relay is ready when it has the first certificate.
+		until(t, name+" has its certificate", func() bool {
+			c := newClient(t, r)
+			trust(c)
+			return admitted(t, c) == nil
+		})
+		exchangeOver(t, r, trust)
+	}
+}
+
 // webSocketClient is a browser's client: derphttp dials WebSockets only when it
 // is compiled for one.
 type webSocketClient struct {
