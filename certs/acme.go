@@ -41,6 +41,9 @@ const (
 	firstPause   = time.Second
 	longestPause = time.Minute
 
+	// refusedPause comes after a refusal that certmagic takes as final.
+	refusedPause = time.Hour
+
 	// reachTimeout bounds one question to the authority.
 	reachTimeout = 30 * time.Second
 )
@@ -214,13 +217,17 @@ func (a *ACME) manage(ctx context.Context, config *certmagic.Config, name string
 			a.mended(name)
 			return true
 		}
+		wait := pause
 		a.mu.Lock()
 		told := a.faults[""] != nil
 		a.mu.Unlock()
+		if _, refused := errors.AsType[certmagic.ErrNoRetry](err); refused {
+			wait, told = refusedPause, true
+		}
 		if !told {
 			a.failed(name, explain(name, err))
 		}
-		timer := time.NewTimer(pause)
+		timer := time.NewTimer(wait)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():

@@ -3,23 +3,18 @@ package main
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"net/netip"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"tailscale.com/derp/derphttp"
 
 	"derpd/certs"
 	"derpd/certs/acmetest"
 	"derpd/healthz"
-	"derpd/relay"
 )
 
 // shown is the certificate that a client gets and verifies.
@@ -83,177 +78,6 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 	}
 }
 
-// A directory that takes nothing more, or has become read-only, costs the
-// renewal and nothing else: the old certificate is served, and health says why.
-func TestCertificatesCannotBeStored(t *testing.T) {
-	for _, tt := range []struct {
-		name        string
-		spoil, mend func(data string) error
-		want        string // in health; $D is the data directory
-		warning     string // of the configuration, or none
-	}{
-		{
-			name:  "full",
-			spoil: func(data string) error { return fill(filepath.Join(data, "rubbish")) },
-			mend:  func(data string) error { return os.Remove(filepath.Join(data, "rubbish")) },
-			want:  "certificates cannot be stored in $D/certs: no space left on device; make room there; derpd tries again by itself",
-		},
-		{
-			name:    "read-only",
-			spoil:   makeReadOnly,
-			mend:    func(data string) error { return unix.Mount("", data, "", unix.MS_REMOUNT, tmpfsSize) },
-			want:    "certificates cannot be stored in $D/certs: read-only file system; mount it for writing; derpd tries again by itself",
-			warning: "DERP_DATA_DIR: $D cannot be written to by uid 0: read-only file system; mount it for writing; the stored certificate is served, but cannot be renewed",
-		},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			data := smallDisk(t)
-			authority := acmetest.Start(t)
-			authority.Validity = 4 * time.Minute // so near its end, it is renewed at each start
-			domain := tt.name + ".example.com"
-			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+acmetest.FreePort(t),
-				"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
-			c, err := loadConfig(dedup(env))
-			if err != nil {
-				t.Fatal(err)
-			}
-			c.acme.CheckEvery = time.Second // it is not due yet
-			n := beginConfig(t, c, func(n *node) { authority.Validate(t, port(n.listeners.http.Addr()), 1) })
-			roots := authority.Roots()
-			old, node := shown(t, n, domain, roots), n.relay.PublicKey()
-			n.stop()
-
-			if err := tt.spoil(data); err != nil {
-				t.Fatal(err)
-			}
-			n = begin(t, env)
-			if got, want := strings.Join(n.config.warnings, "\n"), strings.ReplaceAll(tt.warning, "$D", data); got != want {
-				t.Errorf("warned of %q, want %q", got, want)
-			}
-			want := strings.ReplaceAll(tt.want, "$D", data)
-			until(t, "health says the cause", func() bool { return strings.HasSuffix(n.checkCertificate(t.Context()).Detail, want) })
-			if report := n.health.Report(t.Context()); !report.Ready {
-				t.Errorf("not ready: %s", report)
-			}
-			if !shown(t, n, domain, roots).Equal(old) || n.relay.PublicKey() != node {
-				t.Error("certificate or node key changed")
-			}
-			n.stop()
-
-			if err := tt.mend(data); err != nil {
-				t.Fatal(err)
-			}
-			// In another process, since certmagic's pauses after a failure
-			// outlive the relay in this one.
-			cmd := exec.CommandContext(t.Context(), derpdBinary(t))
-			cmd.Env = dedup(env)
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			until(t, "it is renewed", func() bool {
-				files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.crt"))
-				if len(files) != 1 {
-					return false
-				}
-				pair, err := tls.LoadX509KeyPair(files[0], files[0])
-				return err == nil && !pair.Leaf.Equal(old)
-			})
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-		})
-	}
-}
-
-// tmpfsSize is enough for a relay.
-const tmpfsSize = "size=256k"
-
-// smallDisk is a file system of its own.
-func smallDisk(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, tmpfsSize); err != nil {
-		t.Skipf("mounting a small file system needs root: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
-
-func makeReadOnly(dir string) error {
-	return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, tmpfsSize)
-}
-
-// A data directory that can only be read is enough for a relay that finds all
-// it needs in it, and refused otherwise.
-func TestReadOnlyDirectory(t *testing.T) {
-	const refused = "DERP_DATA_DIR: $D cannot be written to by uid 0: read-only file system; mount it for writing"
-	nodeKey := func(t *testing.T, dir string) {
-		t.Helper()
-		if _, err := relay.LoadOrCreateKey(filepath.Join(dir, "node.key")); err != nil {
-			t.Fatal(err)
-		}
-	}
-	pinned := func(t *testing.T, dir string) {
-		t.Helper()
-		nodeKey(t, dir)
-		if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, "certs/pinned.pem")}, time.Now()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	manual := func(t *testing.T, dir string) {
-		t.Helper()
-		nodeKey(t, dir)
-		pair("certs/derp.example.com", "derp.example.com", time.Now())(t, dir)
-	}
-	for _, tt := range []struct {
-		name   string
-		env    []string
-		holds  setup
-		starts bool
-	}{
-		{"empty", nil, func(*testing.T, string) {}, false},
-		{"no certificate to pin", nil, nodeKey, false},
-		{"pinned", nil, pinned, true},
-		{"pinned, no node key", nil, func(t *testing.T, dir string) {
-			t.Helper()
-			pinned(t, dir)
-			if err := os.Remove(filepath.Join(dir, "node.key")); err != nil {
-				t.Fatal(err)
-			}
-		}, false},
-		{"manual", []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, manual, true},
-		{"off", []string{"DERP_CERT_MODE=off"}, nodeKey, true},
-		{"no certificate yet", []string{"DERP_DOMAIN=derp.example.com"}, nodeKey, false},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			dir := smallDisk(t)
-			tt.holds(t, dir)
-			if err := makeReadOnly(dir); err != nil {
-				t.Fatal(err)
-			}
-			want := strings.ReplaceAll(refused, "$D", dir)
-			env := append(loopbackEnv(t, "DERP_DATA_DIR="+dir), tt.env...)
-			c, err := loadConfig(dedup(env))
-			if !tt.starts {
-				if err == nil || err.Error() != want {
-					t.Errorf("got %v, want %s", err, want)
-				}
-				return
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if want += "; derpd works with what is there"; !slices.Equal(c.warnings, []string{want}) {
-				t.Errorf("warned of %q, want %q", c.warnings, want)
-			}
-			begin(t, env).stop()
-		})
-	}
-}
-
 // The end of a certificate that nobody renews is announced.
 func TestEndIsAnnounced(t *testing.T) {
 	for _, tt := range []struct {
@@ -299,20 +123,4 @@ func until(t *testing.T, what string, condition func() bool) {
 		case <-tick.C:
 		}
 	}
-}
-
-// fill takes all room that there is.
-func fill(path string) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	for err == nil {
-		_, err = f.Write(make([]byte, 1024))
-	}
-	_ = f.Close()
-	if !errors.Is(err, unix.ENOSPC) {
-		return err
-	}
-	return nil
 }
