@@ -9,8 +9,6 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
-	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,8 +51,8 @@ const stopWithin = 300 * time.Millisecond
 
 // ACMEConfig says what to obtain, from whom, and how to prove it (RFC 8555).
 type ACMEConfig struct {
-	// Names are DNS names and IP addresses. Each gets a certificate of its
-	// own; ready is whoever has the first one's.
+	// Names are DNS names and IP addresses, each with a certificate of its
+	// own. The manager is ready when the first has one.
 	Names []string
 
 	Directory string         // URL of the authority's directory
@@ -123,7 +121,6 @@ type ACME struct {
 // one cache, so each of them serves all certificates.
 type acmeState struct {
 	cache   *certmagic.Cache
-	storage *storage
 	config  *certmagic.Config // of the first name
 	issuers []*certmagic.ACMEIssuer
 }
@@ -161,14 +158,15 @@ func (a *ACME) Run(ctx context.Context) error {
 	var managing sync.WaitGroup
 	defer stop(cache, &managing)
 
-	state := &acmeState{cache: cache, storage: newStorage(a.config.Dir, a.wrote)}
+	state := &acmeState{cache: cache}
+	files := newStorage(a.config.Dir, a.wrote)
 	byName = make(map[string]*certmagic.Config)
 	for profile, subjects := range map[string][]string{"": names, shortlived: addresses} {
 		if len(subjects) == 0 {
 			continue
 		}
 		config := certmagic.New(cache, certmagic.Config{
-			Storage:   state.storage,
+			Storage:   files,
 			KeySource: certmagic.StandardKeyGenerator{KeyType: certmagic.P256},
 			OnEvent:   a.onEvent,
 			Logger:    logger,
@@ -412,33 +410,6 @@ func (a *ACME) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 	return nil, ErrNone
 }
 
-// withoutSNI puts the names first that suit a client which sent no SNI: it has
-// dialled an address (RFC 6066 §3). That may be the one at which the connection
-// arrived; behind a port mapping it is another one, mostly of that family.
-func withoutSNI(names []string, conn net.Conn) []string {
-	var local netip.Addr
-	if conn != nil {
-		if ap, err := netip.ParseAddrPort(conn.LocalAddr().String()); err == nil {
-			local = ap.Addr().Unmap().WithZone("")
-		}
-	}
-	fit := func(name string) int {
-		addr, err := netip.ParseAddr(name)
-		switch {
-		case err != nil:
-			return 0
-		case addr == local:
-			return 3
-		case addr.Is4() == local.Is4():
-			return 2
-		}
-		return 1
-	}
-	best := slices.Clone(names)
-	slices.SortStableFunc(best, func(a, b string) int { return fit(b) - fit(a) })
-	return best
-}
-
 // HTTPHandler implements [Manager].
 func (a *ACME) HTTPHandler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -468,16 +439,4 @@ func (a *ACME) Status() Status {
 		s.Err = err
 	}
 	return s
-}
-
-// split parts DNS names from IP addresses.
-func split(subjects []string) (names, addresses []string) {
-	for _, s := range subjects {
-		if net.ParseIP(s) != nil {
-			addresses = append(addresses, s)
-		} else {
-			names = append(names, s)
-		}
-	}
-	return names, addresses
 }

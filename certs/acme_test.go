@@ -153,19 +153,19 @@ func TestACMEDamagedStorage(t *testing.T) {
 		spoil func(file func(pattern string) string) error
 	}{
 		{"half a certificate", func(file func(string) string) error {
-			return os.Truncate(file("certificates/*/*/*.crt"), 300)
+			return os.Truncate(file("certificates/*/*/*.pem"), 300)
 		}},
 		{"a certificate without its key", func(file func(string) string) error {
-			path := file("certificates/*/*/*.crt")
+			path := file("certificates/*/*/*.pem")
 			data, err := os.ReadFile(path)
 			certificate, _ := pem.Decode(data)
 			return errors.Join(err, os.WriteFile(path, pem.EncodeToMemory(certificate), 0o600))
 		}},
 		{"an account without its key", func(file func(string) string) error {
-			return errors.Join(os.Remove(file("certificates/*/*/*.crt")), os.Remove(file("acme/*/users/*/*.key")))
+			return errors.Join(os.Remove(file("certificates/*/*/*.pem")), os.Remove(file("acme/*/users/*/*.key")))
 		}},
 		{"the directory of an account alone", func(file func(string) string) error {
-			return errors.Join(os.Remove(file("certificates/*/*/*.crt")), os.Remove(file("acme/*/users/*/*.key")), os.Remove(file("acme/*/users/*/*.json")))
+			return errors.Join(os.Remove(file("certificates/*/*/*.pem")), os.Remove(file("acme/*/users/*/*.key")), os.Remove(file("acme/*/users/*/*.json")))
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -54,14 +54,15 @@ func site(key string) (file string, ok bool) {
 	if !strings.HasPrefix(key, "certificates/") || extension != ".key" && extension != ".crt" {
 		return key, false
 	}
-	return strings.TrimSuffix(key, extension) + ".crt", true
+	return strings.TrimSuffix(key, extension) + ".pem", true
 }
 
 // Store implements [certmagic.Storage].
 func (s *storage) Store(ctx context.Context, key string, value []byte) error {
-	if file, ok := site(key); ok {
+	file, ok := site(key)
+	if ok {
 		s.mu.Lock()
-		if file != key {
+		if path.Ext(key) == ".key" {
 			s.keys[file] = value
 			s.mu.Unlock()
 			return nil
@@ -69,7 +70,7 @@ func (s *storage) Store(ctx context.Context, key string, value []byte) error {
 		value = bytes.Join([][]byte{value, s.keys[file]}, nil)
 		s.mu.Unlock()
 	}
-	err := s.FileStorage.Store(ctx, key, value)
+	err := s.FileStorage.Store(ctx, file, value)
 	s.wrote(err)
 	return err
 }

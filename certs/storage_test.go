@@ -20,14 +20,15 @@ import (
 func TestStorageKeepsPairs(t *testing.T) {
 	const keyFile, certFile = "certificates/ca/derp.example.com/derp.example.com.key", "certificates/ca/derp.example.com/derp.example.com.crt"
 	ctx, dir := context.Background(), t.TempDir()
+	file := filepath.Join(dir, "certificates/ca/derp.example.com/derp.example.com.pem")
 	open := func() *storage { return newStorage(dir, func(error) {}) }
 	pair := func() (key, cert []byte) {
 		t.Helper()
-		_, file, err := newPinned([]string{"derp.example.com"}, time.Now())
+		_, both, err := newPinned([]string{"derp.example.com"}, time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}
-		certificate, private := pem.Decode(file)
+		certificate, private := pem.Decode(both)
 		return private, pem.EncodeToMemory(certificate)
 	}
 	stored := func(s *storage) []byte {
@@ -64,7 +65,7 @@ func TestStorageKeepsPairs(t *testing.T) {
 	}
 	store(s, certFile, cert)
 	first := stored(open())
-	if info, err := os.Stat(filepath.Join(dir, certFile)); err != nil || info.Mode().Perm() != 0o600 {
+	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
 	}
 
@@ -82,7 +83,7 @@ func TestStorageKeepsPairs(t *testing.T) {
 		t.Error("what was taken back is gone")
 	}
 
-	if err := os.Truncate(filepath.Join(dir, certFile), 300); err != nil {
+	if err := os.Truncate(file, 300); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Load(ctx, certFile); !errors.Is(err, fs.ErrNotExist) || !errors.Is(err, errDamaged) {

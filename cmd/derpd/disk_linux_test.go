@@ -86,7 +86,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 				t.Fatal(err)
 			}
 			until(t, "it is renewed", func() bool {
-				files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.crt"))
+				files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.pem"))
 				if len(files) != 1 {
 					return false
 				}
@@ -96,6 +96,36 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			_ = cmd.Process.Kill()
 			_ = cmd.Wait()
 		})
+	}
+}
+
+// A relay whose disk is full when it wants its first certificate gets it once
+// there is room.
+func TestDiskFullAtTheFirstStart(t *testing.T) {
+	data := smallDisk(t)
+	rubbish := filepath.Join(data, "rubbish")
+	authority := acmetest.Start(t)
+	said := make(chan string, 1)
+	begin(t, loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN=first.example.com",
+		"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), func(n *node) {
+		if err := fill(rubbish); err != nil {
+			t.Fatal(err)
+		}
+		authority.Validate(t, port(n.listeners.http.Addr()), 1)
+		go func() {
+			tick := time.NewTicker(20 * time.Millisecond)
+			defer tick.Stop()
+			for range tick.C {
+				if err := n.certs.Status().Err; err != nil && !errors.Is(err, certs.ErrNone) {
+					said <- err.Error()
+					_ = os.Remove(rubbish)
+					return
+				}
+			}
+		}()
+	})
+	if got, want := <-said, "certificates cannot be stored in "+data+"/certs: no space left on device; make room there"; !strings.HasPrefix(got, want) {
+		t.Errorf("status %q, want %q", got, want)
 	}
 }
 
@@ -110,7 +140,7 @@ func smallDisk(t *testing.T) string {
 		t.Skipf("mounting a small file system needs root: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})

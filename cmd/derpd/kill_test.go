@@ -192,7 +192,7 @@ func (v *victim) check() error {
 			_, err = certs.LoadPinned(certs.PinnedConfig{Path: path})
 		case d.Name() == "pinned.pem.pin":
 			_, err = os.Stat(strings.TrimSuffix(path, ".pin"))
-		case strings.HasSuffix(path, ".crt"):
+		case strings.Contains(path, "/certificates/") && strings.HasSuffix(path, ".pem"):
 			fixed = false
 			_, err = tls.X509KeyPair(data, data)
 			v.whole++
