@@ -239,7 +239,7 @@ func (a *ACME) loadOrObtain(ctx context.Context, config *certmagic.Config, name 
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if errors.Is(err, errDamaged) {
+	if _, ok := errors.AsType[damagedError](err); ok {
 		a.config.Log.Warn().Err(err).Str("name", name).Msg("stored certificate is damaged, another one is obtained")
 	}
 	if err := a.reach(ctx); err != nil {

@@ -16,12 +16,15 @@ import (
 	"github.com/caddyserver/certmagic"
 )
 
-// errDamaged is a stored certificate that cannot be used. It counts as none, so
-// that a new one is obtained.
-var errDamaged = fmt.Errorf("damaged: %w", fs.ErrNotExist)
+// damagedError is about a stored certificate that cannot be used. It counts as
+// none, so that another one is obtained.
+type damagedError struct{ error }
 
-// storage is certmagic's file storage, but nothing that ends the process at any
-// moment, and no full disk, leaves it with less than it had:
+// Is makes it an [fs.ErrNotExist].
+func (damagedError) Is(target error) bool { return target == fs.ErrNotExist }
+
+// storage is certmagic's file storage, made safe against a kill at any moment
+// and a full disk:
 //
 //   - Certificate and key are one file, so that no crash can part them.
 //     certmagic writes the key first, and then the certificate.
@@ -84,7 +87,7 @@ func (s *storage) Load(ctx context.Context, key string) ([]byte, error) {
 		return data, err
 	}
 	if _, err := tls.X509KeyPair(data, data); err != nil {
-		return nil, fmt.Errorf("%s: %w: %w", s.Filename(file), errDamaged, err)
+		return nil, damagedError{fmt.Errorf("%s: %w", s.Filename(file), err)}
 	}
 	return data, nil
 }

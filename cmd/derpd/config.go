@@ -132,7 +132,13 @@ type parser struct {
 	*loaded
 	errs []error
 
-	unwritable []error // directories that can at most be read
+	unwritable []unwritable
+}
+
+// unwritable is a directory that can at most be read.
+type unwritable struct {
+	name string // of the variable
+	err  error
 }
 
 func (p *parser) fail(name, format string, args ...any) {
@@ -309,7 +315,7 @@ func (p *parser) directory(name, path string) bool {
 		if errors.Is(err, unix.EROFS) {
 			fix = "mount it for writing"
 		}
-		p.unwritable = append(p.unwritable, fmt.Errorf("%s: %s cannot be written to by uid %d: %w; %s", name, existing, os.Getuid(), err, fix))
+		p.unwritable = append(p.unwritable, unwritable{name, fmt.Errorf("%s: %s cannot be written to by uid %d: %w; %s", name, existing, os.Getuid(), err, fix)})
 	}
 	return false
 }
@@ -318,26 +324,32 @@ func (p *parser) directory(name, path string) bool {
 // the relay needs is there already, it serves with that: a volume that became
 // read-only must not take down a relay which has a certificate.
 func (p *parser) readOnly(c *config) {
-	if len(p.unwritable) == 0 {
-		return
+	_, keyErr := relay.LoadKey(c.nodeKeyFile())
+	for _, dir := range p.unwritable {
+		ofData := dir.name == "DERP_DATA_DIR"
+		ofCerts := c.certDirWritten() && (!ofData || p.CertDir == "")
+		switch {
+		case ofData && keyErr != nil, ofCerts && !c.certificateStored():
+			p.errs = append(p.errs, dir.err)
+		case ofCerts && c.mode == modeLetsEncrypt:
+			c.warnings = append(c.warnings, dir.err.Error()+"; the stored certificate is served, but cannot be renewed")
+		case ofCerts || ofData:
+			c.warnings = append(c.warnings, dir.err.Error()+"; derpd works with what is there")
+		}
 	}
-	_, err := relay.LoadKey(c.nodeKeyFile())
-	complete, loss := err == nil, "; derpd works with what is there"
-	switch c.mode {
-	case modePinned:
+}
+
+// certDirWritten reports whether derpd itself keeps certificates.
+func (c *config) certDirWritten() bool { return c.mode == modePinned || c.mode == modeLetsEncrypt }
+
+// certificateStored reports whether there is nothing to write to the
+// certificate directory for now.
+func (c *config) certificateStored() bool {
+	if c.mode == modePinned {
 		_, err := certs.LoadPinned(c.pinned)
-		complete = complete && err == nil
-	case modeLetsEncrypt:
-		complete = complete && c.acme.Stored()
-		loss = "; the stored certificate is served, but cannot be renewed"
+		return err == nil
 	}
-	if !complete {
-		p.errs = append(p.errs, p.unwritable...)
-		return
-	}
-	for _, err := range p.unwritable {
-		c.warnings = append(c.warnings, err.Error()+loss)
-	}
+	return c.acme.Stored()
 }
 
 func (p *parser) certificates(c *config) {

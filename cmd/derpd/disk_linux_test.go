@@ -45,7 +45,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			data := smallDisk(t)
 			authority := acmetest.Start(t)
 			authority.Validity = 4 * time.Minute // so near its end, it is renewed at each start
-			domain := tt.name + ".example.com"
+			domain := freshName(tt.name)
 			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+acmetest.FreePort(t),
 				"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
 			c, err := loadConfig(dedup(env))
@@ -173,25 +173,30 @@ func TestReadOnlyDirectory(t *testing.T) {
 		nodeKey(t, dir)
 		pair("certs/derp.example.com", "derp.example.com", time.Now())(t, dir)
 	}
+	manualMode := []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}
+	elsewhere := "DERP_DATA_DIR=" + t.TempDir()
 	for _, tt := range []struct {
 		name   string
 		env    []string
 		holds  setup
 		starts bool
+		warns  bool
 	}{
-		{"empty", nil, func(*testing.T, string) {}, false},
-		{"no certificate to pin", nil, nodeKey, false},
-		{"pinned", nil, pinned, true},
-		{"pinned, no node key", nil, func(t *testing.T, dir string) {
+		{name: "empty", holds: func(*testing.T, string) {}},
+		{name: "no certificate to pin", holds: nodeKey},
+		{name: "pinned", holds: pinned, starts: true, warns: true},
+		{name: "pinned, no node key", holds: func(t *testing.T, dir string) {
 			t.Helper()
 			pinned(t, dir)
 			if err := os.Remove(filepath.Join(dir, "node.key")); err != nil {
 				t.Fatal(err)
 			}
-		}, false},
-		{"manual", []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, manual, true},
-		{"off", []string{"DERP_CERT_MODE=off"}, nodeKey, true},
-		{"no certificate yet", []string{"DERP_DOMAIN=derp.example.com"}, nodeKey, false},
+		}},
+		{name: "manual", env: manualMode, holds: manual, starts: true, warns: true},
+		// derpd writes nothing there.
+		{name: "the directory of files", env: append([]string{elsewhere, "DERP_CERT_DIR=$D/certs"}, manualMode...), holds: manual, starts: true},
+		{name: "off", env: []string{"DERP_CERT_MODE=off"}, holds: nodeKey, starts: true, warns: true},
+		{name: "no certificate yet", env: []string{"DERP_DOMAIN=derp.example.com"}, holds: nodeKey},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := smallDisk(t)
@@ -199,19 +204,26 @@ func TestReadOnlyDirectory(t *testing.T) {
 			if err := makeReadOnly(dir); err != nil {
 				t.Fatal(err)
 			}
-			want := strings.ReplaceAll(refused, "$D", dir)
-			env := append(loopbackEnv(t, "DERP_DATA_DIR="+dir), tt.env...)
+			env := loopbackEnv(t, "DERP_DATA_DIR="+dir)
+			for _, pair := range tt.env {
+				env = append(env, strings.ReplaceAll(pair, "$D", dir))
+			}
+			message := strings.ReplaceAll(refused, "$D", dir)
 			c, err := loadConfig(dedup(env))
 			if !tt.starts {
-				if err == nil || err.Error() != want {
-					t.Errorf("got %v, want %s", err, want)
+				if err == nil || err.Error() != message {
+					t.Errorf("got %v, want %s", err, message)
 				}
 				return
 			}
 			if err != nil {
 				t.Fatal(err)
 			}
-			if want += "; derpd works with what is there"; !slices.Equal(c.warnings, []string{want}) {
+			var want []string
+			if tt.warns {
+				want = []string{message + "; derpd works with what is there"}
+			}
+			if !slices.Equal(c.warnings, want) {
 				t.Errorf("warned of %q, want %q", c.warnings, want)
 			}
 			begin(t, env).stop()

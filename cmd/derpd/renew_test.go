@@ -3,6 +3,7 @@ package main
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -29,12 +30,19 @@ func shown(t *testing.T, n *testNode, name string, roots *x509.CertPool) *x509.C
 	return conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
 }
 
+// freshName is a name of which certmagic has heard nothing in this process: its
+// pauses after a failed renewal outlive the relay.
+func freshName(prefix string) string {
+	return fmt.Sprintf("%s-%d.example.com", prefix, time.Now().UnixNano())
+}
+
 // A renewal reaches new connections, and leaves those that are there alone.
 func TestRenewalWithClientsConnected(t *testing.T) {
 	const clients = 50
 	authority := acmetest.Start(t)
 	authority.Validity = 30 * time.Second
-	c, err := loadConfig(loopbackEnv(t, "DERP_DOMAIN=renewal.example.com", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile))
+	domain := freshName("renewal")
+	c, err := loadConfig(loopbackEnv(t, "DERP_DOMAIN="+domain, "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,14 +65,14 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	before := shown(t, n, "renewal.example.com", roots)
+	before := shown(t, n, domain, roots)
 	renewals := n.certs.Status().Reloads
 
 	until(t, "there is another certificate", func() bool {
 		s := n.certs.Status()
 		return s.Reloads > renewals && !s.Leaf.Equal(before)
 	})
-	if shown(t, n, "renewal.example.com", roots).Equal(before) {
+	if shown(t, n, domain, roots).Equal(before) {
 		t.Error("a new connection gets the old certificate")
 	}
 	for pair := range slices.Chunk(list, 2) {
