@@ -1,0 +1,118 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// The files that name versions.
+const (
+	dockerfile = "Dockerfile"
+	changelog  = "CHANGELOG.md"
+)
+
+// fileSet is the text of files by their names.
+type fileSet map[string]string
+
+func readFiles() (fileSet, error) {
+	files := fileSet{}
+	for _, name := range []string{"go.mod", "go.sum", dockerfile, "README.md", "README.zh-CN.md", changelog} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			return nil, err
+		}
+		files[name] = string(text)
+	}
+	return files, nil
+}
+
+func (f fileSet) restore() error {
+	var errs []error
+	for name, text := range f {
+		errs = append(errs, os.WriteFile(name, []byte(text), 0o644))
+	}
+	return errors.Join(errs...)
+}
+
+// write writes the edited texts, and names all files that are now different.
+func (f fileSet) write(edited fileSet) ([]string, error) {
+	for name, text := range edited {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	now, err := readFiles()
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for name, text := range now {
+		if text != f[name] {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// adopt makes the other files say what go.mod says now, and names the release
+// that this becomes.
+func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, error) {
+	image, err := goImage(f[dockerfile], after.goVersion)
+	if err != nil {
+		return nil, "", err
+	}
+	updated := func(text string) string {
+		text = replaceVersion(text, before.goVersion, after.goVersion)
+		return replaceVersion(text, strings.TrimPrefix(before.requires[tailscale], "v"), strings.TrimPrefix(after.requires[tailscale], "v"))
+	}
+	var lines []string
+	note := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	if v := after.requires[tailscale]; v != before.requires[tailscale] {
+		note("Built on tailscale.com %s (before: %s).", v, before.requires[tailscale])
+	}
+	if v := after.requires[certmagic]; v != before.requires[certmagic] {
+		note("Certificates by certmagic %s (before: %s).", v, before.requires[certmagic])
+	}
+	if after.goVersion != before.goVersion {
+		note("Go %s (before: %s). Who builds without Docker needs it.", after.goVersion, before.goVersion)
+	}
+	for _, fix := range fixes {
+		note("Security: %s.", fix)
+	}
+	history := parseHistory(f[changelog])
+	release, err := history.close(after.requires[tailscale], lines, updated)
+	if err != nil {
+		return nil, "", err
+	}
+	return fileSet{
+		dockerfile:        image,
+		"README.md":       updated(f["README.md"]),
+		"README.zh-CN.md": updated(f["README.zh-CN.md"]),
+		changelog:         history.String(),
+	}, release, nil
+}
+
+// goImage makes the Dockerfile build with the Go that go.mod needs. The image
+// is named without the patch number: the newest one will do.
+func goImage(dockerfile, goVersion string) (string, error) {
+	language := regexp.MustCompile(`^\d+\.\d+`).FindString(goVersion)
+	line := regexp.MustCompile(`(?m)^(ARG GO_IMAGE=golang:)\d+\.\d+$`)
+	if !line.MatchString(dockerfile) {
+		return "", errors.New("the Dockerfile has no line ARG GO_IMAGE=golang:MAJOR.MINOR")
+	}
+	return line.ReplaceAllString(dockerfile, "${1}"+language), nil
+}
+
+// baseImage is the image that derpd's image is based on.
+func baseImage(dockerfile string) (string, error) {
+	found := regexp.MustCompile(`(?m)^ARG BASE_IMAGE=(\S+)$`).FindStringSubmatch(dockerfile)
+	if found == nil {
+		return "", errors.New("the Dockerfile has no line ARG BASE_IMAGE=IMAGE")
+	}
+	return found[1], nil
+}

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// A release is named after the Tailscale release in it and a number that counts
+// derpd's own releases on that one: 1.104.5-2.
+var releaseName = regexp.MustCompile(`^(\d+)\.(\d+)\.(\d+)-([1-9]\d*)$`)
+
+// history is the changelog, newest section first.
+type history struct {
+	head     string
+	sections []section
+}
+
+// section is what is under one heading.
+type section struct{ name, body string }
+
+// unreleased is the heading of what no release has yet.
+const unreleased = "Unreleased"
+
+func parseHistory(text string) *history {
+	parts := strings.Split("\n"+text, "\n## ")
+	h := &history{head: strings.TrimPrefix(parts[0], "\n")}
+	for _, part := range parts[1:] {
+		name, body, _ := strings.Cut(part, "\n")
+		h.sections = append(h.sections, section{name, strings.TrimSpace(body)})
+	}
+	return h
+}
+
+func (h *history) String() string {
+	var b strings.Builder
+	b.WriteString(strings.TrimRight(h.head, "\n") + "\n")
+	for _, s := range h.sections {
+		fmt.Fprintf(&b, "\n## %s\n\n%s\n", s.name, s.body)
+	}
+	return b.String()
+}
+
+// close names the first section as the next release on this version of
+// Tailscale, with lines added to what is there unreleased. updated is what
+// versions named there before have become.
+func (h *history) close(tailscaleVersion string, lines []string, updated func(string) string) (string, error) {
+	on := strings.TrimPrefix(tailscaleVersion, "v")
+	last := 0
+	for _, s := range h.sections {
+		if rest, ok := strings.CutPrefix(s.name, on+"-"); ok && releaseName.MatchString(s.name) {
+			n, err := strconv.Atoi(rest)
+			if err != nil {
+				return "", fmt.Errorf("%s: %w", changelog, err)
+			}
+			last = max(last, n)
+		}
+	}
+	release := fmt.Sprintf("%s-%d", on, last+1)
+	if !releaseName.MatchString(release) {
+		return "", fmt.Errorf("go.mod requires %s %s, which is no release", tailscale, tailscaleVersion)
+	}
+	if len(h.sections) == 0 || h.sections[0].name != unreleased {
+		h.sections = append([]section{{}}, h.sections...)
+	}
+	first := &h.sections[0]
+	first.name, first.body = release, updated(first.body)
+	for _, line := range lines {
+		// A line after a list goes on with it.
+		gap := "\n\n"
+		if last := first.body[strings.LastIndex(first.body, "\n")+1:]; first.body == "" {
+			gap = ""
+		} else if strings.HasPrefix(last, "- ") || strings.HasPrefix(last, "  ") {
+			gap = "\n"
+		}
+		first.body += gap + "- " + line
+	}
+	if first.body == "" {
+		return "", errors.New("nothing to release: the changelog has nothing unreleased")
+	}
+	return release, nil
+}
+
+// closeRelease makes a release of what is unreleased.
+func closeRelease(ctx context.Context, env, lines []string, stdout io.Writer) (outputs, error) {
+	m, err := readModule(ctx, env)
+	if err != nil {
+		return nil, err
+	}
+	text, err := os.ReadFile(changelog)
+	if err != nil {
+		return nil, err
+	}
+	h := parseHistory(string(text))
+	release, err := h.close(m.requires[tailscale], lines, strings.Clone)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(changelog, []byte(h.String()), 0o644); err != nil {
+		return nil, err
+	}
+	var out outputs
+	out.set("version", release)
+	_, err = fmt.Fprintln(stdout, release)
+	return out, err
+}
+
+// printNotes prints what the changelog says of a release.
+func printNotes(release string, stdout io.Writer) error {
+	text, err := os.ReadFile(changelog)
+	if err != nil {
+		return err
+	}
+	for _, s := range parseHistory(string(text)).sections {
+		if s.name == release {
+			_, err := fmt.Fprintln(stdout, s.body)
+			return err
+		}
+	}
+	return fmt.Errorf("%s has no section %q", changelog, "## "+release)
+}
+
+// printTags prints the names of a release's images: one that never moves, and
+// those of which it is the newest, for people to follow as closely as they like.
+func printTags(release string, images []string, stdout io.Writer) error {
+	m := releaseName.FindStringSubmatch(release)
+	if m == nil {
+		return usageError{fmt.Errorf("%q is no release, such as 1.104.5-1", release)}
+	}
+	for _, image := range images {
+		for _, tag := range []string{release, m[1] + "." + m[2] + "." + m[3], m[1] + "." + m[2], m[1], "latest"} {
+			// GitHub's owners may have capitals, which registries refuse.
+			if _, err := fmt.Fprintf(stdout, "%s:%s\n", strings.ToLower(image), tag); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// updater finds what is newer, and takes it.
+type updater struct {
+	env         []string
+	images      images
+	govulncheck string
+	stdout      io.Writer
+}
+
+// say prints one finding.
+func (u *updater) say(what, format string, args ...any) {
+	_, _ = fmt.Fprintf(u.stdout, "%-33s%s\n", what, fmt.Sprintf(format, args...))
+}
+
+// update says what is newer and takes it if it may. After a failure all files
+// are as they were.
+func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error) {
+	files, err := readFiles()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, files.restore())
+		}
+	}()
+	before, err := readModule(ctx, u.env)
+	if err != nil {
+		return nil, err
+	}
+
+	targets, err := u.newer(ctx, before)
+	if err != nil {
+		return nil, err
+	}
+	if write && len(targets) > 0 {
+		if err := get(ctx, u.env, targets); err != nil {
+			return nil, err
+		}
+	}
+	// Only now: what is newer may be the fix.
+	fixes, err := u.vulnerabilities(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if write && len(fixes) > 0 {
+		if err := get(ctx, u.env, slices.Collect(fixes.targets())); err != nil {
+			return nil, err
+		}
+	}
+	if err := u.base(ctx, files[dockerfile]); err != nil {
+		return nil, err
+	}
+
+	after, err := readModule(ctx, u.env)
+	if err != nil {
+		return nil, err
+	}
+	if before.goVersion != after.goVersion {
+		u.say("go", "%s -> %s", before.goVersion, after.goVersion)
+	}
+	var out outputs
+	if !write || maps.Equal(before.requires, after.requires) && before.goVersion == after.goVersion {
+		if write {
+			_, _ = fmt.Fprintln(u.stdout, "nothing to take")
+		}
+		out.set("updated", "false")
+		return out, nil
+	}
+
+	edited, release, err := files.adopt(before, after, fixes)
+	if err != nil {
+		return nil, err
+	}
+	written, err := files.write(edited)
+	if err != nil {
+		return nil, err
+	}
+	_, _ = fmt.Fprintf(u.stdout, "wrote %s\nnext release: %s\n", strings.Join(written, ", "), release)
+	out.set("updated", "true")
+	out.set("from", before.requires[tailscale])
+	out.set("to", after.requires[tailscale])
+	out.set("version", release)
+	return out, nil
+}
+
+// newer finds the releases to take, MODULE@VERSION.
+func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
+	var targets []string
+	for _, path := range []string{tailscale, certmagic} {
+		have, ok := m.requires[path]
+		if !ok {
+			return nil, fmt.Errorf("go.mod does not require %s; this is not derpd's directory", path)
+		}
+		released, err := releasesOf(ctx, u.env, path)
+		if err != nil {
+			return nil, err
+		}
+		best, ok := newest(released, path == tailscale)
+		if !ok {
+			return nil, fmt.Errorf("%s: no stable release among the %d versions that the module proxy lists", path, len(released))
+		}
+		// What is no release is never replaced: somebody chose it.
+		if current, ok := parseVersion(have); !ok {
+			u.say(path, "%s, no release; the newest one is %s", have, best)
+		} else if best.compare(current) > 0 {
+			u.say(path, "%s -> %s", have, best)
+			targets = append(targets, path+"@"+best.String())
+		} else {
+			u.say(path, "%s, the newest", have)
+		}
+	}
+	return targets, nil
+}
+
+// base says whether there is a newer base image. To take it is for people: a
+// newer Debian may come without what derpd needs.
+func (u *updater) base(ctx context.Context, dockerfile string) error {
+	image, err := baseImage(dockerfile)
+	if err != nil {
+		return err
+	}
+	next, ok := nextBase(image)
+	if !ok {
+		u.say("base image", "%s, which has no number to count on from", image)
+		return nil
+	}
+	switch _, err := u.images.digest(ctx, next); {
+	case errors.Is(err, errNoImage):
+		u.say("base image", "%s, the newest", image)
+	case err != nil:
+		u.say("base image", "%s; not asked for a newer one: %v", image, err)
+	default:
+		u.say("base image", "%s; there is %s, try it as BASE_IMAGE", image, next)
+	}
+	return ctx.Err()
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os/exec"
+	"slices"
+	"strings"
+)
+
+// fix is a module's version in which a vulnerability that concerns derpd is no more.
+type fix struct {
+	id      string
+	module  string
+	version string
+}
+
+func (f fix) String() string { return fmt.Sprintf("%s, fixed in %s %s", f.id, f.module, f.version) }
+
+type fixes []fix
+
+// targets are what to take, MODULE@VERSION, each module once. The standard
+// library's version is Go's.
+func (f fixes) targets() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		highest := map[string]fix{}
+		for _, fix := range f {
+			best, seen := highest[fix.module]
+			v, _ := parseVersion(fix.version)
+			if b, _ := parseVersion(best.version); !seen || v.compare(b) > 0 {
+				highest[fix.module] = fix
+			}
+		}
+		for module, fix := range highest {
+			target := module + "@" + fix.version
+			if module == "stdlib" {
+				target = "go@" + strings.TrimPrefix(fix.version, "v")
+			}
+			if !yield(target) {
+				return
+			}
+		}
+	}
+}
+
+// vulnerabilities says which known ones are in the code that derpd calls, and
+// returns those that a newer version fixes. Not to know is no failure: the
+// database is out of reach from many networks.
+func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
+	const what = "vulnerabilities"
+	cmd := exec.CommandContext(ctx, u.govulncheck, "-format", "json", "./...")
+	cmd.Env = append(u.env[:len(u.env):len(u.env)], "GOTOOLCHAIN=auto")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	if errors.Is(err, exec.ErrNotFound) {
+		u.say(what, "not looked for: there is no %s", u.govulncheck)
+		return nil, nil
+	}
+	if err != nil {
+		reason, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n")
+		u.say(what, "not looked for: %v: %s", err, reason)
+		return nil, nil
+	}
+	found, err := parseFindings(bytes.NewReader(out))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", u.govulncheck, err)
+	}
+	if len(found) == 0 {
+		u.say(what, "none known in what is used")
+	}
+	var fixed fixes
+	for _, f := range found {
+		if f.version == "" {
+			u.say(what, "%s in %s, not fixed yet", f.id, f.module)
+			continue
+		}
+		u.say(what, "%s", f)
+		fixed = append(fixed, f)
+	}
+	return fixed, nil
+}
+
+// parseFindings reads govulncheck's stream for the vulnerabilities in functions
+// that are called, each once.
+func parseFindings(r io.Reader) ([]fix, error) {
+	var found []fix
+	for decoder := json.NewDecoder(r); ; {
+		var message struct {
+			Finding *struct {
+				OSV          string
+				FixedVersion string `json:"fixed_version"`
+				Trace        []struct{ Module, Function string }
+			}
+		}
+		if err := decoder.Decode(&message); errors.Is(err, io.EOF) {
+			return found, nil
+		} else if err != nil {
+			return nil, err
+		}
+		f := message.Finding
+		// The first frame is the vulnerable one; without a function it is only imported.
+		if f == nil || len(f.Trace) == 0 || f.Trace[0].Function == "" {
+			continue
+		}
+		if one := (fix{f.OSV, f.Trace[0].Module, f.FixedVersion}); !slices.Contains(found, one) {
+			found = append(found, one)
+		}
+	}
+}
