@@ -66,10 +66,6 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 	if err != nil {
 		return nil, "", err
 	}
-	updated := func(text string) string {
-		text = replaceVersion(text, before.goVersion, after.goVersion)
-		return replaceVersion(text, strings.TrimPrefix(before.requires[tailscale], "v"), strings.TrimPrefix(after.requires[tailscale], "v"))
-	}
 	var lines []string
 	note := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
 	if v := after.requires[tailscale]; v != before.requires[tailscale] {
@@ -85,9 +81,13 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 		note("Security: %s.", fix)
 	}
 	history := parseHistory(f[changelog])
-	release, err := history.close(after.requires[tailscale], lines, updated)
+	release, err := history.close(after.requires[tailscale], lines)
 	if err != nil {
 		return nil, "", err
+	}
+	updated := func(text string) string {
+		text = replaceVersion(text, strings.TrimPrefix(before.requires[tailscale], "v"), strings.TrimPrefix(after.requires[tailscale], "v"))
+		return replaceVersion(text, before.goVersion, after.goVersion)
 	}
 	return fileSet{
 		dockerfile:        image,

@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 )
 
@@ -23,11 +25,12 @@ type module struct {
 
 // goCommand runs the go command, which knows GOPROXY, proxies' faults,
 // retractions and checksums better than anything else could.
-func goCommand(ctx context.Context, env []string, args ...string) ([]byte, error) {
+func goCommand(ctx context.Context, dir string, env []string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = dir
 	// Whoever pinned the toolchain pinned the old one: a release may need a
 	// newer one than that.
-	cmd.Env = append(env[:len(env):len(env)], "GOTOOLCHAIN=auto")
+	cmd.Env = append(env[:len(env):len(env)], "GOTOOLCHAIN=auto", "GOWORK=off")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -38,7 +41,7 @@ func goCommand(ctx context.Context, env []string, args ...string) ([]byte, error
 }
 
 func readModule(ctx context.Context, env []string) (module, error) {
-	out, err := goCommand(ctx, env, "mod", "edit", "-json")
+	out, err := goCommand(ctx, "", env, "mod", "edit", "-json")
 	if err != nil {
 		return module{}, err
 	}
@@ -56,9 +59,18 @@ func readModule(ctx context.Context, env []string) (module, error) {
 	return m, nil
 }
 
-// releasesOf lists the versions of a module without the retracted ones.
+// releasesOf lists the versions of a module without the retracted ones. It asks
+// from a module of its own, so that nothing depends on the state of go.sum.
 func releasesOf(ctx context.Context, env []string, path string) ([]string, error) {
-	out, err := goCommand(ctx, env, "list", "-m", "-versions", "-json", path)
+	dir, err := os.MkdirTemp("", "upstream")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte("module question\n"), 0o644); err != nil {
+		return nil, err
+	}
+	out, err := goCommand(ctx, dir, env, "list", "-m", "-versions", "-json", path)
 	if err != nil {
 		return nil, err
 	}
@@ -73,9 +85,9 @@ func releasesOf(ctx context.Context, env []string, path string) ([]string, error
 // a newer one. -e goes on where what only the tests of dependencies need cannot
 // be fetched; what derpd needs itself is found missing when it is built.
 func get(ctx context.Context, env, targets []string) error {
-	if _, err := goCommand(ctx, env, append([]string{"get"}, targets...)...); err != nil {
+	if _, err := goCommand(ctx, "", env, append([]string{"get"}, targets...)...); err != nil {
 		return err
 	}
-	_, err := goCommand(ctx, env, "mod", "tidy", "-e")
+	_, err := goCommand(ctx, "", env, "mod", "tidy", "-e")
 	return err
 }

@@ -47,9 +47,8 @@ func (h *history) String() string {
 }
 
 // close names the first section as the next release on this version of
-// Tailscale, with lines added to what is there unreleased. updated is what
-// versions named there before have become.
-func (h *history) close(tailscaleVersion string, lines []string, updated func(string) string) (string, error) {
+// Tailscale, with lines added to what is there unreleased.
+func (h *history) close(tailscaleVersion string, lines []string) (string, error) {
 	on := strings.TrimPrefix(tailscaleVersion, "v")
 	last := 0
 	for _, s := range h.sections {
@@ -69,7 +68,7 @@ func (h *history) close(tailscaleVersion string, lines []string, updated func(st
 		h.sections = append([]section{{}}, h.sections...)
 	}
 	first := &h.sections[0]
-	first.name, first.body = release, updated(first.body)
+	first.name = release
 	for _, line := range lines {
 		// A line after a list goes on with it.
 		gap := "\n\n"
@@ -97,7 +96,7 @@ func closeRelease(ctx context.Context, env, lines []string, stdout io.Writer) (o
 		return nil, err
 	}
 	h := parseHistory(string(text))
-	release, err := h.close(m.requires[tailscale], lines, strings.Clone)
+	release, err := h.close(m.requires[tailscale], lines)
 	if err != nil {
 		return nil, err
 	}

@@ -54,7 +54,7 @@ func (f fixes) targets() iter.Seq[string] {
 func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 	const what = "vulnerabilities"
 	cmd := exec.CommandContext(ctx, u.govulncheck, "-format", "json", "./...")
-	cmd.Env = append(u.env[:len(u.env):len(u.env)], "GOTOOLCHAIN=auto")
+	cmd.Env = append(u.env[:len(u.env):len(u.env)], "GOTOOLCHAIN=auto", "GOWORK=off")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
