@@ -30,13 +30,24 @@ COPY go.mod go.sum ./
 RUN go mod download
 
 COPY . .
+
+# Another release of Tailscale than go.mod's, v1.104.5 for example. It may need
+# a newer GO_IMAGE, and says so.
+ARG TAILSCALE_VERSION
+RUN [ -z "${TAILSCALE_VERSION}" ] || go get "tailscale.com@${TAILSCALE_VERSION}" ./cmd/derpd
+
 # TAGS adds DNS providers that are left out for their size: hetzner, route53.
 ARG VERSION=dev TAGS TARGETOS TARGETARCH TARGETVARIANT
 RUN GOOS="${TARGETOS}" GOARCH="${TARGETARCH}" GOARM="${TARGETVARIANT#v}" \
     go build -trimpath -tags "${TAGS}" -ldflags "-s -w -buildid= -X main.version=${VERSION}" -o /out/derpd ./cmd/derpd \
  && mkdir /out/data
 
-FROM ${BASE_IMAGE}
+# It has no programs, only files that are the same for every platform, and is
+# not published for all that Go builds for: 386 is missing. So it is copied.
+FROM --platform=${BUILDPLATFORM:-linux} ${BASE_IMAGE} AS base
+
+FROM scratch
+COPY --from=base / /
 # SOURCE is where these sources are published; whoever publishes the image says so.
 ARG VERSION=dev SOURCE
 LABEL org.opencontainers.image.title="derpd" \

@@ -11,6 +11,7 @@ TOOLS   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/derpd
 # anew and an old one is never used by mistake.
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
 GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
+ACTIONLINT    := $(TOOLS)/actionlint-v1.7.12
 
 # The tailscaled may be older than the relay, as other people's are; not newer.
 TAILSCALE := v1.102.5
@@ -40,14 +41,27 @@ run: ## run a relay here, without Docker and without configuration
 	go run ./cmd/derpd
 
 .PHONY: build
+build: BINARY ?= derpd
 build: ## build the binary, ./derpd
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -buildid= -X main.version=$(VERSION)' -o derpd ./cmd/derpd
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -buildid= -X main.version=$(VERSION)' -o $(BINARY) ./cmd/derpd
+
+# For machines without Docker; the image's build cross-compiles by itself.
+.PHONY: cross
+cross: ## build for every platform of the image, and print the sizes
+	@for arch in amd64 arm64 arm 386; do \
+		GOOS=linux GOARCH=$$arch GOARM=7 $(MAKE) --silent --no-print-directory build BINARY=derpd-linux-$$arch || exit; \
+		stat --format '%s' derpd-linux-$$arch | numfmt --to=si --suffix=B --format "derpd-linux-$$arch: %.1f"; \
+	done
+
+.PHONY: reproducible
+reproducible: ## build twice, the second time elsewhere and from nothing, and compare
+	.ci/reproducible
 
 # An argument without a value is taken from the environment if it is there:
 # mirrors are named once, as the Dockerfile tells.
 .PHONY: image
 image: ## build the image, derpd, and print its size
-	docker build --build-arg VERSION=$(VERSION) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE -t $(IMAGE) .
+	docker build --build-arg VERSION=$(VERSION) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE --build-arg TAILSCALE_VERSION -t $(IMAGE) .
 	@docker image inspect --format '{{.Size}}' $(IMAGE) | numfmt --to=si --suffix=B --format '$(IMAGE): %.1f'
 
 # docker/bases/make first, where no registry can be reached.
@@ -59,10 +73,11 @@ e2e: image peers ## test the image with docker compose; takes ports 443, 80 and 
 # tidy also looks at what only the tests of dependencies need; -e goes on where
 # that cannot be fetched. It tells of each at length, so it is quiet at first.
 .PHONY: lint
-lint: $(GOLANGCI_LINT) ## check the code, go.mod and the scripts
+lint: $(GOLANGCI_LINT) $(ACTIONLINT) ## check the code, go.mod, the scripts and the workflows
 	$(GOLANGCI_LINT) run
 	go mod tidy -e -diff 2>/dev/null || go mod tidy -e -diff
-	shellcheck .ci/run docker/bases/make
+	shellcheck .ci/* .github/ci .github/merge docker/bases/make
+	$(ACTIONLINT)
 
 .PHONY: fmt
 fmt: $(GOLANGCI_LINT) ## format the code
@@ -72,6 +87,20 @@ fmt: $(GOLANGCI_LINT) ## format the code
 vuln: $(GOVULNCHECK) ## look for known vulnerabilities in what is used
 	$(GOVULNCHECK) ./...
 
+# The releases of Tailscale and certmagic, and fixes of known vulnerabilities.
+.PHONY: upstream
+upstream: $(GOVULNCHECK) ## take what is newer than what derpd is built on
+	go run ./cmd/upstream --write --govulncheck $(GOVULNCHECK)
+
+# In a clone, so that nothing here is touched.
+.PHONY: upstream-test
+upstream-test: FROM ?= v1.102.5
+upstream-test: ## put a clone back to an older Tailscale, take the newest, run all tests
+	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
+	git clone --quiet . "$$dir" && cd "$$dir" && \
+	go mod edit -require=tailscale.com@$(FROM) && \
+	$(MAKE) upstream && $(MAKE) test
+
 # A test fails when these differ from the configuration's struct.
 .PHONY: docs
 docs: ## regenerate docker/env.example and the tables in the README
@@ -80,7 +109,8 @@ docs: ## regenerate docker/env.example and the tables in the README
 
 $(GOLANGCI_LINT): PACKAGE = github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 $(GOVULNCHECK): PACKAGE = golang.org/x/vuln/cmd/govulncheck
-$(GOLANGCI_LINT) $(GOVULNCHECK):
+$(ACTIONLINT): PACKAGE = github.com/rhysd/actionlint/cmd/actionlint
+$(GOLANGCI_LINT) $(GOVULNCHECK) $(ACTIONLINT):
 	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
 	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
 

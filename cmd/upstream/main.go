@@ -37,7 +37,8 @@ const usage = `usage: upstream [flags] [command]
                    print the version of that release
   notes VERSION    print the changelog's section of a release
   tags VERSION IMAGE...
-                   print the names under which a release is published
+                   print the names under which a release is published; an
+                   empty IMAGE is none
   base [IMAGE]     print the base image and its digest, and whether it is another
                    one than IMAGE, which is published, was built on
 
@@ -93,7 +94,7 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	case args[0] == "notes" && len(args) == 2:
 		err = printNotes(args[1], stdout)
 	case args[0] == "tags" && len(args) >= 3:
-		err = printTags(args[1], args[2:], stdout)
+		out, err = printTags(ctx, env, args[1], args[2:], stdout)
 	case args[0] == "base" && len(args) <= 2:
 		out, err = printBase(ctx, images, args[1:], stdout)
 	default:

@@ -126,18 +126,37 @@ func printNotes(release string, stdout io.Writer) error {
 
 // printTags prints the names of a release's images: one that never moves, and
 // those of which it is the newest, for people to follow as closely as they like.
-func printTags(release string, images []string, stdout io.Writer) error {
-	m := releaseName.FindStringSubmatch(release)
-	if m == nil {
-		return usageError{fmt.Errorf("%q is no release, such as 1.104.5-1", release)}
+func printTags(ctx context.Context, env []string, release string, images []string, stdout io.Writer) (outputs, error) {
+	numbers := releaseName.FindStringSubmatch(release)
+	if numbers == nil {
+		return nil, usageError{fmt.Errorf("%q is no release, such as 1.104.5-1", release)}
 	}
+	major, minor, patch := numbers[1], numbers[1]+"."+numbers[2], numbers[1]+"."+numbers[2]+"."+numbers[3]
+	m, err := readModule(ctx, env)
+	if err != nil {
+		return nil, err
+	}
+	// Or an image would be named after what is not in it.
+	if m.requires[tailscale] != "v"+patch {
+		return nil, fmt.Errorf("release %s would be built on %s %s of go.mod", release, tailscale, m.requires[tailscale])
+	}
+	var names, tags []string
 	for _, image := range images {
-		for _, tag := range []string{release, m[1] + "." + m[2] + "." + m[3], m[1] + "." + m[2], m[1], "latest"} {
-			// GitHub's owners may have capitals, which registries refuse.
-			if _, err := fmt.Fprintf(stdout, "%s:%s\n", strings.ToLower(image), tag); err != nil {
-				return err
-			}
+		if image == "" {
+			continue
+		}
+		// GitHub's owners may have capitals, which registries refuse.
+		image = strings.ToLower(image)
+		names = append(names, image)
+		for _, tag := range []string{release, patch, minor, major, "latest"} {
+			tags = append(tags, image+":"+tag)
 		}
 	}
-	return nil
+	var out outputs
+	out.set("version", release)
+	out.set("go", m.goVersion)
+	out.set("images", strings.Join(names, " "))
+	out.set("tags", strings.Join(tags, ","))
+	_, err = fmt.Fprintln(stdout, strings.Join(tags, "\n"))
+	return out, err
 }

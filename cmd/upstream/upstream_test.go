@@ -86,15 +86,15 @@ func TestNewest(t *testing.T) {
 		evenMinor bool
 		want      string
 	}{
-		"a patch number is skipped":    {[]string{"v1.104.0", "v1.104.2", "v1.104.4"}, true, "v1.104.4"},
-		"numbers, not letters":         {[]string{"v1.104.9", "v1.104.10"}, true, "v1.104.10"},
-		"the order is the proxy's":     {[]string{"v1.104.1", "v1.98.9", "v1.104.0"}, true, "v1.104.1"},
-		"odd minor versions":           {[]string{"v1.104.0", "v1.105.0", "v1.105.3"}, true, "v1.104.0"},
-		"odd ones of another module":   {[]string{"v0.24.0", "v0.25.0"}, false, "v0.25.0"},
-		"pre-releases":                 {[]string{"v1.104.0", "v1.106.0-pre", "v1.106.0-rc.1"}, true, "v1.104.0"},
-		"what is no version":           {[]string{"v1.104.0", "v1.106", "1.106.0", "v1.106.0+x", "v1.0106.0", ""}, true, "v1.104.0"},
-		"pseudo-versions":              {[]string{"v1.104.0", "v1.106.1-0.20261101000000-0123456789ab"}, true, "v1.104.0"},
-		"a new major version":          {[]string{"v1.104.0", "v2.0.0"}, true, "v2.0.0"},
+		"a patch number is skipped":     {[]string{"v1.104.0", "v1.104.2", "v1.104.4"}, true, "v1.104.4"},
+		"numbers, not letters":          {[]string{"v1.104.9", "v1.104.10"}, true, "v1.104.10"},
+		"the order is the proxy's":      {[]string{"v1.104.1", "v1.98.9", "v1.104.0"}, true, "v1.104.1"},
+		"odd minor versions":            {[]string{"v1.104.0", "v1.105.0", "v1.105.3"}, true, "v1.104.0"},
+		"odd ones of another module":    {[]string{"v0.24.0", "v0.25.0"}, false, "v0.25.0"},
+		"pre-releases":                  {[]string{"v1.104.0", "v1.106.0-pre", "v1.106.0-rc.1"}, true, "v1.104.0"},
+		"what is no version":            {[]string{"v1.104.0", "v1.106", "1.106.0", "v1.106.0+x", "v1.0106.0", ""}, true, "v1.104.0"},
+		"pseudo-versions":               {[]string{"v1.104.0", "v1.106.1-0.20261101000000-0123456789ab"}, true, "v1.104.0"},
+		"a new major version":           {[]string{"v1.104.0", "v2.0.0"}, true, "v2.0.0"},
 		"there is no stable one at all": {[]string{"v1.105.0", "v1.106.0-pre"}, true, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
