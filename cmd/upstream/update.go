@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"slices"
 	"strings"
 )
 
@@ -55,7 +54,7 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 		return nil, err
 	}
 	if write && len(fixes) > 0 {
-		if err := get(ctx, u.env, slices.Collect(fixes.targets())); err != nil {
+		if err := get(ctx, u.env, fixes.targets()); err != nil {
 			return nil, err
 		}
 	}

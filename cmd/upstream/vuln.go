@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"os/exec"
 	"slices"
 	"strings"
 )
+
+// stdlib is the standard library as a module; its version is Go's.
+const stdlib = "stdlib"
 
 // fix is a module's version in which a vulnerability that concerns derpd is no more.
 type fix struct {
@@ -20,32 +22,32 @@ type fix struct {
 	version string
 }
 
-func (f fix) String() string { return fmt.Sprintf("%s, fixed in %s %s", f.id, f.module, f.version) }
+func (f fix) String() string {
+	if f.module == stdlib {
+		return fmt.Sprintf("%s, fixed in Go %s", f.id, strings.TrimPrefix(f.version, "v"))
+	}
+	return fmt.Sprintf("%s, fixed in %s %s", f.id, f.module, f.version)
+}
 
 type fixes []fix
 
-// targets are what to take, MODULE@VERSION, each module once. The standard
-// library's version is Go's.
-func (f fixes) targets() iter.Seq[string] {
-	return func(yield func(string) bool) {
-		highest := map[string]fix{}
-		for _, fix := range f {
-			best, seen := highest[fix.module]
-			v, _ := parseVersion(fix.version)
-			if b, _ := parseVersion(best.version); !seen || v.compare(b) > 0 {
-				highest[fix.module] = fix
-			}
-		}
-		for module, fix := range highest {
-			target := module + "@" + fix.version
-			if module == "stdlib" {
-				target = "go@" + strings.TrimPrefix(fix.version, "v")
-			}
-			if !yield(target) {
-				return
-			}
+// targets are what to take, MODULE, each module once.
+func (f fixes) targets() []string {
+	highest := map[string]version{}
+	for _, fix := range f {
+		if v, ok := parseVersion(fix.version); ok && v.compare(highest[fix.module]) > 0 {
+			highest[fix.module] = v
 		}
 	}
+	var targets []string
+	for module, v := range highest {
+		target := module + "@" + v.String()
+		if module == stdlib {
+			target = "go@" + strings.TrimPrefix(v.String(), "v")
+		}
+		targets = append(targets, target)
+	}
+	return targets
 }
 
 // vulnerabilities says which known ones are in the code that derpd calls, and
