@@ -42,8 +42,8 @@ RUN GOOS="${TARGETOS}" GOARCH="${TARGETARCH}" GOARM="${TARGETVARIANT#v}" \
     go build -trimpath -tags "${TAGS}" -ldflags "-s -w -buildid= -X main.version=${VERSION}" -o /out/derpd ./cmd/derpd \
  && mkdir /out/data
 
-# It has no programs, only files that are the same for every platform, and is
-# not published for all that Go builds for: 386 is missing. So it is copied.
+# The base has no programs, only files that are the same on every platform, and
+# it is not published for all of them: 386 is missing. So the files are copied.
 FROM --platform=${BUILDPLATFORM:-linux} ${BASE_IMAGE} AS base
 
 FROM scratch

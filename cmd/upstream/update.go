@@ -30,7 +30,7 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 		return nil, err
 	}
 	defer func() {
-		if err != nil {
+		if err != nil && write {
 			err = errors.Join(err, files.restore())
 		}
 	}()
