@@ -4,26 +4,15 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
-	"time"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/rs/zerolog"
-)
 
-const (
-	// settle is how long files must be left alone before they are read:
-	// certificate and key are written one after the other.
-	settle = 500 * time.Millisecond
-
-	// pollEvery is for mounts that tell of no change, such as NFS.
-	pollEvery = 30 * time.Second
+	"derpd/filewatch"
 )
 
 // files is a certificate that is kept in files, and served anew when they
@@ -32,7 +21,6 @@ type files struct {
 	paths []string
 	load  func() (*tls.Certificate, error) // reads and validates
 	log   zerolog.Logger
-	poll  time.Duration
 	ready chan struct{} // closed from the start
 
 	current atomic.Pointer[tls.Certificate]
@@ -46,7 +34,7 @@ type files struct {
 
 // newFiles loads the files for the first time.
 func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog.Logger) (*files, error) {
-	f := &files{paths: paths, load: load, log: log, poll: pollEvery, ready: make(chan struct{})}
+	f := &files{paths: paths, load: load, log: log, ready: make(chan struct{})}
 	f.seen = f.fingerprint()
 	cert, err := load()
 	if err != nil {
@@ -92,40 +80,9 @@ func (f *files) reload() {
 	f.log.Info().Str("names", covered(cert.Leaf)).Time("not_after", cert.Leaf.NotAfter).Msg("certificate files taken")
 }
 
-// Run implements [Manager]: it watches the directories of the files, since
-// that is where a link is swapped or a file renamed, and looks at the files
-// from time to time all the same.
+// Run implements [Manager].
 func (f *files) Run(ctx context.Context) error {
-	events := make(chan fsnotify.Event) // never, if nothing can be watched
-	failures := make(chan error)
-	if watcher, err := fsnotify.NewWatcher(); err == nil {
-		defer func() { _ = watcher.Close() }()
-		for _, path := range f.paths {
-			err = errors.Join(err, watcher.Add(filepath.Dir(path)))
-		}
-		events, failures = watcher.Events, watcher.Errors
-		if err != nil {
-			f.log.Warn().Err(err).Dur("poll_ms", f.poll).Msg("certificate files cannot be watched, they are only polled")
-		}
-	}
-	poll := time.NewTicker(f.poll)
-	defer poll.Stop()
-	quiet := time.NewTimer(0) // what changed before the watch began
-	defer quiet.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-events:
-			quiet.Reset(settle)
-		case err := <-failures:
-			f.log.Debug().Err(err).Msg("watching certificate files")
-		case <-quiet.C:
-			f.reload()
-		case <-poll.C:
-			f.reload()
-		}
-	}
+	return filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Look: f.reload, Log: f.log})
 }
 
 // GetCertificate implements [Manager].

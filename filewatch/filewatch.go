@@ -13,20 +13,20 @@ import (
 )
 
 const (
-	// Settle is how long files must be left alone before they are looked at:
+	// settle is how long files must be left alone before they are looked at:
 	// editors and renewal tools write in several steps, and certificate and
 	// key one after the other.
-	Settle = 500 * time.Millisecond
+	settle = 500 * time.Millisecond
 
-	// Poll is how often they are looked at without an event, for mounts that
+	// usualPoll is how often they are looked at without an event, for mounts that
 	// tell of no change, such as NFS.
-	Poll = 30 * time.Second
+	usualPoll = 30 * time.Second
 )
 
 // Config says what to watch.
 type Config struct {
 	Paths []string
-	Poll  time.Duration // between looks without an event; 0 stands for [Poll]
+	Poll  time.Duration // between looks without an event; 0 for every half minute
 
 	// Look is called from Run's goroutine whenever the files may have
 	// changed: once at the start, for what changed before the watch began,
@@ -41,7 +41,7 @@ type Config struct {
 // watched the files are polled all the same.
 func Run(ctx context.Context, c Config) error {
 	if c.Poll == 0 {
-		c.Poll = Poll
+		c.Poll = usualPoll
 	}
 	events := make(chan fsnotify.Event) // never, if nothing can be watched
 	failures := make(chan error)
@@ -65,7 +65,7 @@ func Run(ctx context.Context, c Config) error {
 		case <-ctx.Done():
 			return nil
 		case <-events:
-			quiet.Reset(Settle)
+			quiet.Reset(settle)
 		case err := <-failures:
 			c.Log.Debug().Err(err).Msg("watching files")
 		case <-quiet.C:

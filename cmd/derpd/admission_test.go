@@ -342,7 +342,7 @@ func TestAdmissionIsTold(t *testing.T) {
 		`derpd_admission_decisions_total{decision="unavailable"} 1`,
 		`derpd_admission_source_up{source="1 keys"} 1`,
 		`derpd_admission_source_up{source="url ` + down.URL + `"} 0`,
-		"derpd_clients 1\n", "derpd_open 0\n", "derpd_certificate_failing 0\n", "derp_packets_sent ",
+		"derpd_clients 1\n", "derpd_open 0\n", "derpd_certificate_failing 0\n", "derpd_certificate_reload_errors_total 0\n", "derp_packets_sent ",
 	} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("metrics lack %q:\n%s", want, text)

@@ -28,7 +28,10 @@ func (n *node) metrics() []expvar.KeyValue {
 		if status.Leaf != nil {
 			list = append(list, expvar.KeyValue{Key: "gauge_derpd_certificate_not_after_timestamp_seconds", Value: number(status.Leaf.NotAfter.Unix())})
 		}
-		list = append(list, expvar.KeyValue{Key: "gauge_derpd_certificate_failing", Value: number(status.Err != nil)})
+		list = append(list,
+			expvar.KeyValue{Key: "gauge_derpd_certificate_failing", Value: number(status.Err != nil)},
+			expvar.KeyValue{Key: "counter_derpd_certificate_reloads_total", Value: number(int64(status.Reloads))},
+			expvar.KeyValue{Key: "counter_derpd_certificate_reload_errors_total", Value: number(int64(status.ReloadErrors))})
 	}
 	return append(list, n.admissionMetrics()...)
 }
