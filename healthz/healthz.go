@@ -162,6 +162,22 @@ func (h *Health) Handler() http.Handler {
 	return mux
 }
 
+// StatusHandler serves /readyz with the first word alone: the causes name
+// addresses and servers, and are not for everybody who can ask.
+func (h *Health) StatusHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		report := h.Report(r.Context())
+		w.WriteHeader(status(report))
+		if report.Ready {
+			_, _ = w.Write([]byte("ready\n"))
+		} else {
+			_, _ = w.Write([]byte("not ready\n"))
+		}
+	})
+	return mux
+}
+
 func status(r Report) int {
 	if r.Ready {
 		return http.StatusOK

@@ -48,6 +48,7 @@ type config struct {
 	httpAddr string // plain HTTP, host:port; empty when off
 	stunAddr string // UDP, host:port; empty when off
 	admin    string // host:port
+	health   string // host:port; empty when off
 
 	dataDir, certDir string
 	certDirUsable    bool
@@ -117,6 +118,10 @@ func readConfig(pairs []string) (*config, error) {
 	for _, name := range l.ignored {
 		c.warnings = append(c.warnings, name+" looks injected by Docker or Kubernetes and is ignored")
 	}
+	if l.platform != nil {
+		c.warnings = append(c.warnings, l.platform.warnings...)
+		l.platform.reject(p)
+	}
 	p.addresses(c)
 	p.directories(c)
 	p.certificates(c)
@@ -166,6 +171,9 @@ func (p *parser) addresses(c *config) {
 	}
 	c.addr = p.hostPort("DERP_ADDR", p.Addr)
 	c.admin = p.hostPort("DERP_ADMIN_ADDR", p.Admin)
+	if p.Health != "" {
+		c.health = p.hostPort("DERP_HEALTH_ADDR", p.Health)
+	}
 	host, _, _ := net.SplitHostPort(c.addr)
 	httpPort := p.HTTP
 	if httpPort == "" {
@@ -192,6 +200,9 @@ func (p *parser) addresses(c *config) {
 	p.distinct("DERP_HTTP_PORT", c.httpAddr, "DERP_ADDR", c.addr)
 	p.distinct("DERP_ADMIN_ADDR", c.admin, "DERP_ADDR", c.addr)
 	p.distinct("DERP_ADMIN_ADDR", c.admin, "DERP_HTTP_PORT", c.httpAddr)
+	p.distinct("DERP_HEALTH_ADDR", c.health, "DERP_ADDR", c.addr)
+	p.distinct("DERP_HEALTH_ADDR", c.health, "DERP_HTTP_PORT", c.httpAddr)
+	p.distinct("DERP_HEALTH_ADDR", c.health, "DERP_ADMIN_ADDR", c.admin)
 }
 
 // distinct refuses two TCP listeners on one port; 0 stands for any free one.

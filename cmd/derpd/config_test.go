@@ -95,6 +95,17 @@ var badConfigurations = []struct {
 	{env: "DERP_ADDR=:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; want another"}},
 	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_ADMIN_ADDR: port 8080 is taken by DERP_HTTP_PORT; want another"}},
 
+	{env: "DERP_HEALTH_ADDR=8081", want: []string{`DERP_HEALTH_ADDR: want host:port or :port, got "8081"`}},
+	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HEALTH_ADDR=:8080", want: []string{"DERP_HEALTH_ADDR: port 8080 is taken by DERP_ADMIN_ADDR; want another"}},
+
+	// Platforms.
+	{env: "FLY_APP_NAME=app DERP_ADDR=fly-global-services:8443", want: []string{"DERP_ADDR: fly-global-services is for UDP alone; want :8443, as docker/fly.toml has it"}},
+	{env: "FLY_APP_NAME=app DERP_STUN_PORT=3478 DERP_PUBLIC_STUN_PORT=13478", want: []string{`DERP_PUBLIC_STUN_PORT: Fly.io hands UDP on to the same port; want 3478, which is DERP_STUN_PORT, got "13478"`}},
+	{env: "RAILWAY_PROJECT_ID=p PORT=8080", want: []string{"RAILWAY_TCP_PROXY_DOMAIN: this service has no TCP proxy, and Railway's HTTP edge carries no DERP; make one with `railway tcp-proxy create --port 8443`, and deploy again"}},
+	{env: onRailway + " DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{"DERP_DOMAIN: want a name of yours that is a CNAME to a.proxy.rlwy.net, since DERP_DNS_PROVIDER is set; got nothing"}},
+	{env: onRailway + " DERP_DOMAIN=derp.example.com DERP_CERT_MODE=letsencrypt", want: []string{"DERP_CERT_MODE: letsencrypt cannot prove a name on Railway, which has no port 80 or 443 for the relay; set DERP_DNS_PROVIDER, or leave this out for a pinned certificate"}},
+	{env: onRailway + " PORT=8443 DERP_ADDR=:8443", want: []string{"DERP_HEALTH_ADDR: port 8443 is taken by DERP_ADDR; want another"}},
+
 	// Directories.
 	{env: "DERP_DATA_DIR=$D/data", setup: file("data", ""), want: []string{"DERP_DATA_DIR: want a directory, but $D/data is a file"}},
 	{env: "DERP_CERT_DIR=$D/certs", setup: file("certs", ""), want: []string{"DERP_CERT_DIR: want a directory, but $D/certs is a file"}},

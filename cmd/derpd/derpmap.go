@@ -91,7 +91,9 @@ func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []strin
 		notes = append(notes, "TLS ends before derpd: what ends it must have a certificate for "+n.HostName+".")
 	}
 	if n.STUNPort == -1 {
-		notes = append(notes, "Without STUN no client chooses this region as its home while another one answers.")
+		notes = append(notes, "Without STUN no client chooses this region as its home while another one answers.",
+			"A second node of the region can answer STUN for this one: another Name, the same RegionID,",
+			"the HostName of a STUN server near it, and STUNOnly true.")
 	}
 	if c.open() {
 		notes = append(notes, "This relay is open: anybody who finds it can use it (DERP_VERIFY_CLIENTS).")

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 )
 
@@ -47,6 +48,8 @@ func (l *loaded) effective() string {
 			source = "from " + path
 		} else if l.given[v.name] {
 			source = "set"
+		} else if slices.Contains(l.assumed, v.name) {
+			source = l.platform.name
 		}
 		value := v.shown()
 		if value == "" && v.computed != "" {

@@ -26,6 +26,7 @@ type environment struct {
 	STUN    string `env:"DERP_STUN,default=true" en:"whether to answer STUN" zh:"是否提供 STUN"`
 	STUNUDP string `env:"DERP_STUN_PORT,default=3478" en:"STUN port, UDP" zh:"STUN 的 UDP 端口"`
 	STUNIP  string `env:"DERP_STUN_ADDR" en:"host or address that STUN listens on (fly-global-services on Fly.io)" zh:"STUN 监听的主机名或地址（Fly.io 上是 fly-global-services）" or:"the host of DERP_ADDR" zhor:"DERP_ADDR 的主机部分"`
+	Health  string `env:"DERP_HEALTH_ADDR" en:"where a platform's health check may ask GET /readyz: ready or not ready, and nothing else" zh:"供平台健康检查询问 GET /readyz 的监听地址：只回答就绪或未就绪" or:"none; on Fly.io :8081, on Railway :PORT" zhor:"无；Fly.io 上是 :8081，Railway 上是 :PORT"`
 	Admin   string `env:"DERP_ADMIN_ADDR,default=127.0.0.1:9090" en:"where health is served; never on the public listener" zh:"健康检查的监听地址；不会出现在公网端口上"`
 
 	DataDir string `env:"DERP_DATA_DIR,default=/data" en:"where the node key is kept" zh:"保存节点密钥的目录"`
@@ -190,6 +191,11 @@ type loaded struct {
 	// given tells what was set from what is a default.
 	given map[string]bool
 
+	// platform is where derpd runs, if that is known, and assumed are the
+	// variables that it filled; they are not given.
+	platform *platform
+	assumed  []string
+
 	// credentials are the given credentials of DNS providers, by variable.
 	credentials map[string]string
 
@@ -205,10 +211,13 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 		known[v.name] = true
 	}
 	l := &loaded{fromFile: make(map[string]string), given: make(map[string]bool), credentials: make(map[string]string)}
-	values := make(map[string]string)
+	values, outside := make(map[string]string), make(map[string]string)
 	var errs []error
 	for _, pair := range pairs {
 		name, value, _ := strings.Cut(pair, "=")
+		if !strings.HasPrefix(name, "DERP_") {
+			outside[name] = value
+		}
 		if !strings.HasPrefix(name, "DERP_") || value == "" || slices.Contains(derperDebug, name) {
 			continue
 		}
@@ -247,6 +256,9 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 		if l.given[v.name] {
 			l.credentials[v.name] = values[v.name]
 		}
+	}
+	if l.platform = detect(outside, l.given); l.platform != nil {
+		l.assumed = l.platform.assume(values)
 	}
 	if err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
 		Target:   &l.environment,

@@ -31,12 +31,13 @@ const (
 	maxHeaderBytes = 16 << 10
 )
 
-// listeners are all the sockets of the relay; http and stun may be nil.
+// listeners are all the sockets of the relay; http, health and stun may be nil.
 type listeners struct {
-	https net.Listener
-	http  net.Listener
-	admin net.Listener
-	stun  *net.UDPConn
+	https  net.Listener
+	http   net.Listener
+	admin  net.Listener
+	health net.Listener
+	stun   *net.UDPConn
 }
 
 // listen binds everything or nothing.
@@ -61,6 +62,7 @@ func listen(ctx context.Context, c *config) (*listeners, error) {
 	l.https = tcp("DERP_ADDR", c.addr)
 	l.http = tcp("DERP_HTTP_PORT", c.httpAddr)
 	l.admin = tcp("DERP_ADMIN_ADDR", c.admin)
+	l.health = tcp("DERP_HEALTH_ADDR", c.health)
 	if c.stunAddr != "" {
 		conn, err := new(net.ListenConfig).ListenPacket(ctx, "udp", c.stunAddr)
 		if err != nil {
@@ -78,7 +80,7 @@ func listen(ctx context.Context, c *config) (*listeners, error) {
 
 // close closes what is open; closing twice is harmless.
 func (l *listeners) close() {
-	for _, ln := range []net.Listener{l.https, l.http, l.admin} {
+	for _, ln := range []net.Listener{l.https, l.http, l.admin, l.health} {
 		if ln != nil {
 			_ = ln.Close()
 		}

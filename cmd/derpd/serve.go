@@ -61,7 +61,7 @@ type node struct {
 	health    *healthz.Health
 	probe     key.NodePrivate // of the self-check, in memory only
 
-	https, http, admin *http.Server // http is nil when off
+	https, http, admin, healthOnly *http.Server // http and healthOnly are nil when off
 
 	// address is closed when found is set.
 	address chan struct{}
@@ -141,6 +141,9 @@ func (n *node) servers() {
 	admin.HandleFunc("GET /admit", n.serveAdmit)
 	admin.HandleFunc("GET /metrics", n.serveMetrics)
 	n.admin = newHTTPServer(admin, n.log)
+	if n.listeners.health != nil {
+		n.healthOnly = newHTTPServer(n.health.StatusHandler(), n.log)
+	}
 }
 
 // certificates makes the manager of the configured mode; nil in mode off.
@@ -237,6 +240,9 @@ func (n *node) tasks() []task {
 	if n.http != nil {
 		list = append(list, task{"http", func(context.Context) error { return served(n.http.Serve(n.listeners.http)) }})
 	}
+	if n.healthOnly != nil {
+		list = append(list, task{"health", func(context.Context) error { return served(n.healthOnly.Serve(n.listeners.health)) }})
+	}
 	if n.stun != nil {
 		list = append(list, task{"stun", n.stun.Run})
 	}
@@ -323,7 +329,13 @@ func (n *node) announceStart() {
 	if n.listeners.stun != nil {
 		e = e.Stringer("stun", n.listeners.stun.LocalAddr())
 	}
+	if n.listeners.health != nil {
+		e = e.Stringer("health", n.listeners.health.Addr())
+	}
 	e.Msg("listening")
+	if c.loaded.platform != nil {
+		n.log.Info().Str("platform", c.loaded.platform.name).Strs("assumed", c.loaded.assumed).Msg("platform found; derpd env shows what it decides")
+	}
 	for _, w := range c.warnings {
 		n.log.Warn().Str("warning", w).Msg("configuration")
 	}
@@ -366,6 +378,9 @@ func (n *node) stop(ctx context.Context) error {
 		n.log.Warn().Msg("some clients were still connected when the relay stopped")
 	}
 	_ = n.admin.Close()
+	if n.healthOnly != nil {
+		_ = n.healthOnly.Close()
+	}
 	n.listeners.close()
 	return nil
 }

@@ -443,6 +443,7 @@ func TestTasks(t *testing.T) {
 		{[]string{"DERP_STUN=false"}, "https admin bootstrap-dns address announce stop http certificates"},
 		{[]string{"DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun certificates"},
 		{[]string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun"},
+		{[]string{"DERP_HEALTH_ADDR=127.0.0.1:0"}, "https admin bootstrap-dns address announce stop http health stun certificates"},
 	} {
 		n := begin(t, loopbackEnv(t, tt.env...))
 		var names []string
