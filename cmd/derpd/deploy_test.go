@@ -1,0 +1,396 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/BurntSushi/toml"
+	"go.yaml.in/yaml/v3"
+)
+
+// repository is the path of a file of this repository.
+func repository(parts ...string) string {
+	return filepath.Join(append([]string{"..", ".."}, parts...)...)
+}
+
+// contents reads a file of this repository.
+func contents(t *testing.T, parts ...string) string {
+	t.Helper()
+	data, err := os.ReadFile(repository(parts...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// program finds a program that a machine may lack.
+func program(t *testing.T, names ...string) string {
+	t.Helper()
+	for _, name := range names {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	t.Skipf("no %s on this machine", names[0])
+	return ""
+}
+
+// output runs a program, which must succeed.
+func output(t *testing.T, dir string, env []string, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", name, err, out)
+	}
+	return string(out)
+}
+
+// flyService holds the keys of fly.toml's services that we use, as
+// fly.io/docs/reference/configuration has them.
+type flyService struct {
+	Protocol     string `toml:"protocol"`
+	InternalPort int    `toml:"internal_port"`
+	AutoStop     string `toml:"auto_stop_machines"`
+	AutoStart    bool   `toml:"auto_start_machines"`
+	MinMachines  int    `toml:"min_machines_running"`
+	Ports        []struct {
+		Port int `toml:"port"` // no handlers: raw TCP
+	} `toml:"ports"`
+	Concurrency struct {
+		Type      string `toml:"type"`
+		SoftLimit int    `toml:"soft_limit"`
+	} `toml:"concurrency"`
+}
+
+type flyConfig struct {
+	App           string `toml:"app"`
+	PrimaryRegion string `toml:"primary_region"`
+	KillSignal    string `toml:"kill_signal"`
+	KillTimeout   int    `toml:"kill_timeout"`
+	Build         struct {
+		Dockerfile string `toml:"dockerfile"`
+	} `toml:"build"`
+	Deploy struct {
+		Strategy string `toml:"strategy"`
+	} `toml:"deploy"`
+	Mounts struct {
+		Source      string `toml:"source"`
+		Destination string `toml:"destination"`
+		InitialSize string `toml:"initial_size"`
+	} `toml:"mounts"`
+	Services []flyService `toml:"services"`
+	Checks   map[string]struct {
+		Type        string `toml:"type"`
+		Port        int    `toml:"port"`
+		Method      string `toml:"method"`
+		Path        string `toml:"path"`
+		Interval    string `toml:"interval"`
+		Timeout     string `toml:"timeout"`
+		GracePeriod string `toml:"grace_period"`
+	} `toml:"checks"`
+	VM []struct {
+		Size   string `toml:"size"`
+		Memory string `toml:"memory"`
+	} `toml:"vm"`
+}
+
+// fly.toml leads to the ports that derpd takes on Fly.io.
+func TestFlyTOML(t *testing.T) {
+	var f flyConfig
+	meta, err := toml.Decode(contents(t, "docker", "fly.toml"), &f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		t.Errorf("unknown keys %v", unknown)
+	}
+	c, err := loadConfig(append(strings.Split(onFly, " "), "DERP_DATA_DIR="+t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := asConfigured(c)
+	n, _ := publicNode(c, at, "", found{})
+	want := map[string][2]int{"tcp 443": {n.Port, at.https}, "tcp 80": {n.HTTPPort, at.http}, "udp 3478": {n.STUNPort, at.stun}}
+	if len(f.Services) != len(want) {
+		t.Errorf("%d services, want %d", len(f.Services), len(want))
+	}
+	for _, s := range f.Services {
+		for name, ports := range want {
+			if len(s.Ports) == 1 && strings.HasPrefix(name, s.Protocol) && s.Ports[0].Port == ports[0] && s.InternalPort == ports[1] {
+				delete(want, name)
+			}
+		}
+		if s.AutoStop != "off" || s.MinMachines != 1 {
+			t.Errorf("service %+v may be stopped", s)
+		}
+		if s.Protocol == "tcp" && (s.Concurrency.Type != "connections" || s.Concurrency.SoftLimit < 1000) {
+			t.Errorf("service %+v is full too early", s)
+		}
+		if s.Protocol == "udp" && s.Ports[0].Port != s.InternalPort {
+			t.Errorf("service %+v: UDP keeps its port on Fly.io", s)
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("no service for %v", want)
+	}
+	if check := f.Checks["ready"]; check.Port != portOf(c.health) || check.Path != "/readyz" {
+		t.Errorf("check %+v does not ask %s", check, c.health)
+	}
+	if f.Mounts.Destination != "/data" {
+		t.Errorf("the volume is at %s, DERP_DATA_DIR is /data", f.Mounts.Destination)
+	}
+}
+
+// What railway.ts makes, as its helpers are told; the names of the fields are
+// those of Railway's SDK.
+func TestRailwayTS(t *testing.T) {
+	node := program(t, "node")
+	dir := t.TempDir()
+	file("node_modules/railway/package.json", `{"name": "railway", "type": "module", "exports": {"./iac": "./iac.js"}}`)(t, dir)
+	file("node_modules/railway/iac.js", `
+export const defineRailway = (program) => program;
+export const volume = (name, config) => ({ name, ...config });
+export const service = (name, config) => ({ name, ...config });
+export const project = (name, definition) => ({ name, ...definition });
+`)(t, dir)
+	// Without types in it, the file is JavaScript.
+	file("railway.mjs", contents(t, "docker", "railway", "railway.ts"))(t, dir)
+	file("print.mjs", `import program from "./railway.mjs"; console.log(JSON.stringify(program({})));`)(t, dir)
+	var project struct {
+		Name      string `json:"name"`
+		Resources []struct {
+			Name  string `json:"name"`
+			Build *struct {
+				Builder        string `json:"builder"`
+				DockerfilePath string `json:"dockerfilePath"`
+			} `json:"build"`
+			Healthcheck        string `json:"healthcheck"`
+			HealthcheckTimeout int    `json:"healthcheckTimeout"`
+			Deploy             struct {
+				NumReplicas       int    `json:"numReplicas"`
+				RestartPolicyType string `json:"restartPolicyType"`
+				SleepApplication  bool   `json:"sleepApplication"`
+			} `json:"deploy"`
+			Networking struct {
+				TCPProxies map[string]struct{} `json:"tcpProxies"`
+			} `json:"networking"`
+			VolumeMounts map[string]struct {
+				Name string `json:"name"`
+			} `json:"volumeMounts"`
+			Env map[string]string `json:"env"`
+		} `json:"resources"`
+	}
+	dec := json.NewDecoder(strings.NewReader(output(t, dir, nil, node, "print.mjs")))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&project); err != nil {
+		t.Fatal(err)
+	}
+	if len(project.Resources) != 2 {
+		t.Fatalf("got %+v, want a service and a volume", project)
+	}
+	s := project.Resources[0]
+	if _, ok := s.Networking.TCPProxies["8443"]; !ok || s.Healthcheck != "/readyz" || s.Deploy.NumReplicas != 1 || s.Deploy.SleepApplication ||
+		s.VolumeMounts["/data"].Name != project.Resources[1].Name || s.Env["RAILWAY_RUN_UID"] != "0" {
+		t.Errorf("service %+v", s)
+	}
+	if !strings.Contains(onRailway, "PORT="+s.Env["PORT"]+" ") {
+		t.Errorf("PORT is %s, and the tests of the platform have another: %s", s.Env["PORT"], onRailway)
+	}
+}
+
+// systemd takes the unit, and finds little that it could still take away.
+func TestSystemdUnit(t *testing.T) {
+	analyze := program(t, "systemd-analyze")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	// systemd-analyze wants the program to be there.
+	unit := strings.ReplaceAll(contents(t, "docker", "derpd.service"), "ExecStart=/usr/local/bin/derpd", "ExecStart="+self)
+	file("derpd.service", unit)(t, dir)
+	if out := output(t, dir, nil, analyze, "verify", "./derpd.service"); strings.Contains(out, "derpd.service") {
+		t.Error(out)
+	}
+	out := output(t, dir, nil, analyze, "security", "--offline=true", "--threshold=20", "--no-pager", "./derpd.service")
+	_, score, _ := strings.Cut(out, "Overall")
+	t.Log("overall" + strings.TrimSpace(score))
+}
+
+// podman's own generator takes the quadlet.
+func TestQuadlet(t *testing.T) {
+	quadlet := program(t, "/usr/libexec/podman/quadlet", "quadlet")
+	dir := t.TempDir()
+	file("derpd.container", contents(t, "docker", "derpd.container"))(t, dir)
+	out := output(t, dir, []string{"QUADLET_UNIT_DIRS=" + dir}, quadlet, "-dryrun")
+	for _, want := range []string{`--health-cmd "[\"/derpd\",\"healthcheck\"]"`, "--read-only", "--cap-drop all", "-v derpd:/data", "--publish 0.0.0.0:3478:3478/udp"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("podman is not told %s:\n%s", want, out)
+		}
+	}
+}
+
+// These mirror the parts of Kubernetes' types that the manifest uses: a field
+// that is misspelt is unknown here, and silently dropped there by old clusters.
+type (
+	kubeObject struct {
+		APIVersion string `yaml:"apiVersion"`
+		Kind       string `yaml:"kind"`
+		Metadata   struct {
+			Name      string            `yaml:"name"`
+			Namespace string            `yaml:"namespace"`
+			Labels    map[string]string `yaml:"labels"`
+		} `yaml:"metadata"`
+		Spec yaml.Node `yaml:"spec"`
+	}
+	kubeClaim struct {
+		AccessModes []string `yaml:"accessModes"`
+		Resources   struct {
+			Requests map[string]string `yaml:"requests"`
+		} `yaml:"resources"`
+	}
+	kubeDeployment struct {
+		Replicas int `yaml:"replicas"`
+		Strategy struct {
+			Type string `yaml:"type"`
+		} `yaml:"strategy"`
+		Selector struct {
+			MatchLabels map[string]string `yaml:"matchLabels"`
+		} `yaml:"selector"`
+		Template struct {
+			Metadata struct {
+				Labels map[string]string `yaml:"labels"`
+			} `yaml:"metadata"`
+			Spec kubePod `yaml:"spec"`
+		} `yaml:"template"`
+	}
+	kubePod struct {
+		NodeSelector                  map[string]string `yaml:"nodeSelector"`
+		HostNetwork                   bool              `yaml:"hostNetwork"`
+		DNSPolicy                     string            `yaml:"dnsPolicy"`
+		AutomountServiceAccountToken  bool              `yaml:"automountServiceAccountToken"`
+		EnableServiceLinks            bool              `yaml:"enableServiceLinks"`
+		TerminationGracePeriodSeconds int               `yaml:"terminationGracePeriodSeconds"`
+		SecurityContext               struct {
+			RunAsNonRoot   bool `yaml:"runAsNonRoot"`
+			RunAsUser      int  `yaml:"runAsUser"`
+			RunAsGroup     int  `yaml:"runAsGroup"`
+			FSGroup        int  `yaml:"fsGroup"`
+			SeccompProfile struct {
+				Type string `yaml:"type"`
+			} `yaml:"seccompProfile"`
+		} `yaml:"securityContext"`
+		Containers []kubeContainer `yaml:"containers"`
+		Volumes    []struct {
+			Name                  string `yaml:"name"`
+			PersistentVolumeClaim struct {
+				ClaimName string `yaml:"claimName"`
+			} `yaml:"persistentVolumeClaim"`
+		} `yaml:"volumes"`
+	}
+	kubeContainer struct {
+		Name  string `yaml:"name"`
+		Image string `yaml:"image"`
+		Env   []struct {
+			Name  string `yaml:"name"`
+			Value string `yaml:"value"`
+		} `yaml:"env"`
+		SecurityContext struct {
+			AllowPrivilegeEscalation bool `yaml:"allowPrivilegeEscalation"`
+			ReadOnlyRootFilesystem   bool `yaml:"readOnlyRootFilesystem"`
+			Capabilities             struct {
+				Drop []string `yaml:"drop"`
+			} `yaml:"capabilities"`
+		} `yaml:"securityContext"`
+		Resources struct {
+			Requests map[string]string `yaml:"requests"`
+		} `yaml:"resources"`
+		VolumeMounts []struct {
+			Name      string `yaml:"name"`
+			MountPath string `yaml:"mountPath"`
+		} `yaml:"volumeMounts"`
+		ReadinessProbe kubeProbe `yaml:"readinessProbe"`
+		LivenessProbe  kubeProbe `yaml:"livenessProbe"`
+	}
+	kubeProbe struct {
+		HTTPGet struct {
+			Host string `yaml:"host"`
+			Port int    `yaml:"port"`
+			Path string `yaml:"path"`
+		} `yaml:"httpGet"`
+		PeriodSeconds  int `yaml:"periodSeconds"`
+		TimeoutSeconds int `yaml:"timeoutSeconds"`
+	}
+)
+
+func decodeStrictly(t *testing.T, text []byte, into any) {
+	t.Helper()
+	dec := yaml.NewDecoder(bytes.NewReader(text))
+	dec.KnownFields(true)
+	if err := dec.Decode(into); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestKubernetesManifest(t *testing.T) {
+	var kinds []string
+	claims := make(map[string]bool)
+	var d kubeDeployment
+	dec := yaml.NewDecoder(strings.NewReader(contents(t, "docker", "kubernetes.yaml")))
+	dec.KnownFields(true)
+	for {
+		var object kubeObject
+		if err := dec.Decode(&object); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		kinds = append(kinds, object.APIVersion+" "+object.Kind)
+		spec, err := yaml.Marshal(&object.Spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch object.Kind {
+		case "PersistentVolumeClaim":
+			decodeStrictly(t, spec, new(kubeClaim))
+			claims[object.Metadata.Name] = true
+		case "Deployment":
+			decodeStrictly(t, spec, &d)
+		}
+	}
+	if want := []string{"v1 Namespace", "v1 PersistentVolumeClaim", "apps/v1 Deployment"}; !slices.Equal(kinds, want) {
+		t.Fatalf("got %q, want %q", kinds, want)
+	}
+	pod := d.Template.Spec
+	if d.Replicas != 1 || d.Strategy.Type != "Recreate" || !pod.HostNetwork || len(pod.Containers) != 1 || len(pod.Volumes) != 1 ||
+		!claims[pod.Volumes[0].PersistentVolumeClaim.ClaimName] || d.Selector.MatchLabels["app"] != d.Template.Metadata.Labels["app"] {
+		t.Fatalf("got %+v", d)
+	}
+	container := pod.Containers[0]
+	env := []string{"DERP_DATA_DIR=" + t.TempDir()}
+	for _, v := range container.Env {
+		env = append(env, v.Name+"="+v.Value)
+	}
+	c, err := loadConfig(env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, probe := range []kubeProbe{container.ReadinessProbe, container.LivenessProbe} {
+		if probe.HTTPGet.Port != portOf(c.admin) || probe.HTTPGet.Host != "127.0.0.1" {
+			t.Errorf("probe %+v does not ask %s", probe, c.admin)
+		}
+	}
+	if portOf(c.addr) < 1024 || container.VolumeMounts[0].MountPath != "/data" {
+		t.Errorf("uid %d cannot listen on %s, or the volume is elsewhere: %+v", pod.SecurityContext.RunAsUser, c.addr, container.VolumeMounts)
+	}
+}
