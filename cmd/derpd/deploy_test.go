@@ -176,10 +176,9 @@ export const project = (name, definition) => ({ name, ...definition });
 			} `json:"build"`
 			Healthcheck        string `json:"healthcheck"`
 			HealthcheckTimeout int    `json:"healthcheckTimeout"`
+			Replicas           int    `json:"replicas"`
 			Deploy             struct {
-				NumReplicas       int    `json:"numReplicas"`
 				RestartPolicyType string `json:"restartPolicyType"`
-				SleepApplication  bool   `json:"sleepApplication"`
 			} `json:"deploy"`
 			Networking struct {
 				TCPProxies map[string]struct{} `json:"tcpProxies"`
@@ -199,7 +198,7 @@ export const project = (name, definition) => ({ name, ...definition });
 		t.Fatalf("got %+v, want a service and a volume", project)
 	}
 	s := project.Resources[0]
-	if _, ok := s.Networking.TCPProxies["8443"]; !ok || s.Healthcheck != "/readyz" || s.Deploy.NumReplicas != 1 || s.Deploy.SleepApplication ||
+	if _, ok := s.Networking.TCPProxies["8443"]; !ok || s.Healthcheck != "/readyz" || s.Replicas != 1 ||
 		s.VolumeMounts["/data"].Name != project.Resources[1].Name || s.Env["RAILWAY_RUN_UID"] != "0" {
 		t.Errorf("service %+v", s)
 	}

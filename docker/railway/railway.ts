@@ -24,7 +24,8 @@ export default defineRailway(() => {
     healthcheck: "/readyz",
     healthcheckTimeout: 60,
     // Two relays cannot share the one volume and the one address.
-    deploy: { numReplicas: 1, restartPolicyType: "ALWAYS", sleepApplication: false },
+    replicas: 1,
+    deploy: { restartPolicyType: "ALWAYS" },
     networking: { tcpProxies: { "8443": {} } },
     volumeMounts: { "/data": data },
     env: {
