@@ -40,7 +40,7 @@ RUN [ -z "${TAILSCALE_VERSION}" ] || go get "tailscale.com@${TAILSCALE_VERSION}"
 ARG VERSION=dev TAGS TARGETOS TARGETARCH TARGETVARIANT
 RUN GOOS="${TARGETOS}" GOARCH="${TARGETARCH}" GOARM="${TARGETVARIANT#v}" \
     go build -trimpath -tags "${TAGS}" -ldflags "-s -w -buildid= -X main.version=${VERSION}" -o /out/derpd ./cmd/derpd \
- && mkdir /out/data
+ && mkdir -p /out/data/certs /out/app && ln -s /data/certs /out/app/certs
 
 # The base has no programs, only files that are the same on every platform, and
 # it is not published for all of them: 386 is missing. So the files are copied.
@@ -62,6 +62,10 @@ COPY --from=build /out/derpd /derpd
 # builders disagree on who owns what it makes.
 COPY --from=build --chown=65532:65532 /out/data /data
 VOLUME /data
+
+# Where the image fredliang/derper has its certificates: what people mount there
+# is found when they change the image line.
+COPY --from=build /out/app /app
 
 USER 65532:65532
 EXPOSE 443/tcp 80/tcp 3478/udp

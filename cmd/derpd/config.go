@@ -294,7 +294,8 @@ func (p *parser) directories(c *config) {
 	c.certDirUsable = usable
 	if p.CertDir != "" {
 		c.certDir = p.CertDir
-		c.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
+		// Files that something else renews are only read.
+		c.certDirUsable = p.CertMode != modeManual && p.directory("DERP_CERT_DIR", c.certDir)
 	}
 	if usable {
 		if _, err := relay.LoadKey(c.nodeKeyFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -632,6 +633,7 @@ func (p *parser) manual(c *config) {
 		// the pinned one.
 		if _, err := os.Stat(certFile); errors.Is(err, fs.ErrNotExist) && net.ParseIP(c.domains[0]) != nil {
 			c.mode = modePinned
+			c.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
 			c.warnings = append(c.warnings, "DERP_CERT_MODE is manual, DERP_DOMAIN is an address and "+certFile+" is not there: using a pinned certificate, as with DERP_CERT_MODE=pinned")
 			return
 		}

@@ -60,7 +60,8 @@ var badConfigurations = []struct {
 }{
 	// Names.
 	{env: "DERP_DOMIAN=derp.example.com", want: []string{"DERP_DOMIAN: unknown variable; did you mean DERP_DOMAIN?"}},
-	{env: "DERP_HOSTNAME=derp.example.com", want: []string{"DERP_HOSTNAME: unknown variable; `derpd env` lists the ones there are"}},
+	{env: "DERP_HOSTNAME=derp.example.com", want: []string{"DERP_HOSTNAME: unknown variable; here it is DERP_DOMAIN"}},
+	{env: "DERP_LISTENERS=1", want: []string{"DERP_LISTENERS: unknown variable; `derpd env` lists the ones there are"}},
 	{env: "DERP_ALOW_KEYS_FILE=$D/keys", want: []string{"DERP_ALOW_KEYS_FILE: unknown variable; did you mean DERP_ALLOW_KEYS_FILE?"}},
 
 	// _FILE.

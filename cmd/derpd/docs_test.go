@@ -83,6 +83,41 @@ func TestEveryProviderIsDocumentedInBothLanguages(t *testing.T) {
 	}
 }
 
+// What the READMEs tell people to put into .env is a valid configuration.
+func TestDocumentedSettings(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"README.md", "README.zh-CN.md"} {
+		blocks := strings.Split(contents(t, path), "```sh\n")[1:]
+		found := 0
+		for _, block := range blocks {
+			block, _, _ = strings.Cut(block, "```")
+			if !strings.HasPrefix(block, "DERP_") {
+				continue
+			}
+			found++
+			env := []string{"DERP_DATA_DIR=" + t.TempDir()}
+			for line := range strings.Lines(block) {
+				line = strings.TrimSpace(line)
+				if name, value, isSetting := strings.Cut(line, "="); isSetting && !strings.HasPrefix(line, "#") {
+					if strings.HasPrefix(value, "/run/secrets/") {
+						value = secret
+					}
+					env = append(env, name+"="+value)
+				}
+			}
+			if _, err := loadConfig(env); err != nil {
+				t.Errorf("%s: %v in\n%s", path, err, block)
+			}
+		}
+		if found == 0 {
+			t.Errorf("%s: no settings found", path)
+		}
+	}
+}
+
 // The direction of imports is the architecture: cmd knows the parts, the parts
 // do not know each other.
 func TestImports(t *testing.T) {

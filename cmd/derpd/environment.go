@@ -278,8 +278,18 @@ func secretHint(err error) string {
 	return ""
 }
 
+// elsewhere are variables of other images, and what they are called here.
+var elsewhere = map[string]string{
+	"DERP_HOSTNAME": "DERP_DOMAIN",
+	"DERP_HOST":     "DERP_DOMAIN",
+	"DERP_CERTS":    "DERP_CERT_DIR",
+}
+
 // suggestion names the known variable that is nearest to name, if one is near.
 func suggestion(name string, known map[string]bool) string {
+	if here, ok := elsewhere[name]; ok {
+		return "; here it is " + here
+	}
 	best, bestDistance := "", 4
 	for candidate := range known {
 		for _, form := range []string{candidate, candidate + "_FILE"} {

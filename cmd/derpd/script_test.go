@@ -70,7 +70,7 @@ func waitReady(ts *testscript.TestScript, _ bool, _ []string) {
 
 // asNobody runs derpd as a user without privileges, with the environment
 // given. Where the tests run without privileges already, as that user.
-func asNobody(t *testing.T, dir string, env ...string) (stderr string, code int) {
+func asNobody(t *testing.T, dir string, args []string, env ...string) (stderr string, code int) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -88,7 +88,7 @@ func asNobody(t *testing.T, dir string, env ...string) (stderr string, code int)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, derpd)
+	cmd := exec.CommandContext(ctx, derpd, args...)
 	cmd.Env = env
 	if os.Getuid() == 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532}}
@@ -171,7 +171,7 @@ func TestWithoutPrivileges(t *testing.T) {
 			if strings.Contains(tt.name, "port") && unprivilegedPortStart(t) < 1024 {
 				t.Skip("this system lets everybody listen below port 1024")
 			}
-			stderr, code := asNobody(t, dir, dedup(append(free, tt.env...))...)
+			stderr, code := asNobody(t, dir, nil, dedup(append(free, tt.env...))...)
 			if want := "derpd: not started, nothing was changed: " + tt.want; stderr != want || code != exitNoStart {
 				t.Errorf("exit code %d\ngot  %s\nwant %s", code, stderr, want)
 			}
