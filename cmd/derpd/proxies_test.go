@@ -11,19 +11,24 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"tailscale.com/derp/derphttp"
+
+	"derpd/certs/acmetest"
 	"derpd/healthz"
 )
 
 // The name in docker/proxies.
 const proxiedName = "derp.example.com"
 
-// A proxy has port 443. Two clients that know only the printed map reach each
-// other through it, over the relay's own TLS; other names lead elsewhere.
+// A proxy has port 443. Through it the relay gets its certificate, and two
+// clients that know only the printed map reach each other; other names lead
+// elsewhere.
 func TestBehindProxies(t *testing.T) {
 	for _, tt := range []struct {
 		program, recipe string
@@ -60,37 +65,47 @@ func TestBehindProxies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			env := append(loopbackEnv(t), settings(t, "docker", "proxies", "derpd.env")...)
-			n := begin(t, append(env, "DERP_ADDR=127.0.0.1:0", "DERP_CERT_MODE=pinned", "DERP_PUBLIC_PORT="+proxyPort))
 			website := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 				_, _ = w.Write([]byte("website"))
 			}))
 			t.Cleanup(website.Close)
 
-			// As an operator would: the recipe with other addresses.
-			recipe := strings.NewReplacer(
-				"127.0.0.1:8443", n.listeners.https.Addr().String(),
-				"127.0.0.1:4430", website.Listener.Addr().String(),
-				"listen 443", "listen 127.0.0.1:"+proxyPort, "listen [::]:443", "listen [::1]:"+proxyPort,
-				"bind :443", "bind 127.0.0.1:"+proxyPort, "bind :::443", "bind ::1:"+proxyPort,
-			).Replace(contents(t, "docker", "proxies", tt.recipe))
-			dir := t.TempDir()
-			conf := filepath.Join(dir, tt.recipe)
-			if err := os.WriteFile(conf, []byte(tt.around(recipe, dir)), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			arguments := func(list []string) []string {
-				return strings.Split(strings.ReplaceAll(strings.Join(list, " "), "$F", conf), " ")
-			}
-			output(t, dir, nil, path, arguments(tt.check)...)
-			background(t, dir, path, arguments(tt.run)...)
-			awaitListener(t, "127.0.0.1:"+proxyPort)
+			authority := acmetest.Start(t)
+			env := append(loopbackEnv(t), settings(t, "docker", "proxies", "derpd.env")...)
+			env = append(env, "DERP_ADDR=127.0.0.1:0", "DERP_PUBLIC_PORT="+proxyPort,
+				"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
+			n := begin(t, env, func(n *node) {
+				// As an operator would: the recipe with other addresses.
+				recipe := strings.NewReplacer(
+					"127.0.0.1:8443", n.listeners.https.Addr().String(),
+					"127.0.0.1:4430", website.Listener.Addr().String(),
+					"listen 443", "listen 127.0.0.1:"+proxyPort, "listen [::]:443", "listen [::1]:"+proxyPort,
+					"bind :443", "bind 127.0.0.1:"+proxyPort, "bind :::443", "bind ::1:"+proxyPort,
+				).Replace(contents(t, "docker", "proxies", tt.recipe))
+				dir := t.TempDir()
+				conf := filepath.Join(dir, tt.recipe)
+				if err := os.WriteFile(conf, []byte(tt.around(recipe, dir)), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				arguments := func(list []string) []string {
+					return strings.Split(strings.ReplaceAll(strings.Join(list, " "), "$F", conf), " ")
+				}
+				output(t, dir, nil, path, arguments(tt.check)...)
+				background(t, dir, path, arguments(tt.run)...)
+				awaitListener(t, "127.0.0.1:"+proxyPort)
+				port, err := strconv.Atoi(proxyPort)
+				if err != nil {
+					t.Fatal(err)
+				}
+				authority.Validate(t, 0, port)
+			})
 
 			r := region(t, parsePolicy(t, n.printed))
 			if r.Nodes[0].HostName != proxiedName || fmt.Sprint(r.Nodes[0].DERPPort) != proxyPort {
 				t.Fatalf("node %+v, want %s and the proxy's port %s", r.Nodes[0], proxiedName, proxyPort)
 			}
-			exchangeOver(t, r, nil)
+			roots := authority.Roots()
+			exchangeOver(t, r, func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} })
 			if got := throughProxy(t, proxyPort, website); got != "website" {
 				t.Errorf("another name leads to %q, want the website", got)
 			}
