@@ -633,7 +633,9 @@ func (p *parser) manual(c *config) {
 		// the pinned one.
 		if _, err := os.Stat(certFile); errors.Is(err, fs.ErrNotExist) && net.ParseIP(c.domains[0]) != nil {
 			c.mode = modePinned
-			c.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
+			if p.CertDir != "" {
+				c.certDirUsable = p.directory("DERP_CERT_DIR", c.certDir)
+			}
 			c.warnings = append(c.warnings, "DERP_CERT_MODE is manual, DERP_DOMAIN is an address and "+certFile+" is not there: using a pinned certificate, as with DERP_CERT_MODE=pinned")
 			return
 		}

@@ -96,7 +96,7 @@ func railway(env map[string]string, given map[string]bool) *platform {
 	}
 	r.reject = func(p *parser) {
 		switch {
-		case p.given["DERP_DNS_PROVIDER"] && !given["DERP_DOMAIN"]:
+		case p.given["DERP_DNS_PROVIDER"] && !p.given["DERP_DOMAIN"]:
 			p.fail("DERP_DOMAIN", "want a name of yours that is a CNAME to %s, since DERP_DNS_PROVIDER is set; got nothing", host)
 		case (p.CertMode == modeLetsEncrypt || p.CertMode == "gcp") && p.DNS == "":
 			p.fail("DERP_CERT_MODE", "%s cannot prove a name on Railway, which has no port 80 or 443 for the relay; set DERP_DNS_PROVIDER, or leave this out for a pinned certificate", p.CertMode)
