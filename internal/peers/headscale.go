@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -49,8 +50,15 @@ type Node struct {
 // relay can be told; before Start it needs a map.
 func NewHeadscale(t *testing.T) *Headscale {
 	t.Helper()
+	return NewHeadscaleAt(t, "127.0.0.1")
+}
+
+// NewHeadscaleAt is NewHeadscale at another address of this machine, for nodes
+// that cannot reach its loopback.
+func NewHeadscaleAt(t *testing.T, host string) *Headscale {
+	t.Helper()
 	program, dir := find(t, "headscale"), shortDir(t)
-	listen := "127.0.0.1:" + freePort(t)
+	listen := net.JoinHostPort(host, freePort(t))
 	h := &Headscale{
 		URL:     "http://" + listen,
 		config:  filepath.Join(dir, "config.yaml"),

@@ -49,6 +49,13 @@ func Wait(t *testing.T, what string, attempt func(context.Context) error) {
 	}
 }
 
+// Program is the path of one of the programs, for tests that start it their own
+// way.
+func Program(t *testing.T, name string) string {
+	t.Helper()
+	return find(t, name)
+}
+
 // find returns the path of a program. Without a folder the test is skipped;
 // with a folder that lacks the program it fails, or nobody would notice.
 func find(t *testing.T, name string) string {

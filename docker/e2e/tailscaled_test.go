@@ -1,0 +1,139 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"tailscale.com/types/key"
+
+	"derpd/internal/peers"
+)
+
+// sidecarImage is the stand-in for Tailscale's image: the same programs.
+const sidecarImage = "derpd-e2e-tailscale"
+
+// sidecar makes the image that compose.yaml's tailscaled runs.
+func sidecar(t *testing.T) {
+	t.Helper()
+	dir := t.TempDir()
+	var file strings.Builder
+	file.WriteString("FROM scratch\nENV PATH=/bin\n")
+	for _, name := range []string{"containerboot", "tailscaled", "tailscale"} {
+		data, err := os.ReadFile(peers.Program(t, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&file, "COPY %s /bin/%s\n", name, name)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "tmp"), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	file.WriteString("COPY tmp /tmp\nENTRYPOINT [\"/bin/containerboot\"]\n")
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(file.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	docker(t, "build", "-q", "-t", sidecarImage, dir)
+	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "image", "rm", "-f", sidecarImage) })
+}
+
+// TestTailscaledBeside is the profile tailscaled: a sidecar, a member of a real
+// headscale's network, tells the relay whom to admit. The relay is the only one
+// in that network's map, so the sidecar itself needs it.
+func TestTailscaledBeside(t *testing.T) {
+	sidecar(t)
+	// The first address of Docker's own bridge is this machine, for every
+	// container.
+	bridge, err := netip.ParsePrefix(docker(t, "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gateway := bridge.Masked().Addr().Next().String()
+	h := peers.NewHeadscaleAt(t, gateway)
+	derpPort, httpPort, stunPort := freeTCP(t), freeTCP(t), freeUDP(t)
+	secrets := t.TempDir()
+	if err := os.Chmod(secrets, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	env := writeFile(t, ".env", fmt.Sprintf(`DERP_PUBLIC_PORT=%d
+DERP_PUBLIC_HTTP_PORT=%d
+DERP_PUBLIC_STUN_PORT=%d
+TAILSCALE_IMAGE=%s
+TS_EXTRA_ARGS=--login-server=%s
+`, derpPort, httpPort, stunPort, sidecarImage, h.URL))
+	// What a user writes into .env, which the test must leave alone.
+	settings := writeFile(t, "settings.yaml", fmt.Sprintf(`services:
+  relay:
+    environment:
+      DERP_VERIFY_CLIENTS: "true"
+      DERP_VERIFY_INTERVAL: 1s
+      DERP_PUBLIC_IPV4: %s
+      DERP_PUBLIC_IPV6: none
+    depends_on: !reset {}
+  tailscaled:
+    environment:
+      TS_NO_LOGS_NO_SUPPORT: "true"
+    volumes: ["%s:/run/secrets:ro"]
+`, gateway, secrets))
+	d := up(t, "-f", "compose.yaml", "-f", settings, "--env-file", env)
+
+	// The map is known once the relay has its certificate, and Headscale wants
+	// it at its start.
+	h.SetMap(t, []byte(d.must(t, "exec", "-T", "relay", "/derpd", "derpmap", "--format", "headscale")))
+	h.Start(t)
+	if err := os.WriteFile(filepath.Join(secrets, "tailscale-authkey"), []byte(h.AuthKey(t, "relay")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.args = append(d.args, "--profile", "tailscaled")
+	if out, err := run(t.Context(), upTimeout, append(d.args, "up", "-d", "--wait", "--no-build")...); err != nil {
+		t.Fatalf("starting tailscaled: %v\n%s", err, out)
+	}
+
+	member := peers.StartTailscaled(t, h, "member")
+	member.Up(t, h.AuthKey(t, "somebody")) // returns once it is connected to the relay
+	memberKey := member.NodeKey(t)
+	says := func(node key.NodePublic, want string) {
+		t.Helper()
+		peers.Wait(t, "the relay to say "+want, func(context.Context) error {
+			out, _ := d.compose(t, "exec", "-T", "relay", "/derpd", "admit", node.String())
+			if !strings.Contains(out, want) {
+				return errors.New(out)
+			}
+			return nil
+		})
+	}
+	says(memberKey, "admitted: a source says yes")
+	says(key.NewNode().Public(), "refused: every source says no")
+
+	// tailscaled replaces its socket, and knows its state from the volume.
+	d.must(t, "restart", "tailscaled")
+	says(memberKey, "admitted: a source says yes")
+	says(key.NewNode().Public(), "refused: every source says no")
+
+	for _, n := range h.Nodes(t) {
+		if n.Key == memberKey {
+			h.Delete(t, n)
+		}
+	}
+	says(memberKey, "refused: every source says no")
+
+	id := d.must(t, "ps", "--quiet", "tailscaled")
+	for format, want := range map[string]string{
+		"{{.HostConfig.CapDrop}} {{.HostConfig.CapAdd}}":                                          "[ALL] []",
+		"{{.HostConfig.Privileged}} {{len .HostConfig.Devices}} {{len .HostConfig.PortBindings}}": "false 0 0",
+	} {
+		if got := docker(t, "inspect", "--format", format, id); got != want {
+			t.Errorf("the sidecar has %s, want %s", got, want)
+		}
+	}
+}
