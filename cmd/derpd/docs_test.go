@@ -86,7 +86,7 @@ func TestEveryProviderIsDocumentedInBothLanguages(t *testing.T) {
 // What the READMEs tell people to put into .env is a valid configuration.
 func TestDocumentedSettings(t *testing.T) {
 	secret := filepath.Join(t.TempDir(), "secret")
-	if err := os.WriteFile(secret, []byte("secret"), 0o600); err != nil {
+	if err := os.WriteFile(secret, []byte("nodekey:"+key64), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"README.md", "README.zh-CN.md"} {
