@@ -2,8 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
+	"io"
+	"io/fs"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
@@ -107,5 +111,22 @@ func TestPublicNode(t *testing.T) {
 		if n.HostName != tt.host || n.IPv4 != tt.ipv4 || n.IPv6 != tt.ipv6 || n.Port != tt.port || n.STUNPort != tt.stun || n.HTTPPort != tt.http {
 			t.Errorf("%s: got %+v", tt.name, n)
 		}
+	}
+}
+
+// A relay that knows no address of its own makes no certificate: it would be
+// for nobody, and stay for ten years.
+func TestNoPinnedCertificateWithoutName(t *testing.T) {
+	dir := t.TempDir()
+	c, err := loadConfig(dedup(loopbackEnv(t, "DERP_DATA_DIR="+dir, "DERP_PUBLIC_IPV4=none")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = newNode(t.Context(), time.Now(), c, zerolog.Nop(), io.Discard)
+	if !errors.Is(err, errNoName) {
+		t.Errorf("%v, want %v", err, errNoName)
+	}
+	if _, err := os.Stat(c.pinned.Path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a certificate was made: %v", err)
 	}
 }

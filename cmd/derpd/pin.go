@@ -45,6 +45,9 @@ func rotatePin(ctx context.Context, c *config, format string, stdout io.Writer) 
 		f = discover(ctx, c.discovery)
 	}
 	pinned.Names = c.names(f)
+	if len(pinned.Names) == 0 {
+		return errNoName
+	}
 	if err := certs.RotatePinned(pinned, time.Now()); err != nil {
 		return err
 	}

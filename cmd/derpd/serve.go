@@ -169,6 +169,9 @@ func (n *node) certificates(ctx context.Context) (certs.Manager, error) {
 				return nil, err
 			}
 			pinned.Names = c.names(n.found)
+			if len(pinned.Names) == 0 {
+				return nil, errNoName
+			}
 			m, err = certs.LoadOrCreatePinned(pinned)
 		}
 		if err != nil {
@@ -189,6 +192,10 @@ func (n *node) certificates(ctx context.Context) (certs.Manager, error) {
 	}
 	return nil, nil
 }
+
+// errNoName prevents a certificate that no client would ever accept, and that
+// would be kept for ten years all the same.
+var errNoName = errors.New("DERP_DOMAIN: no address of this machine was found, and the pinned certificate must name it; set DERP_DOMAIN or DERP_PUBLIC_IPV4, or start again when the network is up")
 
 // names are all that this node is known by: domains, and addresses given or
 // found.
