@@ -4,6 +4,8 @@
 package derpmap
 
 import (
+	"cmp"
+	"slices"
 	"strconv"
 
 	"tailscale.com/tailcfg"
@@ -45,30 +47,63 @@ func defaultPort(port, zeroMeans int) int {
 	return port
 }
 
-// New returns the map of one region with the given node.
-func New(n Node) *tailcfg.DERPMap {
-	id := tailcfg.DERPRegionID(n.RegionID)
-	return &tailcfg.DERPMap{
-		Regions: map[tailcfg.DERPRegionID]*tailcfg.DERPRegion{
-			id: {
-				RegionID:   id,
-				RegionCode: n.RegionCode,
-				RegionName: n.RegionName,
-				Nodes: []*tailcfg.DERPNode{{
-					Name:     n.Name,
-					RegionID: id,
-					HostName: n.HostName,
-					CertName: n.CertName,
-					IPv4:     n.IPv4,
-					IPv6:     n.IPv6,
-					DERPPort: defaultPort(n.Port, 443),
-					STUNPort: defaultPort(n.STUNPort, 3478),
-					// Clients ask port 80 of the IPv4 address itself, and
-					// no other port (tailscale.com/net/captivedetection).
-					CanPort80: n.HTTPPort == 80 && n.IPv4 != "" && n.IPv4 != None,
-				}},
-			},
-		},
+// New returns the map of one region with the given nodes, of which there is at
+// least one. The order is that of their names, whoever prints the map: clients
+// try them in this order. A node that is given twice is in it once, and nodes
+// that were left with the same name get other letters.
+func New(nodes ...Node) *tailcfg.DERPMap {
+	id := tailcfg.DERPRegionID(nodes[0].RegionID)
+	region := &tailcfg.DERPRegion{RegionID: id, RegionCode: nodes[0].RegionCode, RegionName: nodes[0].RegionName}
+	for _, n := range distinct(nodes) {
+		region.Nodes = append(region.Nodes, &tailcfg.DERPNode{
+			Name:     n.Name,
+			RegionID: id,
+			HostName: n.HostName,
+			CertName: n.CertName,
+			IPv4:     n.IPv4,
+			IPv6:     n.IPv6,
+			DERPPort: defaultPort(n.Port, 443),
+			STUNPort: defaultPort(n.STUNPort, 3478),
+			// Clients ask port 80 of the IPv4 address itself, and no
+			// other port (tailscale.com/net/captivedetection).
+			CanPort80: n.HTTPPort == 80 && n.IPv4 != "" && n.IPv4 != None,
+		})
+	}
+	return &tailcfg.DERPMap{Regions: map[tailcfg.DERPRegionID]*tailcfg.DERPRegion{id: region}}
+}
+
+func distinct(nodes []Node) []Node {
+	nodes = slices.Clone(nodes)
+	byName := func(a, b Node) int {
+		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.HostName, b.HostName), cmp.Compare(a.Port, b.Port))
+	}
+	slices.SortFunc(nodes, byName)
+	nodes = slices.CompactFunc(nodes, func(a, b Node) bool { return byName(a, b) == 0 })
+	taken, seen := make(map[string]bool), make(map[string]bool)
+	for _, n := range nodes {
+		taken[n.Name] = true
+	}
+	for i, n := range nodes {
+		if seen[n.Name] {
+			nodes[i].Name = freeName(n.RegionID, taken)
+			taken[nodes[i].Name] = true
+		}
+		seen[n.Name] = true
+	}
+	slices.SortFunc(nodes, byName)
+	return nodes
+}
+
+// freeName is the first in upstream's custom that is not taken.
+func freeName(regionID int, taken map[string]bool) string {
+	for i := 0; ; i++ {
+		letter := string(rune('a' + i%26))
+		if i >= 26 {
+			letter += strconv.Itoa(i / 26)
+		}
+		if name := strconv.Itoa(regionID) + letter; !taken[name] {
+			return name
+		}
 	}
 }
 

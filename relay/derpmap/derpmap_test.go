@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"reflect"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -86,6 +88,46 @@ func TestNew(t *testing.T) {
 	}
 	if n := node("no STUN, no IPv4"); n.STUNPort != -1 || n.CanPort80 {
 		t.Errorf("got %+v", n)
+	}
+}
+
+// The nodes of a region have names of their own, and the same order whoever
+// prints them.
+func TestNewWithSeveralNodes(t *testing.T) {
+	node := func(name, host string) Node {
+		return Node{RegionID: 900, Name: name, HostName: host, Port: 443, STUNPort: 3478, HTTPPort: 80}
+	}
+	for _, tt := range []struct {
+		nodes []Node
+		want  string
+	}{
+		{[]Node{node("900a", "b"), node("900a", "a"), node("900a", "c")}, "900a a, 900b b, 900c c"},
+		{[]Node{node("900b", "a"), node("900a", "b")}, "900a b, 900b a"},
+		{[]Node{node("900a", "a"), node("900a", "b"), node("900b", "c")}, "900a a, 900b c, 900c b"},
+		{[]Node{node("900a", "a"), node("900a", "a"), node("900a", "b")}, "900a a, 900b b"},
+		{[]Node{node("sha", "b"), node("sha", "a")}, "900a b, sha a"},
+	} {
+		for range 2 {
+			var got []string
+			for _, n := range New(tt.nodes...).Regions[900].Nodes {
+				got = append(got, n.Name+" "+n.HostName)
+			}
+			if got := strings.Join(got, ", "); got != tt.want {
+				t.Errorf("got %s, want %s", got, tt.want)
+			}
+			slices.Reverse(tt.nodes)
+		}
+	}
+	var many []Node
+	for i := range 30 {
+		many = append(many, node("900a", strconv.Itoa(i)))
+	}
+	names := make(map[string]bool)
+	for _, n := range New(many...).Regions[900].Nodes {
+		names[n.Name] = true
+	}
+	if len(names) != len(many) {
+		t.Errorf("%d names for %d nodes", len(names), len(many))
 	}
 }
 
