@@ -49,6 +49,9 @@ type Config struct {
 	// BootstrapDNS answers /bootstrap-dns.
 	BootstrapDNS http.Handler
 
+	// Mesh is the other nodes of the region.
+	Mesh MeshConfig
+
 	Log zerolog.Logger
 }
 
@@ -57,6 +60,7 @@ type Relay struct {
 	server  *derpserver.Server
 	handler http.Handler
 	clients *clients
+	mesh    *Mesh
 }
 
 // New returns a relay that serves nothing until its handler is mounted.
@@ -72,13 +76,21 @@ func New(c Config) (*Relay, error) {
 		server.SetVerifyClientURL(admissionURL(c.Admit))
 		server.SetVerifyClientURLFailOpen(false)
 	}
-	// Made anew at each start and known to this process only; see [clients].
-	mesh := make([]byte, 32)
-	_, _ = rand.Read(mesh) // never fails
-	if err := server.SetMeshKey(hex.EncodeToString(mesh)); err != nil {
+	var meshKey string
+	if len(c.Mesh.Keys) > 0 {
+		meshKey = c.Mesh.Keys[0].String()
+	} else {
+		// Made anew at each start and known to this process only; see
+		// [clients].
+		random := make([]byte, 32)
+		_, _ = rand.Read(random) // never fails
+		meshKey = hex.EncodeToString(random)
+	}
+	if err := server.SetMeshKey(meshKey); err != nil {
 		return nil, fmt.Errorf("setting mesh key: %w", err)
 	}
-	return &Relay{server: server, handler: routes(server, c), clients: &clients{server: server, log: c.Log}}, nil
+	mesh := newMesh(c, server)
+	return &Relay{server: server, handler: routes(server, mesh, c), clients: &clients{server: server, log: c.Log}, mesh: mesh}, nil
 }
 
 // Run keeps the list of [Relay.Clients] until ctx ends.
@@ -90,6 +102,9 @@ func (r *Relay) Clients() map[key.NodePublic]netip.Addr { return r.clients.list(
 // Disconnect closes every connection of a node. Whether it may come back is
 // up to [Config.Admit].
 func (r *Relay) Disconnect(node key.NodePublic) error { return r.clients.disconnect(node) }
+
+// Mesh is the way to the other nodes of the region, if there are any.
+func (r *Relay) Mesh() *Mesh { return r.mesh }
 
 // Metrics are upstream's, by the names under which derper publishes them.
 func (r *Relay) Metrics() expvar.Var { return r.server.ExpVar(false) }
@@ -125,16 +140,19 @@ func (r *Relay) TLSConfig(getCertificate func(*tls.ClientHelloInfo) (*tls.Certif
 	return c
 }
 
-func routes(server *derpserver.Server, c Config) http.Handler {
+func routes(server *derpserver.Server, mesh *Mesh, c Config) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, derpserver.Handler(server)))
+	native := acceptMeshKeys(c.PrivateKey, c.Mesh.Keys, derpserver.Handler(server))
+	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, native))
 	// Clients of different ages ask for one or the other.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
 	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
 	mux.Handle("/bootstrap-dns", browserHeaders(c.BootstrapDNS))
 	mux.Handle("/robots.txt", browserHeaders(http.HandlerFunc(serveRobots)))
-	mux.Handle("/", browserHeaders(readOnly(c.Home)))
+	home := browserHeaders(readOnly(c.Home))
+	mux.Handle("/", home)
+	mux.Handle(meshPath, mesh.serveNode(home))
 	return mux
 }
 
