@@ -36,7 +36,7 @@ const (
 	// A node that was restarted is back within a second or two, and so are
 	// its clients: the first attempts are close together. The last pause is
 	// short as well, since an attempt costs next to nothing.
-	firstMeshPause, longestMeshPause = 100 * time.Millisecond, 5 * time.Second
+	firstMeshPause, longestMeshPause = 100 * time.Millisecond, 2 * time.Second
 
 	// meshPingEvery finds a node that vanished without closing its
 	// connection: until then, what is forwarded to it is lost.

@@ -149,11 +149,13 @@ func (c *CA) Validate(t *testing.T, httpPort, tlsPort int) {
 	})
 }
 
-// Roots is the pool of the root that signs what the authority issues. Validate
-// must have been called.
+// Root signs what the authority issues. Validate must have been called.
+func (c *CA) Root() *x509.Certificate { return c.issued.GetRootCert(0).Cert }
+
+// Roots is the pool of Root.
 func (c *CA) Roots() *x509.CertPool {
 	pool := x509.NewCertPool()
-	pool.AddCert(c.issued.GetRootCert(0).Cert)
+	pool.AddCert(c.Root())
 	return pool
 }
 

@@ -21,7 +21,11 @@ func (n *node) checks() []healthz.Check {
 	if n.stun != nil {
 		list = append(list, healthz.Check{Name: "stun", Run: n.checkSTUN})
 	}
-	return append(list, healthz.Check{Name: "admission", Run: n.checkAdmission})
+	list = append(list, healthz.Check{Name: "admission", Run: n.checkAdmission})
+	if n.config.meshed() {
+		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})
+	}
+	return list
 }
 
 // checkListeners connects to each TCP listener; STUN and DERP have checks of

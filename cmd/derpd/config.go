@@ -78,6 +78,8 @@ type config struct {
 	publicSTUN int          // 0: as listened
 	discovery  []string     // STUN servers to ask for the public address
 
+	mesh relay.MeshConfig // without Describe
+
 	bootstrap []string
 	home      http.Handler
 
@@ -128,6 +130,7 @@ func readConfig(pairs []string) (*config, error) {
 	p.readOnly(c)
 	p.admission(c)
 	p.publicFace(c)
+	p.mesh(c)
 	p.rest(c)
 	return c, errors.Join(p.errs...)
 }
@@ -387,11 +390,17 @@ func (p *parser) certificates(c *config) {
 		p.unwanted(c.mode, "DERP_CERT_FILE", "DERP_KEY_FILE")
 	}
 	if c.mode != modeLetsEncrypt {
-		p.unwanted(c.mode, "DERP_ACME_CA", "DERP_ACME_CA_ROOTS", "DERP_ACME_EMAIL", "DERP_ACME_EAB_KID", "DERP_ACME_EAB_KEY", "DERP_ACME_CHALLENGES",
+		if p.MeshWith == "" {
+			p.unwanted(c.mode, "DERP_ACME_CA_ROOTS")
+		}
+		p.unwanted(c.mode, "DERP_ACME_CA", "DERP_ACME_EMAIL", "DERP_ACME_EAB_KID", "DERP_ACME_EAB_KEY", "DERP_ACME_CHALLENGES",
 			"DERP_DNS_PROVIDER", "DERP_DNS_RESOLVERS", "DERP_DNS_PROPAGATION_TIMEOUT", "DERP_DNS_DELEGATE")
 		for _, v := range credentialVariables() {
 			p.unwanted(c.mode, v.name)
 		}
+	}
+	if p.ACMERoots != "" {
+		p.roots(c)
 	}
 	c.pinned = certs.PinnedConfig{Path: filepath.Join(c.certDir, "pinned.pem"), Names: c.domains}
 	switch c.mode {
@@ -412,11 +421,31 @@ func (p *parser) unwanted(mode string, names ...string) {
 	}
 }
 
+// roots reads the private authority. What it signs may be a certificate of
+// another node of the mesh, beside those that the system trusts.
+func (p *parser) roots(c *config) {
+	data, err := os.ReadFile(p.ACMERoots)
+	if err != nil {
+		p.fail("DERP_ACME_CA_ROOTS", "%w%s", err, secretHint(err))
+		return
+	}
+	c.acme.Roots = x509.NewCertPool()
+	if !c.acme.Roots.AppendCertsFromPEM(data) {
+		p.fail("DERP_ACME_CA_ROOTS", "want a file of PEM certificates, but %s holds none", p.ACMERoots)
+		return
+	}
+	if c.mesh.Roots, err = x509.SystemCertPool(); err != nil {
+		c.mesh.Roots = x509.NewCertPool()
+	}
+	c.mesh.Roots.AppendCertsFromPEM(data)
+}
+
 func (p *parser) acme(c *config) {
 	if len(c.domains) == 0 && p.Domain == "" {
 		p.fail("DERP_DOMAIN", "want the name that the certificate is for, since DERP_CERT_MODE is letsencrypt; got nothing")
 	}
-	c.acme = certs.ACMEConfig{Names: c.domains, Dir: c.certDir, Email: p.ACMEEmail, EABKeyID: p.ACMEKeyID, EABKey: p.ACMEKey}
+	c.acme.Names, c.acme.Dir, c.acme.Email = c.domains, c.certDir, p.ACMEEmail
+	c.acme.EABKeyID, c.acme.EABKey = p.ACMEKeyID, p.ACMEKey
 
 	name := p.ACMECA
 	if name == "" {
@@ -428,15 +457,6 @@ func (p *parser) acme(c *config) {
 		c.acme.Directory = name
 	} else {
 		p.fail("DERP_ACME_CA", "want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got %q", name)
-	}
-	if p.ACMERoots != "" {
-		data, err := os.ReadFile(p.ACMERoots)
-		c.acme.Roots = x509.NewCertPool()
-		if err != nil {
-			p.fail("DERP_ACME_CA_ROOTS", "%w%s", err, secretHint(err))
-		} else if !c.acme.Roots.AppendCertsFromPEM(data) {
-			p.fail("DERP_ACME_CA_ROOTS", "want a file of PEM certificates, but %s holds none", p.ACMERoots)
-		}
 	}
 	if p.ACMEEmail != "" {
 		if _, err := mail.ParseAddress(p.ACMEEmail); err != nil {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -50,6 +51,15 @@ func pair(base, name string, when time.Time) setup {
 
 // key64 is the hex part of a node key.
 var key64 = strings.Repeat("ab", 32)
+
+// meshed adds good mesh keys.
+func meshed(env string, keys int) string {
+	var list []string
+	for i := range keys {
+		list = append(list, strings.Repeat("0123456789abcde", 4)+"fed"+strconv.Itoa(i))
+	}
+	return env + " DERP_MESH_KEY=" + strings.Join(list, ",")
+}
 
 // badConfigurations are what people get wrong, and the message for each, whole.
 // In both, $D stands for a directory of the test.
@@ -229,6 +239,24 @@ var badConfigurations = []struct {
 	{env: "DERP_PUBLIC_HTTP_PORT=http", want: []string{`DERP_PUBLIC_HTTP_PORT: want a port from 1 to 65535, got "http"`}},
 	{env: "DERP_PUBLIC_STUN_PORT=stun", want: []string{`DERP_PUBLIC_STUN_PORT: want a port from 1 to 65535, or -1 for off, got "stun"`}},
 	{env: "DERP_DISCOVERY=on", want: []string{`DERP_DISCOVERY: want stun, off or STUN servers as HOST:PORT, got "on"`}},
+
+	// Mesh.
+	{env: "DERP_MESH_WITH=b.example.com", want: []string{"DERP_MESH_KEY: want the secret that the nodes of DERP_MESH_WITH share (openssl rand -hex 32), got nothing"}},
+	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/none", want: []string{"DERP_MESH_KEY_FILE: open $D/none: no such file or directory"}},
+	{env: "DERP_MESH_KEY=" + key64, want: []string{
+		"DERP_MESH_KEY: has no meaning without DERP_MESH_WITH; set that, or remove this",
+		"DERP_MESH_KEY: want 64 hex digits (openssl rand -hex 32) or a passphrase of at least 20 characters, 8 of them different; got 64, 2 of them different",
+	}},
+	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY=s3cret", want: []string{"DERP_MESH_KEY: want 64 hex digits (openssl rand -hex 32) or a passphrase of at least 20 characters, 8 of them different; got 6, 6 of them different"}},
+	{env: meshed("DERP_MESH_WITH=b.example.com", 3), want: []string{"DERP_MESH_KEY: want one key, or two while you change it, got 3"}},
+	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY=,", want: []string{`DERP_MESH_KEY: want a comma-separated list, got ","`}},
+	{env: meshed("DERP_MESH_WITH=https://b.example.com", 1), want: []string{`DERP_MESH_WITH: want a node without a scheme, such as derp2.example.com or derp2.example.com:8443, got "https://b.example.com"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com/a/b", 1), want: []string{`DERP_MESH_WITH: want a host or an address, with or without a port, after /, got "b.example.com/a/b"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com:0", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "b.example.com:0"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com:https", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "b.example.com:https"`}},
+	{env: meshed("DERP_MESH_WITH=10.0.0", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "10.0.0"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com=ab", 1), want: []string{`DERP_MESH_WITH: want sha256-raw: and 64 hex digits after =, as the map of that node has it under CertName, got "b.example.com=ab"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com,B.example.com:443", 1), want: []string{`DERP_MESH_WITH: names "b.example.com:443" twice`}},
 
 	// The rest.
 	{env: "DERP_BOOTSTRAP_DNS=https://control.example.com", want: []string{`DERP_BOOTSTRAP_DNS: want DNS names, got "https://control.example.com"`}},

@@ -186,6 +186,9 @@ func mapOfStopped(ctx context.Context, c *config, format string) ([]byte, error)
 		f = discover(ctx, c.discovery)
 	}
 	n, notes := publicNode(c, asConfigured(c), pin, f)
+	if c.meshed() {
+		notes = append(notes, "The other nodes of DERP_MESH_WITH are missing: only a relay that runs asks them.")
+	}
 	return derpmap.Format(format, derpmap.New(n), notes)
 }
 

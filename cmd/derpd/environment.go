@@ -36,7 +36,7 @@ type environment struct {
 	CertFile   string `env:"DERP_CERT_FILE" en:"manual: certificate file, PEM, leaf first and then its issuers" zh:"manual 模式：证书文件，PEM，先叶子证书，再各级签发者" or:"NAME.crt in DERP_CERT_DIR" zhor:"DERP_CERT_DIR 下的 NAME.crt"`
 	KeyFile    string `env:"DERP_KEY_FILE" en:"manual: private key file, PEM" zh:"manual 模式：私钥文件，PEM" or:"NAME.key in DERP_CERT_DIR" zhor:"DERP_CERT_DIR 下的 NAME.key"`
 	ACMECA     string `env:"DERP_ACME_CA" en:"letsencrypt, letsencrypt-staging, zerossl, google, or the https URL of a directory" zh:"letsencrypt、letsencrypt-staging、zerossl、google，或 ACME 目录的 https 网址" or:"letsencrypt" zhor:"letsencrypt"`
-	ACMERoots  string `env:"DERP_ACME_CA_ROOTS" en:"file of the roots of a private authority, PEM" zh:"私有机构根证书的文件，PEM"`
+	ACMERoots  string `env:"DERP_ACME_CA_ROOTS" en:"file of the roots of a private authority, PEM; DERP_MESH_WITH trusts them too" zh:"私有机构根证书的文件，PEM；DERP_MESH_WITH 也信任它们"`
 	ACMEEmail  string `env:"DERP_ACME_EMAIL" en:"address for the authority's notices" zh:"接收机构通知的邮箱"`
 	ACMEKeyID  string `env:"DERP_ACME_EAB_KID" en:"external account binding: key ID" zh:"外部账户绑定：密钥 ID"`
 	ACMEKey    string `env:"DERP_ACME_EAB_KEY" en:"external account binding: MAC key, base64" zh:"外部账户绑定：MAC 密钥，base64" secret:"true"`
@@ -72,6 +72,9 @@ type environment struct {
 	PublicHTTP string `env:"DERP_PUBLIC_HTTP_PORT" en:"plain HTTP port as seen from outside, where it differs" zh:"从外面看到的明文 HTTP 端口（与监听端口不同时）" or:"as listened" zhor:"同监听端口"`
 	PublicSTUN string `env:"DERP_PUBLIC_STUN_PORT" en:"STUN port that clients ask, where it differs; -1 to say there is none" zh:"客户端使用的 STUN 端口（与监听端口不同时）；-1 表示没有" or:"as listened" zhor:"同监听端口"`
 	Discovery  string `env:"DERP_DISCOVERY,default=stun" en:"how the public address is found without DERP_DOMAIN: stun asks Tailscale's public STUN servers once, HOST:PORT,… asks others, off takes the outbound interface" zh:"没有 DERP_DOMAIN 时如何得知公网地址：stun 启动时询问一次 Tailscale 的公共 STUN 服务器，HOST:PORT,… 询问别的服务器，off 取出口网卡的地址"`
+
+	MeshWith string `env:"DERP_MESH_WITH" en:"the nodes of this region, which then forward to each other, comma-separated: HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH]; this one may be among them" zh:"本区域的各个节点，它们会互相转发，逗号分隔：HOST[:PORT][/连接地址][=sha256-raw:哈希]；其中可以有本节点自己"`
+	MeshKey  string `env:"DERP_MESH_KEY" en:"the secret that they share: 64 hex digits, or a passphrase of 20 characters or more without commas; two, comma-separated, while you change it: both are accepted" zh:"各节点共有的密钥：64 位十六进制数字，或至少 20 个字符、不含逗号的口令；更换期间可写两个，逗号分隔，两个都接受" secret:"true"`
 
 	Bootstrap string `env:"DERP_BOOTSTRAP_DNS" en:"names answered at /bootstrap-dns, comma-separated" zh:"/bootstrap-dns 回答的域名，逗号分隔"`
 	Home      string `env:"DERP_HOME,default=blank" en:"what a browser sees: blank, page, or a URL to redirect to" zh:"浏览器看到的内容：blank、page，或要跳转到的网址"`

@@ -33,7 +33,7 @@ func (n *node) metrics() []expvar.KeyValue {
 			expvar.KeyValue{Key: "counter_derpd_certificate_reloads_total", Value: number(int64(status.Reloads))},
 			expvar.KeyValue{Key: "counter_derpd_certificate_reload_errors_total", Value: number(int64(status.ReloadErrors))})
 	}
-	return append(list, n.admissionMetrics()...)
+	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
 
 // decisionLabel and sourceLabel are the labels of admission.

@@ -102,12 +102,15 @@ func (n *node) build(ctx context.Context) error {
 		return err
 	}
 	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
+	mesh := c.mesh
+	mesh.Describe = n.describe
 	n.relay, err = relay.New(relay.Config{
 		PrivateKey:   private,
 		Admit:        n.admit(),
 		DisallowApps: c.disallowApps,
 		Home:         c.home,
 		BootstrapDNS: n.bootstrap,
+		Mesh:         mesh,
 		Log:          n.log,
 	})
 	if err != nil {
@@ -261,6 +264,9 @@ func (n *node) tasks() []task {
 			return n.gate.Run(ctx, admit.Clients{List: n.connected, Disconnect: n.relay.Disconnect})
 		}})
 	}
+	if n.config.meshed() {
+		list = append(list, task{"mesh", n.relay.Mesh().Run})
+	}
 	return list
 }
 
@@ -314,7 +320,7 @@ func (n *node) announce(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	out, err := n.formatMap("policy")
+	out, err := n.formatMap(ctx, "policy")
 	if err != nil {
 		return err
 	}
@@ -399,7 +405,7 @@ func (n *node) serveMap(w http.ResponseWriter, r *http.Request) {
 	case <-r.Context().Done():
 		return
 	}
-	out, err := n.formatMap(r.FormValue("format"))
+	out, err := n.formatMap(r.Context(), r.FormValue("format"))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
@@ -408,8 +414,14 @@ func (n *node) serveMap(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(out)
 }
 
-// formatMap describes the relay as it runs. The address must be known.
-func (n *node) formatMap(format string) ([]byte, error) {
+// formatMap describes the region as it runs. The address must be known.
+func (n *node) formatMap(ctx context.Context, format string) ([]byte, error) {
+	nodes, notes := n.region(ctx)
+	return derpmap.Format(format, derpmap.New(nodes...), notes)
+}
+
+// public describes the relay as it runs. The address must be known.
+func (n *node) public() (derpmap.Node, []string) {
 	at := ports{https: port(n.listeners.https.Addr())}
 	if n.listeners.http != nil {
 		at.http = port(n.listeners.http.Addr())
@@ -421,6 +433,5 @@ func (n *node) formatMap(format string) ([]byte, error) {
 	if n.certs != nil {
 		pin = n.certs.Status().Pin
 	}
-	m, notes := publicNode(n.config, at, pin, n.found)
-	return derpmap.Format(format, derpmap.New(m), notes)
+	return publicNode(n.config, at, pin, n.found)
 }

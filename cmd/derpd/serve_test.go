@@ -444,6 +444,7 @@ func TestTasks(t *testing.T) {
 		{[]string{"DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun certificates"},
 		{[]string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun"},
 		{[]string{"DERP_HEALTH_ADDR=127.0.0.1:0"}, "https admin bootstrap-dns address announce stop http health stun certificates"},
+		{[]string{"DERP_MESH_WITH=127.0.0.1:1", "DERP_MESH_KEY=" + meshSecret}, "https admin bootstrap-dns address announce stop http stun certificates mesh"},
 	} {
 		n := begin(t, loopbackEnv(t, tt.env...))
 		var names []string

@@ -1,0 +1,593 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+
+	"derpd/certs"
+	"derpd/certs/acmetest"
+	"derpd/relay"
+	"derpd/relay/derpmap"
+)
+
+const (
+	meshSecret  = "the secret of the nodes in a test"
+	otherSecret = "another secret that comes next"
+)
+
+// meshNode is a node before its start.
+type meshNode struct {
+	port, pin string
+	env       []string
+}
+
+// entry is what others have in DERP_MESH_WITH.
+func (n meshNode) entry() string { return "127.0.0.1:" + n.port + "=" + n.pin }
+
+// meshNodes are nodes that know each other, on ports and with pins of their
+// own. Their own entries are in the list too.
+func meshNodes(t *testing.T, count int, pairs ...string) []meshNode {
+	t.Helper()
+	list := make([]meshNode, count)
+	var entries []string
+	for i := range list {
+		dir := t.TempDir()
+		m, err := certs.LoadOrCreatePinned(certs.PinnedConfig{Path: filepath.Join(dir, "certs", "pinned.pem"), Names: []string{"127.0.0.1"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		list[i] = meshNode{
+			port: acmetest.FreePort(t),
+			pin:  m.Status().Pin,
+			env:  append(loopbackEnv(t), "DERP_DATA_DIR="+dir, "DERP_MESH_KEY="+meshSecret),
+		}
+		entries = append(entries, list[i].entry())
+	}
+	for i := range list {
+		list[i].env = append(list[i].env, "DERP_ADDR=127.0.0.1:"+list[i].port, "DERP_MESH_WITH="+strings.Join(entries, ","))
+		list[i].env = append(list[i].env, pairs...)
+	}
+	return list
+}
+
+func beginAll(t *testing.T, list []meshNode) []*testNode {
+	t.Helper()
+	running := make([]*testNode, len(list))
+	for i, n := range list {
+		running[i] = begin(t, n.env)
+	}
+	return running
+}
+
+// awaitMesh waits until each node is connected to every other.
+func awaitMesh(t *testing.T, nodes ...*testNode) {
+	t.Helper()
+	for _, n := range nodes {
+		until(t, n.listeners.https.Addr().String()+" is connected to the others", func() bool {
+			return !slices.ContainsFunc(n.relay.Mesh().States(), func(s relay.MeshState) bool { return !s.Up && !s.Self })
+		})
+	}
+}
+
+// alone is the region with this node only, so that a client stays here.
+func alone(n *testNode) *tailcfg.DERPRegion {
+	own, _ := n.public()
+	return derpmap.New(own).Regions[900]
+}
+
+// clientOf is a client of one node.
+func clientOf(t *testing.T, n *testNode, private key.NodePrivate) *derphttp.Client {
+	t.Helper()
+	c := clientAs(t, alone(n), private)
+	if err := admitted(t, c); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// reach sends until a packet arrives: what is sent before the other node has
+// heard of the client is dropped, and so is what is sent while it is down.
+func reach(t *testing.T, from, to *derphttp.Client) time.Duration {
+	t.Helper()
+	payload := make([]byte, 1280)
+	_, _ = rand.Read(payload)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	arrived := make(chan struct{})
+	go func() {
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for ctx.Err() == nil {
+			message, err := to.Recv()
+			if err != nil {
+				<-tick.C // it connects again by itself
+			}
+			if p, ok := message.(derp.ReceivedPacket); ok && p.Source == from.SelfPublicKey() && bytes.Equal(p.Data, payload) {
+				close(arrived)
+				return
+			}
+		}
+	}()
+	begun, tick := time.Now(), time.NewTicker(10*time.Millisecond)
+	defer tick.Stop()
+	for {
+		_ = from.Send(to.SelfPublicKey(), payload)
+		select {
+		case <-arrived:
+			return time.Since(begun)
+		case <-ctx.Done():
+			t.Fatal("no packet arrives")
+		case <-tick.C:
+		}
+	}
+}
+
+func reachBothWays(t *testing.T, a, b *derphttp.Client) {
+	t.Helper()
+	reach(t, a, b)
+	reach(t, b, a)
+}
+
+// meshHealth is the line of health about the mesh.
+func meshHealth(n *testNode) string {
+	r := n.checkMesh(context.Background())
+	return r.Level.String() + " " + r.Detail
+}
+
+// Clients of different nodes of a region reach each other, also when a node was
+// away, and every node prints the map of all.
+func TestMesh(t *testing.T) {
+	list := meshNodes(t, 3)
+	nodes := beginAll(t, list)
+	awaitMesh(t, nodes...)
+	clients := make([]*derphttp.Client, len(nodes))
+	for i, n := range nodes {
+		clients[i] = clientOf(t, n, key.NewNode())
+	}
+	for i := range clients {
+		reachBothWays(t, clients[i], clients[(i+1)%len(clients)])
+	}
+	for _, n := range nodes {
+		if got := meshHealth(n); got != "ok 2 of 2 nodes connected" {
+			t.Error(got)
+		}
+		if got := scrape(t, n); strings.Count(got, "\nderpd_mesh_up{node=\"127.0.0.1:") != 2 || strings.Count(got, "\nderpd_mesh_clients{") != 2 {
+			t.Error("metrics lack a node that is up:\n" + got)
+		}
+	}
+
+	// One map, whoever prints it.
+	var names []string
+	first := currentMap(t, nodes[0])
+	for _, n := range first.Regions[900].Nodes {
+		i := slices.IndexFunc(list, func(l meshNode) bool { return l.port == strconv.Itoa(n.DERPPort) })
+		if i == -1 || n.CertName != list[i].pin || n.STUNPort != port(nodes[i].listeners.stun.LocalAddr()) {
+			t.Errorf("%+v is none of the nodes", n)
+		}
+		names = append(names, n.Name)
+	}
+	if got := strings.Join(names, " "); got != "900a 900b 900c" {
+		t.Errorf("the map has %s", got)
+	}
+	for _, n := range nodes[1:] {
+		for i, got := range currentMap(t, n).Regions[900].Nodes {
+			if *got != *first.Regions[900].Nodes[i] {
+				t.Errorf("another node prints %+v", got)
+			}
+		}
+	}
+
+	// One goes away, and the others go on.
+	nodes[2].stop()
+	down := "127.0.0.1:" + list[2].port
+	for _, n := range nodes[:2] {
+		until(t, "health misses the node", func() bool {
+			got := meshHealth(n)
+			return strings.HasPrefix(got, "warn 1 of 2 nodes connected; "+down+" is down for ") && strings.HasSuffix(got, "s: connect: connection refused")
+		})
+		if !n.health.Report(t.Context()).Ready {
+			t.Error("a node is not ready because another one is down")
+		}
+		if got := scrape(t, n); !strings.Contains(got, "\nderpd_mesh_up{node=\""+down+"\"} 0\n") {
+			t.Error("metrics do not miss the node:\n" + got)
+		}
+		if got := len(currentMap(t, n).Regions[900].Nodes); got != 3 {
+			t.Errorf("the map forgot a node that is down: %d nodes", got)
+		}
+	}
+	reachBothWays(t, clients[0], clients[1])
+
+	nodes[2] = begin(t, list[2].env)
+	back := time.Now()
+	awaitMesh(t, nodes...)
+	t.Logf("every mesh connection is back %s after the node is", time.Since(back).Round(time.Millisecond))
+	reach(t, clients[0], clients[2])
+	t.Logf("packets arrive %s after the node is back", time.Since(back).Round(time.Millisecond))
+	reachBothWays(t, clients[2], clients[1])
+}
+
+// scrape is what Prometheus gets.
+func scrape(t *testing.T, n *testNode) string {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	return do(t, client, http.MethodGet, "http://"+n.listeners.admin.Addr().String()+"/metrics", nil).body
+}
+
+// currentMap is what `derpd derpmap` prints now.
+func currentMap(t *testing.T, n *testNode) *tailcfg.DERPMap {
+	t.Helper()
+	text, err := askRunning(t.Context(), n.listeners.admin.Addr().String(), "policy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return parsePolicy(t, text)
+}
+
+// A node that was not there yet is missing in the map, which says so.
+func TestMapWithoutANode(t *testing.T) {
+	list := meshNodes(t, 2)
+	first := begin(t, list[0].env)
+	want := "// 127.0.0.1:" + list[1].port + " belongs here too, but could not be asked: connect: connection refused."
+	if got := region(t, parsePolicy(t, first.printed)); len(got.Nodes) != 1 || !strings.Contains(string(first.printed), want) {
+		t.Errorf("%d nodes, want one, and %q in\n%s", len(got.Nodes), want, first.printed)
+	}
+	second := begin(t, append(list[1].env, "DERP_REGION_ID=901"))
+	if want := "// 127.0.0.1:" + list[0].port + " says that it is in region 900: give"; !strings.Contains(string(second.printed), want) {
+		t.Errorf("want %q in\n%s", want, second.printed)
+	}
+	region(t, parsePolicy(t, second.printed))
+}
+
+// The key is changed node by node, and after each step the clients reach each
+// other.
+func TestMeshKeyRotation(t *testing.T) {
+	list := meshNodes(t, 2)
+	const both = otherSecret + "," + meshSecret
+	nodes := beginAll(t, list)
+	privates := []key.NodePrivate{key.NewNode(), key.NewNode()}
+	for _, step := range []struct {
+		node int // that is restarted
+		keys string
+	}{{0, meshSecret}, {0, both}, {1, both}, {0, otherSecret}, {1, otherSecret}} {
+		nodes[step.node].stop()
+		nodes[step.node] = begin(t, append(list[step.node].env, "DERP_MESH_KEY="+step.keys))
+		awaitMesh(t, nodes...)
+		reachBothWays(t, clientOf(t, nodes[0], privates[0]), clientOf(t, nodes[1], privates[1]))
+	}
+
+	// Now the old key is worth nothing.
+	nodes[0].stop()
+	nodes[0] = begin(t, list[0].env)
+	for i, n := range nodes {
+		until(t, "health tells about the key", func() bool {
+			got := meshHealth(n)
+			return strings.HasPrefix(got, "warn 0 of 1 nodes connected; 127.0.0.1:"+list[1-i].port+" is down for ") &&
+				strings.HasSuffix(got, "s: it hung up on the mesh key: it has another one, or is stopping")
+		})
+		if got := n.health.Report(t.Context()); !got.Ready || !strings.Contains(got.String(), "warn mesh: 0 of 1 nodes connected; ") {
+			t.Error(got)
+		}
+	}
+}
+
+// A mesh lets in nobody but its nodes, and each client only where it may be.
+func TestMeshOfClosedRelays(t *testing.T) {
+	members := []key.NodePrivate{key.NewNode(), key.NewNode()}
+	list := meshNodes(t, 2)
+	for i := range list {
+		list[i].env = append(list[i].env, "DERP_ALLOW_KEYS="+members[i].Public().String())
+	}
+	nodes := beginAll(t, list)
+	awaitMesh(t, nodes...)
+	reachBothWays(t, clientOf(t, nodes[0], members[0]), clientOf(t, nodes[1], members[1]))
+	for i, n := range nodes {
+		if err := connectAs(t, alone(n), members[1-i]); err == nil {
+			t.Error("a client is admitted where only the other node knows it")
+		}
+		if list := n.connected(); len(list) != 1 {
+			t.Errorf("connected here are %v, want the one client", list)
+		}
+	}
+
+	// Another key is refused like any other stranger.
+	nodes[1].stop()
+	nodes[1] = begin(t, append(list[1].env, "DERP_MESH_KEY="+otherSecret))
+	until(t, "health tells about the key", func() bool {
+		return strings.Contains(meshHealth(nodes[0]), ": it hung up on the mesh key: it has another one")
+	})
+}
+
+// Whoever has no key is no node of the mesh, whatever he asks for.
+func TestStrangersAreNoMeshPeers(t *testing.T) {
+	for name, keys := range map[string]string{"one key": meshSecret, "two keys": otherSecret + "," + meshSecret} {
+		t.Run(name, func(t *testing.T) {
+			list := meshNodes(t, 1, "DERP_MESH_KEY="+keys)
+			n := begin(t, list[0].env)
+			victim := clientOf(t, n, key.NewNode())
+			roots := x509.NewCertPool()
+			roots.AddCert(n.certs.Status().Leaf)
+			dial := func(meshKey string, watch bool) *derphttp.Client {
+				c, err := derphttp.NewClient(key.NewNode(), "https://"+n.listeners.https.Addr().String()+"/derp", logger.Discard, netmon.NewStatic())
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = c.Close() })
+				c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+				c.WatchConnectionChanges = watch
+				if meshKey != "" {
+					if c.MeshKey, err = relay.ParseMeshKey(meshKey); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := admitted(t, c); err != nil {
+					t.Fatal(err)
+				}
+				return c
+			}
+			// Upstream's own client, as another derper is.
+			for i, good := range strings.Split(keys, ",") {
+				if message, err := dial(good, true).Recv(); err != nil {
+					t.Errorf("key %d is not accepted: %v", i, err)
+				} else if _, ok := message.(derp.PeerPresentMessage); !ok {
+					t.Errorf("got %T, want the list of clients", message)
+				}
+			}
+			for _, guess := range []string{"", meshSecret + " ", strings.Repeat("01234567", 8)} {
+				if message, err := dial(guess, true).Recv(); err == nil {
+					t.Errorf("a stranger who watches gets %T", message)
+				}
+				c := dial(guess, false)
+				if err := c.ForwardPacket(key.NewNode().Public(), victim.SelfPublicKey(), derp.LoanBytes([]byte("forged"))); err != nil {
+					t.Fatal(err)
+				}
+				if message, err := c.Recv(); err == nil {
+					t.Errorf("a stranger who forwards gets %T", message)
+				}
+			}
+			// What arrives first is what comes after the forged packets.
+			friend := clientOf(t, n, key.NewNode())
+			exchange(t, friend, victim, friend.SelfPublicKey(), victim.SelfPublicKey())
+
+			// Nor does it tell about itself.
+			client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true}}
+			base := "https://" + n.listeners.https.Addr().String()
+			unknown := do(t, client, http.MethodGet, base+"/derp/anything", nil)
+			for _, header := range []http.Header{nil, {"Derpd-Mesh": {""}}, {"Derpd-Mesh": {strings.Repeat("0", 64), meshSecret}}} {
+				got := do(t, client, http.MethodGet, base+"/derp/mesh", header)
+				got.header.Del("Date")
+				unknown.header.Del("Date")
+				if fmt.Sprint(got) != fmt.Sprint(unknown) {
+					t.Errorf("%v: %v, want %v, as for any path", header, got, unknown)
+				}
+			}
+		})
+	}
+}
+
+// A node knows itself by what clients dial, and otherwise by its node key.
+func TestMeshIgnoresItself(t *testing.T) {
+	list := meshNodes(t, 1)
+	if c, err := loadConfig(dedup(list[0].env)); err != nil || len(c.mesh.Nodes) != 0 {
+		t.Errorf("%v, %v; want no other node", c.mesh.Nodes, err)
+	}
+	env := append(list[0].env, "DERP_MESH_WITH=127.0.0.1:1/127.0.0.1:"+list[0].port+"="+list[0].pin)
+	n := begin(t, env)
+	until(t, "the node finds itself", func() bool { return n.relay.Mesh().States()[0].Self })
+	if got := meshHealth(n); got != "ok DERP_MESH_WITH names no other node" {
+		t.Error(got)
+	}
+	if got := scrape(t, n); strings.Contains(got, "derpd_mesh_up{") {
+		t.Error("metrics count the node itself:\n" + got)
+	}
+	region(t, currentMap(t, n)) // with one node
+}
+
+// The certificate of another node is verified, by its hash or by who signed it.
+func TestMeshVerifies(t *testing.T) {
+	authority := acmetest.Start(t)
+	list := meshNodes(t, 2)
+	domain := freshName("mesh")
+	c, err := loadConfig(dedup(append(list[1].env, "DERP_DOMAIN="+domain, "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := beginConfig(t, c, func(n *node) {
+		authority.Validate(t, port(n.listeners.http.Addr()), port(n.listeners.https.Addr()))
+	})
+	entry := domain + ":" + list[1].port + "/127.0.0.1"
+	for name, tt := range map[string]struct {
+		entry string
+		trust bool
+		want  string
+	}{
+		"signed":       {entry, true, ""},
+		"untrusted":    {entry, false, "x509: certificate signed by unknown authority"},
+		"another name": {"a." + entry, true, "remote error: tls: "},
+		"another hash": {entry + "=" + list[0].pin, true, "cert hash does not match expected cert hash"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := loadConfig(dedup(append(list[0].env, "DERP_MESH_WITH="+tt.entry, "DERP_ACME_CA_ROOTS="+authority.RootsFile)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tt.trust {
+				// The file has the root of the authority's own server.
+				c.mesh.Roots.AddCert(authority.Root())
+			}
+			n := beginConfig(t, c)
+			defer n.stop()
+			if tt.want != "" {
+				until(t, "health has the reason", func() bool { return strings.Contains(meshHealth(n), tt.want) })
+				return
+			}
+			awaitMesh(t, n, signed)
+			a, b := clientOf(t, n, key.NewNode()), clientAs(t, onLoopback(signed), key.NewNode())
+			b.TLSConfig = &tls.Config{RootCAs: authority.Roots(), MinVersion: tls.VersionTLS12}
+			if err := admitted(t, b); err != nil {
+				t.Fatal(err)
+			}
+			reachBothWays(t, a, b)
+		})
+	}
+}
+
+// onLoopback is alone for a node whose name is in no DNS.
+func onLoopback(n *testNode) *tailcfg.DERPRegion {
+	r := alone(n)
+	r.Nodes[0].IPv4, r.Nodes[0].IPv6 = "127.0.0.1", "none"
+	return r
+}
+
+// Where something else terminates TLS, the others go through that, and this
+// node goes to the others directly.
+func TestMeshInModeOff(t *testing.T) {
+	list := meshNodes(t, 2)
+	front := list[1].port
+	pinned, err := certs.LoadPinned(certs.PinnedConfig{Path: filepath.Join(dataDir(list[1].env), "certs", "pinned.pem")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	behind := acmetest.FreePort(t)
+	ln, err := tls.Listen("tcp", "127.0.0.1:"+front, &tls.Config{GetCertificate: pinned.GetCertificate, MinVersion: tls.VersionTLS12})
+	if err != nil {
+		t.Fatal(err)
+	}
+	forward(t, ln, "127.0.0.1:"+behind, nil)
+	off := begin(t, append(list[1].env, "DERP_ADDR=127.0.0.1:"+behind, "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com", "DERP_PUBLIC_PORT="+front))
+	direct := begin(t, list[0].env)
+	awaitMesh(t, off, direct)
+	c, err := derphttp.NewClient(key.NewNode(), "http://127.0.0.1:"+behind+"/derp", logger.Discard, netmon.NewStatic())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	if err := admitted(t, c); err != nil {
+		t.Fatal(err)
+	}
+	reachBothWays(t, c, clientOf(t, direct, key.NewNode()))
+}
+
+func dataDir(env []string) string {
+	for _, pair := range slices.Backward(env) {
+		if dir, ok := strings.CutPrefix(pair, "DERP_DATA_DIR="); ok {
+			return dir
+		}
+	}
+	return ""
+}
+
+// gated writes while nobody has locked the gate.
+type gated struct {
+	gate *sync.RWMutex
+	io.Writer
+}
+
+func (g gated) Write(p []byte) (int, error) {
+	g.gate.RLock()
+	defer g.gate.RUnlock()
+	return g.Writer.Write(p)
+}
+
+// forward connects what ln accepts to addr, while gate lets it through.
+func forward(t *testing.T, ln net.Listener, addr string, gate *sync.RWMutex) {
+	t.Helper()
+	if gate == nil {
+		gate = new(sync.RWMutex)
+	}
+	var all sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	pass := func(to, from net.Conn) {
+		_, _ = io.Copy(gated{gate, to}, from)
+		_, _ = to.Close(), from.Close()
+	}
+	all.Go(func() {
+		for {
+			in, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			out, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+			if err != nil {
+				_ = in.Close()
+				continue
+			}
+			context.AfterFunc(ctx, func() { _, _ = in.Close(), out.Close() })
+			all.Go(func() { pass(out, in) })
+			all.Go(func() { pass(in, out) })
+		}
+	})
+	t.Cleanup(func() {
+		_ = ln.Close()
+		cancel()
+		all.Wait()
+	})
+}
+
+// A node that vanished without a word is noticed, and found again.
+func TestMeshNoticesSilence(t *testing.T) {
+	list := meshNodes(t, 2)
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var gate sync.RWMutex
+	forward(t, ln, "127.0.0.1:"+list[1].port, &gate)
+	c, err := loadConfig(dedup(append(list[0].env, "DERP_MESH_WITH=127.0.0.1:"+list[1].port+"/"+ln.Addr().String()+"="+list[1].pin)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.mesh.PingEvery = time.Second
+	other := begin(t, list[1].env)
+	n := beginConfig(t, c)
+	awaitMesh(t, n, other)
+
+	gate.Lock()
+	begun := time.Now()
+	until(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "it does not answer any more") })
+	t.Logf("noticed after %s", time.Since(begun).Round(time.Millisecond))
+	gate.Unlock()
+	awaitMesh(t, n)
+	reachBothWays(t, clientOf(t, n, key.NewNode()), clientOf(t, other, key.NewNode()))
+}
+
+func TestParseMeshNode(t *testing.T) {
+	pin := strings.Repeat("ab", 32)
+	for entry, want := range map[string]relay.MeshNode{
+		"b.example.com":                                  {Host: "b.example.com", Port: 443},
+		"B.example.com.:8443":                            {Host: "b.example.com", Port: 8443},
+		"b.example.com/10.0.0.2":                         {Host: "b.example.com", Port: 443, Dial: "10.0.0.2:443"},
+		"b.example.com:8443/derp-b:443":                  {Host: "b.example.com", Port: 8443, Dial: "derp-b:443"},
+		"b.example.com/fd00::2":                          {Host: "b.example.com", Port: 443, Dial: "[fd00::2]:443"},
+		"b.example.com/[fd00::2]:8443":                   {Host: "b.example.com", Port: 443, Dial: "[fd00::2]:8443"},
+		"203.0.113.7=sha256-raw:" + pin:                  {Host: "203.0.113.7", Port: 443, CertHash: pin},
+		"[2001:db8::7]=sha256-raw:" + pin:                {Host: "2001:db8::7", Port: 443, CertHash: pin},
+		"2001:db8::7":                                    {Host: "2001:db8::7", Port: 443},
+		"[2001:db8::7]:8443/10.0.0.2=sha256-raw:" + pin:  {Host: "2001:db8::7", Port: 8443, Dial: "10.0.0.2:8443", CertHash: pin},
+		"203.0.113.7=sha256-raw:" + strings.ToUpper(pin): {Host: "203.0.113.7", Port: 443, CertHash: pin},
+	} {
+		if got, err := parseMeshNode(entry); err != nil || got != want {
+			t.Errorf("%s: %+v, %v; want %+v", entry, got, err, want)
+		}
+	}
+}
