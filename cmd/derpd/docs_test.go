@@ -85,6 +85,7 @@ func TestEveryProviderIsDocumentedInBothLanguages(t *testing.T) {
 
 // What the READMEs tell people to put into .env is a valid configuration.
 func TestDocumentedSettings(t *testing.T) {
+	// One that every variable takes.
 	secret := filepath.Join(t.TempDir(), "secret")
 	if err := os.WriteFile(secret, []byte("nodekey:"+key64), 0o600); err != nil {
 		t.Fatal(err)
