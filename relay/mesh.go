@@ -51,8 +51,8 @@ var (
 
 // MeshConfig is how the nodes of one region know each other.
 type MeshConfig struct {
-	// Keys open the mesh, and close everything when there is none. All are
-	// accepted from other nodes; they are offered to them in this order.
+	// Keys are accepted from other nodes, all of them, and offered to them
+	// in this order. Without any there is no mesh.
 	Keys []key.DERPMesh
 
 	// Nodes are the others. This node itself may be among them: it knows
