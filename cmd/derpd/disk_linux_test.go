@@ -52,7 +52,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.acme.CheckEvery = time.Second // it is not due yet
+			c.acme.CheckEvery = 20 * time.Second // it is not due yet, and is not looked at again before the stop
 			n := beginConfig(t, c, func(n *node) { authority.Validate(t, port(n.listeners.http.Addr()), 1) })
 			roots := authority.Roots()
 			old, node := shown(t, n, domain, roots), n.relay.PublicKey()
