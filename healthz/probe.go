@@ -1,7 +1,9 @@
 package healthz
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -23,7 +25,7 @@ import (
 // even on the loopback interface.
 const stunRetry = 500 * time.Millisecond
 
-// DERPProbe connects to a relay as a client does.
+// DERPProbe is two clients of a relay, one of which sends a packet to the other.
 type DERPProbe struct {
 	// URL is what a client would dial: https://HOST[:PORT]/derp, or http.
 	URL string
@@ -35,19 +37,41 @@ type DERPProbe struct {
 	// those that chain to a public root.
 	Leaf *x509.Certificate
 
-	// Key is the node key of the probe.
-	Key key.NodePrivate
+	// From and To are the node keys of the clients.
+	From, To key.NodePrivate
 }
 
-// Run shakes hands: TCP, TLS, HTTP, DERP, admission. It returns how long that
-// took.
+// Run goes all the way that clients go: TCP, TLS, HTTP, DERP, admission, and a
+// packet. It returns how long that took.
 func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
 	start := time.Now()
-	client, err := derphttp.NewClient(p.Key, p.URL, logger.Discard, netmon.NewStatic())
+	from, err := p.connect(ctx, p.From)
 	if err != nil {
 		return 0, err
 	}
-	defer func() { _ = client.Close() }()
+	defer func() { _ = from.Close() }()
+	to, err := p.connect(ctx, p.To)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = to.Close() }()
+	if err := pass(ctx, from, to); err != nil {
+		return 0, fmt.Errorf("a packet between two clients: %w", err)
+	}
+	return time.Since(start), nil
+}
+
+// connect returns a client that the relay has admitted and registered.
+func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *derphttp.Client, err error) {
+	client, err := derphttp.NewClient(private, p.URL, logger.Discard, netmon.NewStatic())
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = client.Close()
+		}
+	}()
 	client.IsProber = true
 	client.SetURLDialer(func(ctx context.Context, _, _ string) (net.Conn, error) { return p.Dial(ctx) })
 	if p.Leaf != nil {
@@ -56,7 +80,7 @@ func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
 		client.TLSConfig = &tls.Config{RootCAs: roots}
 	}
 	if err := client.Connect(ctx); err != nil {
-		return 0, err
+		return nil, err
 	}
 	// The relay says whether it admits a client only after the handshake:
 	// it sends its server information, or it hangs up.
@@ -64,12 +88,41 @@ func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
 	defer stop()
 	message, err := client.Recv()
 	if err != nil {
-		return 0, fmt.Errorf("the relay hung up after the handshake: %w", errors.Join(context.Cause(ctx), err))
+		return nil, fmt.Errorf("the relay hung up after the handshake: %w", errors.Join(context.Cause(ctx), err))
 	}
 	if _, ok := message.(derp.ServerInfoMessage); !ok {
-		return 0, fmt.Errorf("the relay sent %T where its server information belongs", message)
+		return nil, fmt.Errorf("the relay sent %T where its server information belongs", message)
 	}
-	return time.Since(start), nil
+	return client, nil
+}
+
+// pass sends a packet, and waits until it arrives as it was sent.
+func pass(ctx context.Context, from, to *derphttp.Client) error {
+	stop := context.AfterFunc(ctx, func() {
+		_ = from.Close()
+		_ = to.Close()
+	})
+	defer stop()
+	// As long as what WireGuard sends by the most common MTU.
+	packet := make([]byte, 1280)
+	_, _ = rand.Read(packet) // never fails
+	if err := from.Send(to.SelfPublicKey(), packet); err != nil {
+		return err
+	}
+	for {
+		message, err := to.Recv()
+		if err != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
+		received, ok := message.(derp.ReceivedPacket)
+		switch {
+		case !ok: // a keepalive, for example
+		case received.Source != from.SelfPublicKey() || !bytes.Equal(received.Data, packet):
+			return errors.New("another one arrived than was sent")
+		default:
+			return nil
+		}
+	}
 }
 
 // STUN asks the STUN server at addr for the address it sees, and checks that

@@ -42,12 +42,7 @@ func NewSTUN(conn *net.UDPConn, log zerolog.Logger) (*STUN, error) {
 
 // SetOpen says whether requests are answered. While closed they are read and
 // dropped, so that clients fail over to another region.
-func (s *STUN) SetOpen(open bool) {
-	if s.open.Swap(open) == open {
-		return
-	}
-	s.log.Info().Stringer("addr", s.conn.LocalAddr()).Bool("open", open).Msg("stun")
-}
+func (s *STUN) SetOpen(open bool) { s.open.Store(open) }
 
 // Open reports whether requests are answered.
 func (s *STUN) Open() bool { return s.open.Load() }

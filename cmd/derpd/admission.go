@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"net/url"
 	"os"
@@ -215,15 +216,13 @@ func newGate(c *config, log zerolog.Logger) (*admit.Gate, error) {
 	}), nil
 }
 
-// admit is nil for an open relay. The self-check's key exists in this process
-// only, so admitting it lets nobody else in.
+// admit is nil for an open relay.
 func (n *node) admit() relay.AdmitFunc {
 	if n.gate == nil {
 		return nil
 	}
-	probe := n.probe.Public()
 	return func(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
-		if node == probe {
+		if n.probe.has(node) {
 			return nil
 		}
 		return n.gate.Admit(ctx, node, addr)
@@ -233,6 +232,6 @@ func (n *node) admit() relay.AdmitFunc {
 // connected is whom the gate asks about again.
 func (n *node) connected() map[key.NodePublic]netip.Addr {
 	list := n.relay.Clients()
-	delete(list, n.probe.Public())
+	maps.DeleteFunc(list, func(node key.NodePublic, _ netip.Addr) bool { return n.probe.has(node) })
 	return list
 }

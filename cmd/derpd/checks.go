@@ -79,43 +79,17 @@ func (n *node) checkCertificate(context.Context) healthz.Result {
 	return healthz.Okf("%s", line)
 }
 
-func (n *node) checkDERP(ctx context.Context) healthz.Result {
-	probe := healthz.DERPProbe{
-		URL: "http://localhost/derp",
-		Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", loopback(n.listeners.https.Addr()).String())
-		},
-		Key: n.probe,
+// checkDERP tells of the self-check, which goes on all the time.
+func (n *node) checkDERP(context.Context) healthz.Result {
+	if err := n.notServing(); err != nil {
+		return healthz.Failf("through %s: %v", n.listeners.https.Addr(), err)
 	}
-	if n.certs != nil {
-		probe.Leaf = n.certs.Status().Leaf
-		if probe.Leaf == nil {
-			return healthz.Failf("waiting for a certificate")
-		}
-		probe.URL = "https://" + urlHost(probe.Leaf.DNSNames, n.config.domains) + "/derp"
-	}
-	took, err := probe.Run(ctx)
-	if err != nil {
-		return healthz.Failf("handshake through %s: %v", n.listeners.https.Addr(), err)
-	}
-	return healthz.Okf("handshake in %s", took.Round(100*time.Microsecond))
-}
-
-// urlHost is a host that the certificate covers: the one that clients dial, if
-// it is a name. An address is sent without SNI, so any will do.
-func urlHost(dnsNames, domains []string) string {
-	if len(domains) > 0 && net.ParseIP(domains[0]) == nil {
-		return domains[0]
-	}
-	if len(dnsNames) > 0 {
-		return dnsNames[0]
-	}
-	return "127.0.0.1"
+	return healthz.Okf("a packet between two clients in %s", n.selfCheck.State().Took.Round(100*time.Microsecond))
 }
 
 func (n *node) checkSTUN(ctx context.Context) healthz.Result {
 	if !n.stun.Open() {
-		return healthz.Failf("closed until the relay can serve clients")
+		return healthz.Failf("closed, since the relay cannot serve clients: %v", n.notServing())
 	}
 	took, err := healthz.STUN(ctx, loopback(n.listeners.stun.LocalAddr()))
 	if err != nil {

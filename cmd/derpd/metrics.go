@@ -22,6 +22,10 @@ func (n *node) metrics() []expvar.KeyValue {
 	list := []expvar.KeyValue{
 		{Key: "derp", Value: n.relay.Metrics()},
 		{Key: "gauge_derpd_open", Value: number(n.gate == nil)},
+		{Key: "counter_derpd_self_check_failures_total", Value: number(int64(n.selfCheck.State().Failures))},
+	}
+	if n.stun != nil {
+		list = append(list, expvar.KeyValue{Key: "gauge_derpd_stun_open", Value: number(n.stun.Open())})
 	}
 	if n.certs != nil {
 		status := n.certs.Status()

@@ -15,7 +15,6 @@ import (
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sync/errgroup"
-	"tailscale.com/types/key"
 
 	"derpd/certs"
 	"derpd/healthz"
@@ -59,9 +58,13 @@ type node struct {
 	gate      *admit.Gate   // nil when open
 	bootstrap *relay.BootstrapDNS
 	health    *healthz.Health
-	probe     key.NodePrivate // of the self-check, in memory only
+	selfCheck *healthz.SelfCheck
+	probe     probeKeys
 
 	https, http, admin, healthOnly *http.Server // http and healthOnly are nil when off
+
+	// serving is closed when the self-check has succeeded for the first time.
+	serving chan struct{}
 
 	// address is closed when found is set.
 	address chan struct{}
@@ -77,7 +80,7 @@ func newNode(ctx context.Context, start time.Time, c *config, log zerolog.Logger
 	}
 	n := &node{
 		config: c, log: log, start: start, stdout: stdout, listeners: l,
-		probe: key.NewNode(), address: make(chan struct{}),
+		probe: newProbeKeys(), serving: make(chan struct{}), address: make(chan struct{}),
 	}
 	if err := n.build(ctx); err != nil {
 		l.close()
@@ -121,6 +124,7 @@ func (n *node) build(ctx context.Context) error {
 			return err
 		}
 	}
+	n.selfCheck = n.newSelfCheck()
 	n.health = healthz.New(n.checks())
 	n.servers()
 	return nil
@@ -244,6 +248,7 @@ func (n *node) tasks() []task {
 		{"admin", func(context.Context) error { return served(n.admin.Serve(n.listeners.admin)) }},
 		{"bootstrap-dns", n.bootstrap.Run},
 		{"address", n.findAddress},
+		{"self-check", n.runSelfCheck},
 		{"announce", n.announce},
 		{"stop", n.stop},
 	}
@@ -296,23 +301,14 @@ func runTasks(ctx context.Context, tasks []task, log zerolog.Logger) error {
 	return err
 }
 
-// announce waits for a certificate, opens STUN, and says what was started.
-//
-// Opening STUN is the last thing: a client measures a region by STUN, and then
-// gives a dial 1.5 seconds.
+// announce waits until the relay serves, and says what was started.
 func (n *node) announce(ctx context.Context) error {
 	n.announceStart()
-	if n.certs != nil {
-		select {
-		case <-n.certs.Ready():
-		case <-ctx.Done():
-			return nil
-		}
+	select {
+	case <-n.serving:
+	case <-ctx.Done():
+		return nil
 	}
-	if n.stun != nil {
-		n.stun.SetOpen(true)
-	}
-	n.health.Changed()
 	n.log.Info().Int64("ready_ms", time.Since(n.start).Milliseconds()).Msg("ready")
 
 	select {

@@ -439,12 +439,12 @@ func TestTasks(t *testing.T) {
 		env  []string
 		want string
 	}{
-		{nil, "https admin bootstrap-dns address announce stop http stun certificates"},
-		{[]string{"DERP_STUN=false"}, "https admin bootstrap-dns address announce stop http certificates"},
-		{[]string{"DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun certificates"},
-		{[]string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address announce stop stun"},
-		{[]string{"DERP_HEALTH_ADDR=127.0.0.1:0"}, "https admin bootstrap-dns address announce stop http health stun certificates"},
-		{[]string{"DERP_MESH_WITH=127.0.0.1:1", "DERP_MESH_KEY=" + meshSecret}, "https admin bootstrap-dns address announce stop http stun certificates mesh"},
+		{nil, "https admin bootstrap-dns address self-check announce stop http stun certificates"},
+		{[]string{"DERP_STUN=false"}, "https admin bootstrap-dns address self-check announce stop http certificates"},
+		{[]string{"DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address self-check announce stop stun certificates"},
+		{[]string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address self-check announce stop stun"},
+		{[]string{"DERP_HEALTH_ADDR=127.0.0.1:0"}, "https admin bootstrap-dns address self-check announce stop http health stun certificates"},
+		{[]string{"DERP_MESH_WITH=127.0.0.1:1", "DERP_MESH_KEY=" + meshSecret}, "https admin bootstrap-dns address self-check announce stop http stun certificates mesh"},
 	} {
 		n := begin(t, loopbackEnv(t, tt.env...))
 		var names []string
