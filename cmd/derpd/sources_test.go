@@ -119,25 +119,13 @@ func network(t *testing.T) (h *peers.Headscale, member, newcomer key.NodePrivate
 	return h, keys[0], keys[1]
 }
 
-// remove deletes the node with the given key.
-func remove(t *testing.T, h *peers.Headscale, node key.NodePublic) {
-	t.Helper()
-	for _, n := range h.Nodes(t) {
-		if n.Key == node {
-			h.Delete(t, n)
-			return
-		}
-	}
-	t.Errorf("headscale has no node %s", node.ShortString())
-}
-
 func headscaleAuthority(t *testing.T) authority {
 	h, member, newcomer := network(t)
 	return authority{
 		env:    []string{"DERP_VERIFY_CLIENT_URL=" + h.VerifyURL()},
 		member: member, newcomer: newcomer,
 		down: h.Stop, up: func() { h.Start(t) },
-		revoke: func(node key.NodePublic) { remove(t, h, node) },
+		revoke: func(node key.NodePublic) { h.Delete(t, node) },
 	}
 }
 
@@ -149,7 +137,7 @@ func tailscaledAuthority(t *testing.T) authority {
 		env:    []string{"DERP_VERIFY_CLIENTS=true", "DERP_TAILSCALED_SOCKET=" + asked.Socket},
 		member: member, newcomer: newcomer,
 		down: asked.Stop, up: func() { asked.Start(t) },
-		revoke: func(node key.NodePublic) { remove(t, h, node) },
+		revoke: func(node key.NodePublic) { h.Delete(t, node) },
 	}
 }
 

@@ -40,12 +40,6 @@ type Headscale struct {
 	users           map[string]string // identifiers by name
 }
 
-// Node is a node as headscale knows it.
-type Node struct {
-	ID  uint64         `json:"id"`
-	Key key.NodePublic `json:"node_key"`
-}
-
 // NewHeadscale prepares a headscale. Its URL is known from now on, so that a
 // relay can be told; before Start it needs a map.
 func NewHeadscale(t *testing.T) *Headscale {
@@ -127,22 +121,31 @@ func (h *Headscale) AuthKey(t *testing.T, user string) string {
 	return auth.Key
 }
 
-// Nodes lists the nodes.
-func (h *Headscale) Nodes(t *testing.T) []Node {
+// Delete removes the node with the given key from the network.
+func (h *Headscale) Delete(t *testing.T, node key.NodePublic) {
 	t.Helper()
-	var nodes []Node
+	h.cli(t, new(any), "nodes", "delete", "--force", "--identifier", h.identifier(t, node))
+}
+
+// Expire logs the node with the given key out, but keeps it.
+func (h *Headscale) Expire(t *testing.T, node key.NodePublic) {
+	t.Helper()
+	h.cli(t, new(any), "nodes", "expire", "--identifier", h.identifier(t, node))
+}
+
+// identifier is how headscale's commands name the node with the given key.
+func (h *Headscale) identifier(t *testing.T, node key.NodePublic) string {
+	t.Helper()
+	var nodes []struct {
+		ID  uint64         `json:"id"`
+		Key key.NodePublic `json:"node_key"`
+	}
 	h.cli(t, &nodes, "nodes", "list")
-	return nodes
-}
-
-// Delete removes a node from the network.
-func (h *Headscale) Delete(t *testing.T, n Node) {
-	t.Helper()
-	h.cli(t, new(any), "nodes", "delete", "--force", "--identifier", strconv.FormatUint(n.ID, 10))
-}
-
-// Expire logs a node out, but keeps it.
-func (h *Headscale) Expire(t *testing.T, n Node) {
-	t.Helper()
-	h.cli(t, new(any), "nodes", "expire", "--identifier", strconv.FormatUint(n.ID, 10))
+	for _, n := range nodes {
+		if n.Key == node {
+			return strconv.FormatUint(n.ID, 10)
+		}
+	}
+	t.Fatalf("headscale has no node %s", node.ShortString())
+	return ""
 }

@@ -77,18 +77,6 @@ func network(t *testing.T, names ...string) (*peers.Headscale, []*peers.Tailscal
 	return h, nodes
 }
 
-// remove deletes a node from headscale.
-func remove(t *testing.T, h *peers.Headscale, node key.NodePublic) {
-	t.Helper()
-	for _, n := range h.Nodes(t) {
-		if n.Key == node {
-			h.Delete(t, n)
-			return
-		}
-	}
-	t.Fatalf("headscale does not know %v", node)
-}
-
 func TestRealHeadscale(t *testing.T) {
 	t.Parallel()
 	h, nodes := network(t, "member")
@@ -102,7 +90,7 @@ func TestRealHeadscale(t *testing.T) {
 	h.Start(t)
 	wantYes(t, "a member after a restart of headscale", source, member)
 
-	remove(t, h, member)
+	h.Delete(t, member)
 	wantNo(t, "a node that was deleted", source, member)
 }
 
@@ -125,7 +113,7 @@ func TestRealTailscaled(t *testing.T) {
 	local.Start(t)
 	wantYes(t, "a member after a restart of tailscaled", source, member)
 
-	remove(t, h, member)
+	h.Delete(t, member)
 	wantNo(t, "a node that was deleted", source, member)
 }
 
@@ -170,11 +158,7 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 	wantYes(t, "a member when headscale is back", source, member)
 	wantNo(t, "a stranger", source, stranger)
 
-	for _, n := range h.Nodes(t) {
-		if n.Key == local.NodeKey(t) {
-			h.Expire(t, n)
-		}
-	}
+	h.Expire(t, local.NodeKey(t))
 	peers.Wait(t, "tailscaled to learn that it expired", func(context.Context) error {
 		if state := local.Status(t).BackendState; state != "NeedsLogin" {
 			return errors.New(state)
