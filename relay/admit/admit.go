@@ -166,24 +166,44 @@ func (g *Gate) decide(ctx context.Context, node key.NodePublic, addr netip.Addr)
 		}
 	}
 	errs := []error{fmt.Errorf("node %s is not admitted", node.ShortString())}
-	told := true
+	var noes []Answer
 	for range g.config.Sources {
 		a := <-answers
 		if a.Err == nil {
 			g.known.admitted(node, a.AsOf)
 			return admitted, nil
 		}
-		told = told && errors.Is(a.Err, ErrRefused)
+		noes = append(noes, a)
 		errs = append(errs, fmt.Errorf("%s: %w", a.Source, a.Err))
+	}
+	d := g.judge(node, noes)
+	switch d {
+	case kept:
+		return kept, nil
+	case refused:
+		g.known.forget(node)
+	case unavailable:
+		errs = append(errs, errUnavailable)
+	}
+	return d, errors.Join(errs...)
+}
+
+// judge is the decision that follows from the answers of all sources.
+func (g *Gate) judge(node key.NodePublic, answers []Answer) decision {
+	told := true
+	for _, a := range answers {
+		if a.Err == nil {
+			return admitted
+		}
+		told = told && errors.Is(a.Err, ErrRefused)
 	}
 	switch {
 	case told:
-		g.known.forget(node)
-		return refused, errors.Join(errs...)
+		return refused
 	case g.known.welcome(node):
-		return kept, nil
+		return kept
 	}
-	return unavailable, errors.Join(append(errs, errUnavailable)...)
+	return unavailable
 }
 
 // Answer is what one source says about one node.
@@ -240,20 +260,13 @@ func (g *Gate) AskAll(ctx context.Context, node key.NodePublic) ([]Answer, error
 		asking.Go(func() { answers[i] = g.ask(ctx, i, node, here) })
 	}
 	asking.Wait()
-	told := true
-	for _, a := range answers {
-		if a.Err == nil {
-			return answers, nil
-		}
-		told = told && errors.Is(a.Err, ErrRefused)
-	}
-	switch {
-	case told:
+	switch g.judge(node, answers) {
+	case refused:
 		return answers, ErrRefused
-	case g.known.welcome(node):
-		return answers, nil
+	case unavailable:
+		return answers, errUnavailable
 	}
-	return answers, errUnavailable
+	return answers, nil
 }
 
 // States returns what each source said last. Lists are looked at now.

@@ -146,7 +146,7 @@ func (f *keyFile) look() bool {
 	keys, err := LoadKeys(f.path)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	before := f.err
+	before, same := f.err, maps.Equal(keys, f.keys)
 	f.err = err
 	switch {
 	case err != nil:
@@ -154,11 +154,10 @@ func (f *keyFile) look() bool {
 			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read: the last good list stays in force")
 		}
 		return false
-	case before == nil && maps.Equal(keys, f.keys):
+	case before == nil && same:
 		return false
 	}
-	changed := !maps.Equal(keys, f.keys)
 	f.keys = keys
 	f.log.Info().Str("file", f.path).Int("keys", len(keys)).Msg("node keys read again")
-	return changed
+	return !same
 }
