@@ -177,20 +177,6 @@ func TestAdmissionFailsClosed(t *testing.T) {
 	})
 }
 
-// eventually waits until a condition holds.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	deadline, tick := time.After(patience), time.NewTicker(20*time.Millisecond)
-	defer tick.Stop()
-	for !holds() {
-		select {
-		case <-deadline:
-			t.Fatalf("not within %s: %s", patience, what)
-		case <-tick.C:
-		}
-	}
-}
-
 // A key file acts when it changes: on new nodes, and on those that are
 // connected. One that is emptied or broken changes nothing.
 func TestKeyFileIsReadAgain(t *testing.T) {

@@ -66,7 +66,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 				t.Errorf("warned of %q, want %q", got, want)
 			}
 			want := strings.ReplaceAll(tt.want, "$D", data)
-			until(t, "health says the cause", func() bool { return strings.HasSuffix(n.checkCertificate(t.Context()).Detail, want) })
+			eventually(t, "health says the cause", func() bool { return strings.HasSuffix(n.checkCertificate(t.Context()).Detail, want) })
 			if report := n.health.Report(t.Context()); !report.Ready {
 				t.Errorf("not ready: %s", report)
 			}
@@ -85,7 +85,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			until(t, "it is renewed", func() bool {
+			eventually(t, "it is renewed", func() bool {
 				files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.pem"))
 				if len(files) != 1 {
 					return false

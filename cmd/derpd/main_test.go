@@ -141,6 +141,20 @@ func (w chanWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// eventually waits until a condition holds.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	deadline, tick := time.After(patience), time.NewTicker(20*time.Millisecond)
+	defer tick.Stop()
+	for !holds() {
+		select {
+		case <-deadline:
+			t.Fatalf("not within %s: %s", patience, what)
+		case <-tick.C:
+		}
+	}
+}
+
 // parsePolicy reads a map as Tailscale does: HuJSON first, then tailcfg.
 func parsePolicy(t *testing.T, text []byte) *tailcfg.DERPMap {
 	t.Helper()

@@ -84,7 +84,7 @@ func beginAll(t *testing.T, list []meshNode) []*testNode {
 func awaitMesh(t *testing.T, nodes ...*testNode) {
 	t.Helper()
 	for _, n := range nodes {
-		until(t, n.listeners.https.Addr().String()+" is connected to the others", func() bool {
+		eventually(t, n.listeners.https.Addr().String()+" is connected to the others", func() bool {
 			return !slices.ContainsFunc(n.relay.Mesh().States(), func(s relay.MeshState) bool { return !s.Up && !s.Self })
 		})
 	}
@@ -202,7 +202,7 @@ func TestMesh(t *testing.T) {
 	nodes[2].stop()
 	down := "127.0.0.1:" + list[2].port
 	for _, n := range nodes[:2] {
-		until(t, "health misses the node", func() bool {
+		eventually(t, "health misses the node", func() bool {
 			got := meshHealth(n)
 			return strings.HasPrefix(got, "warn 1 of 2 nodes connected; "+down+" is down for ") && strings.HasSuffix(got, "s: connect: connection refused")
 		})
@@ -280,7 +280,7 @@ func TestMeshKeyRotation(t *testing.T) {
 	nodes[0].stop()
 	nodes[0] = begin(t, list[0].env)
 	for i, n := range nodes {
-		until(t, "health tells about the key", func() bool {
+		eventually(t, "health tells about the key", func() bool {
 			got := meshHealth(n)
 			return strings.HasPrefix(got, "warn 0 of 1 nodes connected; 127.0.0.1:"+list[1-i].port+" is down for ") &&
 				strings.HasSuffix(got, "s: it hung up on the mesh key: it has another one, or is stopping")
@@ -313,7 +313,7 @@ func TestMeshOfClosedRelays(t *testing.T) {
 	// Another key is refused like any other stranger.
 	nodes[1].stop()
 	nodes[1] = begin(t, append(list[1].env, "DERP_MESH_KEY="+otherSecret))
-	until(t, "health tells about the key", func() bool {
+	eventually(t, "health tells about the key", func() bool {
 		return strings.Contains(meshHealth(nodes[0]), ": it hung up on the mesh key: it has another one")
 	})
 }
@@ -393,7 +393,7 @@ func TestMeshIgnoresItself(t *testing.T) {
 	}
 	env := append(list[0].env, "DERP_MESH_WITH=127.0.0.1:1/127.0.0.1:"+list[0].port+"="+list[0].pin)
 	n := begin(t, env)
-	until(t, "the node finds itself", func() bool { return n.relay.Mesh().States()[0].Self })
+	eventually(t, "the node finds itself", func() bool { return n.relay.Mesh().States()[0].Self })
 	if got := meshHealth(n); got != "ok DERP_MESH_WITH names no other node" {
 		t.Error(got)
 	}
@@ -438,7 +438,7 @@ func TestMeshVerifies(t *testing.T) {
 			n := beginConfig(t, c)
 			defer n.stop()
 			if tt.want != "" {
-				until(t, "health has the reason", func() bool { return strings.Contains(meshHealth(n), tt.want) })
+				eventually(t, "health has the reason", func() bool { return strings.Contains(meshHealth(n), tt.want) })
 				return
 			}
 			awaitMesh(t, n, signed)
@@ -564,7 +564,7 @@ func TestMeshNoticesSilence(t *testing.T) {
 
 	gate.Lock()
 	begun := time.Now()
-	until(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "it does not answer any more") })
+	eventually(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "it does not answer any more") })
 	t.Logf("noticed after %s", time.Since(begun).Round(time.Millisecond))
 	gate.Unlock()
 	awaitMesh(t, n)

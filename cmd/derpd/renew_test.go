@@ -68,7 +68,7 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 	before := shown(t, n, domain, roots)
 	renewals := n.certs.Status().Reloads
 
-	until(t, "there is another certificate", func() bool {
+	eventually(t, "there is another certificate", func() bool {
 		s := n.certs.Status()
 		return s.Reloads > renewals && !s.Leaf.Equal(before)
 	})
@@ -115,20 +115,6 @@ func TestEndIsAnnounced(t *testing.T) {
 				t.Errorf("%s, %d days left: %+v, want a warning: %t", tt.name, left, result, due)
 			}
 			n.stop()
-		}
-	}
-}
-
-// until waits for what the message says.
-func until(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	deadline, tick := time.After(patience), time.NewTicker(20*time.Millisecond)
-	defer tick.Stop()
-	for !condition() {
-		select {
-		case <-deadline:
-			t.Fatalf("waited in vain until %s", what)
-		case <-tick.C:
 		}
 	}
 }

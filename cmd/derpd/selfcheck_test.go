@@ -50,7 +50,7 @@ func stunGoes(t *testing.T, n *testNode, answers bool, since time.Time) time.Dur
 	if answers {
 		what = "STUN answers"
 	}
-	until(t, what, func() bool { return answersSTUN(t, n) == answers })
+	eventually(t, what, func() bool { return answersSTUN(t, n) == answers })
 	return time.Since(since).Round(10 * time.Millisecond)
 }
 

@@ -140,7 +140,7 @@ func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
 		}
 		trust := func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} }
 		// The relay is ready when it has the first certificate.
-		until(t, name+" has its certificate", func() bool {
+		eventually(t, name+" has its certificate", func() bool {
 			c := newClient(t, r)
 			trust(c)
 			return admitted(t, c) == nil
