@@ -65,8 +65,7 @@ func (p *parser) admission(c *config) {
 // verifyURL reads the admission URLs.
 func (p *parser) verifyURL(c *config) {
 	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", p.VerifyURL) {
-		u, err := url.Parse(target)
-		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		if _, ok := httpURL(target); !ok {
 			p.fail("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
 			continue
 		}
@@ -80,6 +79,12 @@ func (p *parser) verifyURL(c *config) {
 	default:
 		c.warnings = append(c.warnings, "DERP_VERIFY_CLIENT_URL_FAIL_OPEN lets anybody in while an admission URL cannot be reached; known nodes stay welcome without it, see DERP_VERIFY_GRACE")
 	}
+}
+
+// httpURL parses the URL of something that speaks HTTP.
+func httpURL(value string) (*url.URL, bool) {
+	u, err := url.Parse(value)
+	return u, err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
 }
 
 // allowKeys reads the node keys: from the value, or from a file that is read
@@ -135,8 +140,8 @@ func (p *parser) tailnet(c *config) {
 	for i, id := range ids {
 		list = append(list, admit.TailnetConfig{OAuthClientID: id, OAuthClientSecret: secrets[i]})
 	}
-	base, err := url.Parse(p.APIURL)
-	if err != nil || base.Host == "" || (base.Scheme != "http" && base.Scheme != "https") {
+	base, ok := httpURL(p.APIURL)
+	if !ok {
 		p.fail("DERP_TAILNET_API_URL", "want an http or https URL, got %q", redactURL(p.APIURL))
 	}
 	external := p.yes("DERP_TAILNET_EXTERNAL", p.External)

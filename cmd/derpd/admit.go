@@ -113,8 +113,8 @@ func (r admitReport) String() string {
 	var b strings.Builder
 	for _, s := range r.Sources {
 		fmt.Fprintf(&b, "%s: %s", s.Source, s.Answer)
-		if age := time.Since(s.AsOf); !s.AsOf.IsZero() && age > time.Minute {
-			fmt.Fprintf(&b, " (as of %s ago)", age.Round(time.Second))
+		if !s.AsOf.IsZero() && time.Since(s.AsOf) > time.Minute {
+			fmt.Fprintf(&b, " (as of %s ago)", age(s.AsOf))
 		}
 		b.WriteByte('\n')
 	}
