@@ -2,11 +2,13 @@ package main
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -44,24 +46,27 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			data := smallDisk(t)
 			authority := acmetest.Start(t)
-			authority.Validity = 4 * time.Minute // so near its end, it is renewed at each start
+			authority.Validity = 4 * time.Minute // less than certmagic likes, so it is renewed at each start
 			domain := freshName(tt.name)
-			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+acmetest.FreePort(t),
+			httpPort := acmetest.FreePort(t)
+			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+httpPort,
 				"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
-			c, err := loadConfig(dedup(env))
+			number, err := strconv.Atoi(httpPort)
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.acme.CheckEvery = 20 * time.Second // it is not due yet, and is not looked at again before the stop
-			n := beginConfig(t, c, func(n *node) { authority.Validate(t, port(n.listeners.http.Addr()), 1) })
-			roots := authority.Roots()
-			old, node := shown(t, n, domain, roots), n.relay.PublicKey()
-			n.stop()
+			authority.Validate(t, number, 1)
+			inAnotherProcess(t, env, "there is a certificate", func() bool { return stored(data) != nil })
+			roots, old := authority.Roots(), stored(data)
+			private, err := relay.LoadKey(filepath.Join(data, "node.key"))
+			if err != nil {
+				t.Fatal(err)
+			}
 
 			if err := tt.spoil(data); err != nil {
 				t.Fatal(err)
 			}
-			n = begin(t, env)
+			n := begin(t, env)
 			if got, want := strings.Join(n.config.warnings, "\n"), strings.ReplaceAll(tt.warning, "$D", data); got != want {
 				t.Errorf("warned of %q, want %q", got, want)
 			}
@@ -70,7 +75,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			if report := n.health.Report(t.Context()); !report.Ready {
 				t.Errorf("not ready: %s", report)
 			}
-			if !shown(t, n, domain, roots).Equal(old) || n.relay.PublicKey() != node {
+			if !shown(t, n, domain, roots).Equal(old) || n.relay.PublicKey() != private.Public() {
 				t.Error("certificate or node key changed")
 			}
 			n.stop()
@@ -78,25 +83,41 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			if err := tt.mend(data); err != nil {
 				t.Fatal(err)
 			}
-			// In another process, since certmagic's pauses after a failure
-			// outlive the relay in this one.
-			cmd := exec.CommandContext(t.Context(), derpdBinary(t))
-			cmd.Env = dedup(env)
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			eventually(t, "it is renewed", func() bool {
-				files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.pem"))
-				if len(files) != 1 {
-					return false
-				}
-				pair, err := tls.LoadX509KeyPair(files[0], files[0])
-				return err == nil && !pair.Leaf.Equal(old)
+			inAnotherProcess(t, env, "it is renewed", func() bool {
+				now := stored(data)
+				return now != nil && !now.Equal(old)
 			})
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
 		})
 	}
+}
+
+// inAnotherProcess runs derpd until a condition holds. certmagic's pauses after a
+// renewal that failed, or was cut short, outlive a relay in this process.
+func inAnotherProcess(t *testing.T, env []string, what string, holds func() bool) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), derpdBinary(t))
+	cmd.Env = dedup(env)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	eventually(t, what, holds)
+}
+
+// stored is the certificate in a data directory, nil if there is none.
+func stored(data string) *x509.Certificate {
+	files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.pem"))
+	if len(files) != 1 {
+		return nil
+	}
+	pair, err := tls.LoadX509KeyPair(files[0], files[0])
+	if err != nil {
+		return nil
+	}
+	return pair.Leaf
 }
 
 // A relay whose disk is full when it wants its first certificate gets it once
