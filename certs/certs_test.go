@@ -48,6 +48,9 @@ func TestPinned(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if bytes.Contains(bytes.ToLower(leaf.Raw), []byte("derp")) {
+		t.Errorf("the certificate of %v tells scanners what this is: subject %q", names, leaf.Subject)
+	}
 	if key, ok := leaf.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
 		t.Errorf("key %T, want P-256", leaf.PublicKey)
 	}

@@ -128,7 +128,7 @@ func newPinned(names []string, now time.Time) (leaf *x509.Certificate, file []by
 	}
 	template := &x509.Certificate{
 		SerialNumber:          serial,
-		Subject:               pkix.Name{CommonName: "derpd"},
+		Subject:               subject(names),
 		NotBefore:             now.Add(-pinnedBackdate),
 		NotAfter:              now.AddDate(pinnedYears, 0, 0),
 		KeyUsage:              x509.KeyUsageDigitalSignature,
@@ -160,6 +160,16 @@ func newPinned(names []string, now time.Time) (leaf *x509.Certificate, file []by
 		}
 	}
 	return leaf, out.Bytes(), nil
+}
+
+// subject names nothing that is not in the certificate anyway: scanners index
+// certificates by their subject, and would find every derpd by the name of the
+// program. One that is too long for the field is left out (RFC 5280, ub-common-name).
+func subject(names []string) pkix.Name {
+	if len(names) == 0 || len(names[0]) > 64 {
+		return pkix.Name{}
+	}
+	return pkix.Name{CommonName: names[0]}
 }
 
 // covered lists the names of a certificate, for messages.
