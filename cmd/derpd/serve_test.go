@@ -21,6 +21,7 @@ import (
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/netmon"
 	"tailscale.com/net/stun"
+	"tailscale.com/net/tlsdial"
 	"tailscale.com/net/wsconn"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -41,10 +42,22 @@ func TestPinnedByThePrintedMap(t *testing.T) {
 		t.Fatalf("CertName %q, want a pin", r.Nodes[0].CertName)
 	}
 	a, _ := exchangeOver(t, r, nil)
+	requireFastStart(t, a)
 	if _, err := healthz.STUN(t.Context(), stunAddr(t, r.Nodes[0])); err != nil {
 		t.Error(err)
 	}
 
+	t.Run("HTTP upgrade", func(t *testing.T) {
+		exchangeOver(t, r, func(c *derphttp.Client) {
+			c.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12}
+		})
+	})
+	t.Run("WebSocket", func(t *testing.T) {
+		pin := &tls.Config{MinVersion: tls.VersionTLS12}
+		tlsdial.SetConfigExpectedCertHash(pin, strings.TrimPrefix(r.Nodes[0].CertName, "sha256-raw:"))
+		a, b := dialWebSocket(t, n, r.Nodes[0].HostName, pin), dialWebSocket(t, n, r.Nodes[0].HostName, pin)
+		exchange(t, a.Client, b.Client, a.public, b.public)
+	})
 	t.Run("another pin is refused", func(t *testing.T) {
 		wrong := *r.Nodes[0]
 		wrong.CertName = "sha256-raw:" + strings.Repeat("0", 64)
@@ -62,6 +75,20 @@ func TestPinnedByThePrintedMap(t *testing.T) {
 			t.Error("the pin changed")
 		}
 	})
+}
+
+// requireFastStart checks that the client could start without an HTTP response:
+// it got the meta certificate, in TLS 1.3.
+func requireFastStart(t *testing.T, c *derphttp.Client) {
+	t.Helper()
+	state, ok := c.TLSConnectionState()
+	if !ok || state.Version != tls.VersionTLS13 {
+		t.Fatalf("TLS version %x, want 1.3", state.Version)
+	}
+	last := state.PeerCertificates[len(state.PeerCertificates)-1]
+	if !strings.HasPrefix(last.Subject.CommonName, "derpkey") {
+		t.Errorf("last certificate is %q, want the meta certificate", last.Subject.CommonName)
+	}
 }
 
 // The three ways in which a client can start, over TLS that it verifies.
@@ -92,14 +119,7 @@ func TestLetsEncrypt(t *testing.T) {
 
 			t.Run("fast start", func(t *testing.T) {
 				a, _ := exchangeOver(t, r, trust)
-				state, ok := a.TLSConnectionState()
-				if !ok || state.Version != tls.VersionTLS13 {
-					t.Fatalf("TLS version %x, want 1.3", state.Version)
-				}
-				last := state.PeerCertificates[len(state.PeerCertificates)-1]
-				if !strings.HasPrefix(last.Subject.CommonName, "derpkey") {
-					t.Errorf("last certificate is %q, want the meta certificate", last.Subject.CommonName)
-				}
+				requireFastStart(t, a)
 			})
 			t.Run("HTTP upgrade", func(t *testing.T) {
 				// Below TLS 1.3 a client does not look for the meta
@@ -109,7 +129,8 @@ func TestLetsEncrypt(t *testing.T) {
 				})
 			})
 			t.Run("WebSocket", func(t *testing.T) {
-				a, b := dialWebSocket(t, n, roots), dialWebSocket(t, n, roots)
+				trusted := &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+				a, b := dialWebSocket(t, n, "derp.example.com", trusted), dialWebSocket(t, n, "derp.example.com", trusted)
 				exchange(t, a.Client, b.Client, a.public, b.public)
 			})
 			t.Run("an unknown authority is refused", func(t *testing.T) {
@@ -156,17 +177,17 @@ type webSocketClient struct {
 	public key.NodePublic
 }
 
-func dialWebSocket(t *testing.T, n *testNode, roots *x509.CertPool) webSocketClient {
+func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config) webSocketClient {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	transport := &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		TLSClientConfig: tlsConfig,
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, n.listeners.https.Addr().String())
 		},
 	}
-	ws, res, err := websocket.Dial(ctx, "wss://derp.example.com/derp", &websocket.DialOptions{
+	ws, res, err := websocket.Dial(ctx, "wss://"+host+"/derp", &websocket.DialOptions{
 		HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{"derp"},
 	})
 	if err != nil {
