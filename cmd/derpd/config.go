@@ -684,6 +684,9 @@ func (p *parser) publicFace(c *config) {
 	}
 	c.node.IPv4 = p.publicAddress("DERP_PUBLIC_IPV4", "IPv4", p.PublicV4, netip.Addr.Is4)
 	c.node.IPv6 = p.publicAddress("DERP_PUBLIC_IPV6", "IPv6", p.PublicV6, netip.Addr.Is6)
+	if c.node.IPv4 == derpmap.None && c.node.IPv6 == derpmap.None && p.Domain == "" {
+		p.fail("DERP_PUBLIC_IPV4", "none here and for DERP_PUBLIC_IPV6 leaves clients nothing to dial; set one of them, or DERP_DOMAIN")
+	}
 	if p.PublicTLS != "" {
 		c.publicTLS, _ = p.port("DERP_PUBLIC_PORT", p.PublicTLS, 1)
 	} else if c.mode == modeOff {

@@ -235,6 +235,7 @@ var badConfigurations = []struct {
 	{env: "DERP_PUBLIC_IPV4=2001:db8::1", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "2001:db8::1"`}},
 	{env: "DERP_PUBLIC_IPV4=relay.example.com", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "relay.example.com"`}},
 	{env: "DERP_PUBLIC_IPV6=203.0.113.7", want: []string{`DERP_PUBLIC_IPV6: want an IPv6 address or none, got "203.0.113.7"`}},
+	{env: "DERP_PUBLIC_IPV4=none DERP_PUBLIC_IPV6=none", want: []string{"DERP_PUBLIC_IPV4: none here and for DERP_PUBLIC_IPV6 leaves clients nothing to dial; set one of them, or DERP_DOMAIN"}},
 	{env: "DERP_PUBLIC_PORT=0", want: []string{`DERP_PUBLIC_PORT: want a port from 1 to 65535, got "0"`}},
 	{env: "DERP_PUBLIC_HTTP_PORT=http", want: []string{`DERP_PUBLIC_HTTP_PORT: want a port from 1 to 65535, got "http"`}},
 	{env: "DERP_PUBLIC_STUN_PORT=stun", want: []string{`DERP_PUBLIC_STUN_PORT: want a port from 1 to 65535, or -1 for off, got "stun"`}},

@@ -54,7 +54,8 @@ func main() {
 	os.Exit(exitCode(run(ctx, start, os.Args[1:], os.Environ(), os.Stdout, os.Stderr), os.Stderr))
 }
 
-// noStart is an error before anything was served: nothing on disk was changed.
+// noStart is an error in what derpd was told: the next start would end in the
+// same way. Nothing on disk was changed.
 type noStart struct{ error }
 
 func (e noStart) Unwrap() error { return e.error }

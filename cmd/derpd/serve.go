@@ -83,23 +83,28 @@ func newNode(ctx context.Context, start time.Time, c *config, log zerolog.Logger
 		probe: newProbeKeys(), serving: make(chan struct{}), address: make(chan struct{}),
 	}
 	if err := n.build(ctx); err != nil {
+		// Not a matter of the configuration, which was found good: a full
+		// disk, or no network yet. Another start may mend it.
 		l.close()
-		return nil, noStart{err}
+		return nil, err
 	}
 	return n, nil
 }
 
 func (n *node) build(ctx context.Context) error {
 	c := n.config
+	var err error
+	// First, since it may find that there is nothing to make a certificate
+	// for: then nothing is written.
+	if n.certs, err = n.certificates(ctx); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(c.dataDir, 0o700); err != nil {
 		return fmt.Errorf("DERP_DATA_DIR: %w", err)
 	}
 	private, err := relay.LoadOrCreateKey(c.nodeKeyFile())
 	if err != nil {
 		return fmt.Errorf("DERP_DATA_DIR: %w", err)
-	}
-	if n.certs, err = n.certificates(ctx); err != nil {
-		return err
 	}
 	if n.gate, err = newGate(c, n.log); err != nil {
 		return err
