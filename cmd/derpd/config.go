@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
@@ -481,15 +482,16 @@ func (p *parser) acme(c *config) {
 	p.dns(c)
 }
 
-func (p *parser) challenges(c *config) {
-	value := p.Challenges
-	if value == "" {
-		value = "http,tls-alpn"
-		if p.DNS != "" {
-			value = "dns"
-		}
+// challenges is DERP_ACME_CHALLENGES, or what it is when it is not set.
+func (l *loaded) challenges() string {
+	if l.Challenges == "" && l.DNS != "" {
+		return "dns"
 	}
-	for _, challenge := range p.list("DERP_ACME_CHALLENGES", value) {
+	return cmp.Or(l.Challenges, "http,tls-alpn")
+}
+
+func (p *parser) challenges(c *config) {
+	for _, challenge := range p.list("DERP_ACME_CHALLENGES", p.loaded.challenges()) {
 		switch challenge {
 		case "http":
 			c.acmeHTTP = true

@@ -357,13 +357,20 @@ func TestEnvironmentSources(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("c2VjcmV0\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	lines := filepath.Join(dir, "lines")
+	if err := os.WriteFile(lines, []byte("a\nb\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	l, err := loadEnvironment([]string{
 		"PATH=/bin",
 		"DERP_REGION_NAME=",                            // as compose passes on what is not set
 		"DERP_ACME_EAB_KEY_FILE=" + secret,             // a secret
 		"DERP_VERIFY_CLIENT_URL=https://u:p@h/v?tok=1", // a URL with secrets in it
-		"DERP_STUN_PORT=udp://10.0.0.1:3478",           // Kubernetes, for a service called derp-stun
-		"DERP_SERVICE_HOST=10.0.0.1",                   // Kubernetes, for a service called derp
+		"DERP_TAILNET_API_URL=https://u:p@api.example.com",
+		"DERP_ALLOW_KEYS=privkey:" + key64, // a mistake, and a secret
+		"DERP_DISALLOW_APPS_FILE=" + lines,
+		"DERP_STUN_PORT=udp://10.0.0.1:3478", // Kubernetes, for a service called derp-stun
+		"DERP_SERVICE_HOST=10.0.0.1",         // Kubernetes, for a service called derp
 		"DERP_PORT_443_TCP_ADDR=10.0.0.1",
 		"DERP_DEBUG_LOGS=1", // derpserver's own
 	})
@@ -377,18 +384,22 @@ func TestEnvironmentSources(t *testing.T) {
 	if want := []string{"DERP_PORT_443_TCP_ADDR", "DERP_SERVICE_HOST", "DERP_STUN_PORT"}; !slices.Equal(l.ignored, want) {
 		t.Errorf("ignored %v, want %v", l.ignored, want)
 	}
-	shown := l.effective()
+	shown := l.effective(map[string]string{"DERP_CERT_DIR": "/data/certs", "DERP_ADDR": ":1"})
 	for _, want := range []string{
 		"DERP_ACME_EAB_KEY=(secret)  # from " + secret + "\n",
 		"DERP_VERIFY_CLIENT_URL=https://xxxxx@h/v?xxxxx  # set\n",
 		"DERP_ADDR=:443  # default\n",
-		"DERP_CERT_DIR=  # default: certs in DERP_DATA_DIR\n",
+		"DERP_CERT_DIR=/data/certs  # default: certs in DERP_DATA_DIR\n",
+		"DERP_PUBLIC_PORT=  # default: as listened; 443 when DERP_CERT_MODE is off\n",
+		"DERP_TAILNET_API_URL=https://xxxxx@api.example.com  # set\n",
+		"DERP_ALLOW_KEYS=(secret)  # set\n",
+		`DERP_DISALLOW_APPS="a\nb"  # from ` + lines + "\n",
 	} {
 		if !strings.Contains(shown, want) {
 			t.Errorf("derpd env lacks %q:\n%s", want, shown)
 		}
 	}
-	if strings.Contains(shown, "c2VjcmV0") || strings.Contains(shown, "tok") {
+	if strings.Contains(shown, "c2VjcmV0") || strings.Contains(shown, "tok") || strings.Contains(shown, key64) {
 		t.Errorf("derpd env shows a secret:\n%s", shown)
 	}
 }

@@ -152,7 +152,7 @@ func TestDNSConfiguration(t *testing.T) {
 		t.Errorf("got %+v", d)
 	}
 
-	shown := c.loaded.effective()
+	shown := c.loaded.effective(nil)
 	for _, want := range []string{
 		"DERP_ACME_CHALLENGES=dns,http  # set\n",
 		"DERP_DNS_RFC2136_SERVER=ns.example.com:53  # set\n",

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -18,19 +20,43 @@ func printEnvironment(args, env []string, stdout, stderr io.Writer) error {
 		_, err := io.WriteString(stdout, exampleFile())
 		return err
 	}
-	l, _ := loadEnvironment(env) // what is wrong, loadConfig says with the rest
-	if _, err := io.WriteString(stdout, l.effective()); err != nil {
+	c, err := loadConfig(env)
+	decided := make(map[string]string)
+	if err == nil {
+		decided = c.decided()
+	}
+	if _, err := io.WriteString(stdout, c.loaded.effective(decided)); err != nil {
 		return err
 	}
-	if _, err := loadConfig(env); err != nil {
+	if err != nil {
 		return configError(err)
 	}
 	return nil
 }
 
+// decided are the values of variables whose default is not one value. What is
+// known only when the relay runs is not among them.
+func (c *config) decided() map[string]string {
+	values := map[string]string{
+		"DERP_HTTP_PORT": strconv.Itoa(cmp.Or(portOf(c.httpAddr), -1)),
+		"DERP_CERT_DIR":  c.certDir,
+		"DERP_CERT_MODE": c.mode,
+		"DERP_NODE_NAME": c.node.Name,
+	}
+	switch c.mode {
+	case modeManual:
+		values["DERP_CERT_FILE"], values["DERP_KEY_FILE"] = c.manual.CertFile, c.manual.KeyFile
+	case modeLetsEncrypt:
+		values["DERP_ACME_CA"] = "letsencrypt"
+		values["DERP_ACME_CHALLENGES"] = c.loaded.challenges()
+	}
+	return values
+}
+
 // effective lists every variable with its value and where that came from. Of
 // the DNS providers' it lists what was given and what the chosen one wants.
-func (l *loaded) effective() string {
+// Where the default is not one value, decided has it.
+func (l *loaded) effective(decided map[string]string) string {
 	var b strings.Builder
 	list := l.variables()
 	for _, v := range credentialVariables() {
@@ -54,6 +80,7 @@ func (l *loaded) effective() string {
 		value := v.shown()
 		if value == "" && v.computed != "" {
 			source += ": " + v.computed
+			value = decided[v.name]
 		}
 		fmt.Fprintf(&b, "%s=%s  # %s\n", v.name, value, source)
 	}

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/sethvargo/go-envconfig"
@@ -56,7 +57,7 @@ type environment struct {
 	OAuthID     string `env:"DERP_TAILNET_OAUTH_CLIENT_ID" en:"the same with an OAuth client with the scope devices:core:read, which does not expire; several, comma-separated" zh:"同上，使用带 devices:core:read 权限、不会过期的 OAuth 客户端；可以有多个，逗号分隔"`
 	OAuthSecret string `env:"DERP_TAILNET_OAUTH_CLIENT_SECRET" en:"the secrets of the OAuth clients, in the same order" zh:"OAuth 客户端的密钥，顺序相同" secret:"true"`
 	Tailnet     string `env:"DERP_TAILNET" en:"names of the tailnets, one for each API key and then for each OAuth client" zh:"tailnet 的名称，先按 API 令牌、再按 OAuth 客户端的顺序各一个" or:"the credential's own" zhor:"凭据自己的 tailnet"`
-	APIURL      string `env:"DERP_TAILNET_API_URL,default=https://api.tailscale.com" en:"where Tailscale's API is asked, for a proxy of yours that can reach it" zh:"Tailscale API 的网址，用于你自己的、能访问它的代理"`
+	APIURL      string `env:"DERP_TAILNET_API_URL,default=https://api.tailscale.com" en:"where Tailscale's API is asked, for a proxy of yours that can reach it" zh:"Tailscale API 的网址，用于你自己的、能访问它的代理" secret:"url"`
 	External    string `env:"DERP_TAILNET_EXTERNAL,default=false" en:"whether devices that others share into the tailnet may connect too" zh:"别人共享进 tailnet 的设备是否也可以连接"`
 	Grace       string `env:"DERP_VERIFY_GRACE,default=24h" en:"how long an admitted node stays welcome while a source of admission does not answer; 0 is not at all" zh:"准入来源不回答时，已放行过的节点在多长时间内仍可连接；0 表示不可"`
 	Interval    string `env:"DERP_VERIFY_INTERVAL,default=1m" en:"how often connected nodes are asked about again, and Tailscale's API for its devices, which is asked every 15s at most" zh:"多久重新核对一次已连接的节点，以及多久向 Tailscale API 查询一次设备（最短 15 秒一次）"`
@@ -147,8 +148,10 @@ func (v variable) shown() string {
 	switch {
 	case v.value == "":
 		return ""
-	case v.secret:
+	case v.secret, strings.Contains(v.value, "privkey:"): // a key in the wrong place is one all the same
 		return "(secret)"
+	case strings.ContainsAny(v.value, "\r\n"):
+		return strconv.Quote(v.value)
 	case v.url:
 		targets := splitList(v.value)
 		for i, target := range targets {

@@ -97,7 +97,7 @@ func TestPlatformIsTheSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	shown := l.effective()
+	shown := l.effective(nil)
 	for _, want := range []string{
 		"DERP_ADDR=:8443  # Fly.io\n",
 		"DERP_DOMAIN=my-derp.fly.dev  # Fly.io\n",
