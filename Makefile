@@ -32,13 +32,18 @@ test: peers ## run all tests, in any order, with the race detector
 peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests talk to
 
 # High ports and ./data, so that no root is needed. What you have set wins.
-run: export DERP_ADDR ?= :8443
-run: export DERP_HTTP_PORT ?= 8080
-run: export DERP_STUN_PORT ?= 3478
-run: export DERP_DATA_DIR ?= ./data
+run map: export DERP_ADDR ?= :8443
+run map: export DERP_HTTP_PORT ?= 8080
+run map: export DERP_STUN_PORT ?= 3478
+run map: export DERP_DATA_DIR ?= ./data
 .PHONY: run
 run: ## run a relay here, without Docker and without configuration
 	go run ./cmd/derpd
+
+.PHONY: map
+map: FORMAT ?= policy
+map: ## print the map of that relay, FORMAT=policy, headscale or json
+	@go run ./cmd/derpd derpmap --format $(FORMAT)
 
 .PHONY: build
 build: BINARY ?= derpd
