@@ -98,9 +98,12 @@ func (n *node) checkSTUN(ctx context.Context) healthz.Result {
 	return healthz.Okf("round trip in %s", took.Round(10*time.Microsecond))
 }
 
+// toClose are the ways to close an open relay, in the order of the README.
+const toClose = "to close it, set DERP_TAILNET_OAUTH_CLIENT_ID, DERP_VERIFY_CLIENTS=true, DERP_VERIFY_CLIENT_URL or DERP_ALLOW_KEYS"
+
 func (n *node) checkAdmission(context.Context) healthz.Result {
 	if n.gate == nil {
-		return healthz.Warnf("open: anybody who finds this relay can use it; set DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL, DERP_TAILNET_API_KEY or DERP_VERIFY_CLIENTS=true")
+		return healthz.Warnf("open: anybody who finds this relay can use it; %s", toClose)
 	}
 	var good, bad []string
 	for _, s := range n.gate.States() {

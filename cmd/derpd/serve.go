@@ -362,7 +362,7 @@ func (n *node) announceStart() {
 	case c.openOnOrder:
 		n.log.Warn().Msg("this relay is open, as DERP_VERIFY_CLIENTS=false says: anybody who finds it can use it")
 	default:
-		n.log.Warn().Msg("this relay is open: anybody who finds it can use it; close it with DERP_ALLOW_KEYS, DERP_VERIFY_CLIENT_URL or DERP_VERIFY_CLIENTS=true")
+		n.log.Warn().Msg("this relay is open: anybody who finds it can use it; " + toClose)
 	}
 }
 
