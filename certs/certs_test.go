@@ -76,6 +76,18 @@ func TestPinned(t *testing.T) {
 	}
 }
 
+// A name that is too long for the subject is in the certificate all the same.
+func TestPinnedLongName(t *testing.T) {
+	name := strings.Repeat("a", 60) + ".relay.example.com"
+	m, err := certs.LoadOrCreatePinned(certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "pinned.pem"), Names: []string{name}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := m.Status(); s.Leaf.VerifyHostname(name) != nil || s.Leaf.Subject.CommonName != "" || s.Pin == "" {
+		t.Errorf("subject %q, names %v, pin %q", s.Leaf.Subject, s.Leaf.DNSNames, s.Pin)
+	}
+}
+
 // What is wrong with the file is never mended by a new identity.
 func TestPinnedRefuses(t *testing.T) {
 	for _, tt := range []struct {
