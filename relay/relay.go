@@ -149,8 +149,8 @@ func routes(server *derpserver.Server, mesh *Mesh, c Config) http.Handler {
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
 	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
 	mux.Handle("/bootstrap-dns", browserHeaders(c.BootstrapDNS))
-	mux.Handle("/robots.txt", browserHeaders(http.HandlerFunc(serveRobots)))
-	home := browserHeaders(readOnly(c.Home))
+	mux.HandleFunc("/robots.txt", serveRobots)
+	home := readOnly(c.Home)
 	mux.Handle("/", home)
 	mux.Handle(meshPath, mesh.serveNode(home))
 	return mux
@@ -197,9 +197,11 @@ func readOnly(next http.Handler) http.Handler {
 	})
 }
 
-// browserHeaders sets what upstream's tsweb.AddBrowserHeaders sets, for the few
-// paths that a browser may open. It leaves out Strict-Transport-Security: that
-// would bind every other service under the operator's domain as well.
+// browserHeaders sets what upstream's tsweb.AddBrowserHeaders sets. It leaves out
+// Strict-Transport-Security: that would bind every other service under the
+// operator's domain as well. What scanners ask for, the home page and
+// robots.txt, does without: it has nothing to protect, and by these very headers
+// a search engine for hosts finds every derper.
 func browserHeaders(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
