@@ -206,8 +206,8 @@ func TestMesh(t *testing.T) {
 			got := meshHealth(n)
 			return strings.HasPrefix(got, "warn 1 of 2 nodes connected; "+down+" is down for ") && strings.HasSuffix(got, "s: connect: connection refused")
 		})
-		if !n.health.Report(t.Context()).Ready {
-			t.Error("a node is not ready because another one is down")
+		if report := n.health.Report(t.Context()); !report.Ready {
+			t.Errorf("a node is not ready while another one is down: %s", report)
 		}
 		if got := scrape(t, n); !strings.Contains(got, "\nderpd_mesh_up{node=\""+down+"\"} 0\n") {
 			t.Error("metrics do not miss the node:\n" + got)
