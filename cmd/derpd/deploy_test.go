@@ -232,7 +232,7 @@ func TestQuadlet(t *testing.T) {
 	dir := t.TempDir()
 	file("derpd.container", contents(t, "docker", "derpd.container"))(t, dir)
 	out := output(t, dir, []string{"QUADLET_UNIT_DIRS=" + dir}, quadlet, "-dryrun")
-	for _, want := range []string{`--health-cmd "[\"/derpd\",\"healthcheck\"]"`, "--read-only", "--cap-drop all", "-v derpd:/data", "--publish 0.0.0.0:3478:3478/udp"} {
+	for _, want := range []string{`--health-cmd "[\"/derpd\",\"healthcheck\"]"`, "--read-only", "--cap-drop all", "--label io.containers.autoupdate=local", "-v derpd:/data", "--publish 0.0.0.0:3478:3478/udp"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("podman is not told %s:\n%s", want, out)
 		}
