@@ -16,6 +16,8 @@ ACTIONLINT    := $(TOOLS)/actionlint-v1.7.12
 # The tailscaled may be older than the relay, as other people's are; not newer.
 TAILSCALE := v1.102.5
 HEADSCALE := v0.29.0
+# What an update of the relay is compared with.
+DERPER    := $(TOOLS)/derper-v1.104.5
 PEERS     := $(TOOLS)/peers-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
 
 .DEFAULT_GOAL := help
@@ -71,8 +73,9 @@ image: ## build the image, derpd, and print its size
 
 # docker/bases/make first, where no registry can be reached.
 e2e: export DERPD_PEERS := $(PEERS)
+e2e: export DERPD_DERPER := $(DERPER)
 .PHONY: e2e
-e2e: image peers ## test the image with docker compose; takes ports 443, 80 and 3478
+e2e: image peers $(DERPER) ## test the image with docker compose; takes ports 443, 80 and 3478
 	DERPD_IMAGE=$(IMAGE) go test -tags e2e -count=1 -v ./docker/e2e
 
 # tidy also looks at what only the tests of dependencies need; -e goes on where
@@ -137,3 +140,14 @@ $(PEERS)/headscale:
 		go build -mod=mod -trimpath -o headscale github.com/juanfont/headscale/cmd/headscale
 	mv $(PEERS)/module/headscale $@
 	rm -r $(PEERS)/module
+
+# Upstream's relay, built as headscale is; without the replacement, it asks for
+# a version of setec that is not to be had.
+$(DERPER):
+	rm -rf $@.module
+	mkdir -p $@.module
+	cd $@.module && go mod init tool && go mod edit -require=tailscale.com@v$(lastword $(subst -v, ,$@)) \
+		-replace=github.com/tailscale/setec=github.com/tailscale/setec@v0.0.0-20260310221408-dcd97e42f251 && \
+		CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o derper tailscale.com/cmd/derper
+	mv $@.module/derper $@
+	rm -r $@.module

@@ -1,0 +1,577 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/binary"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"maps"
+	"math/big"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+	"tailscale.com/util/backoff"
+)
+
+const (
+	updates       = 5 // of each relay
+	sendEvery     = 10 * time.Millisecond
+	updateTimeout = time.Minute
+	// The start period, three checks ten seconds apart, and what a slow machine
+	// adds.
+	unhealthyWithin = 90 * time.Second
+)
+
+// TestUpdate updates a running relay as Watchtower does, with clients connected,
+// and measures for how long they are without it. Upstream's derper is updated in
+// turn with it: the two are compared, since a number alone tells of the machine.
+func TestUpdate(t *testing.T) {
+	fleet := []*updated{startDerpd(t), startDerper(t)}
+	for range updates {
+		for _, u := range fleet {
+			u.outages = append(u.outages, u.update(t))
+		}
+	}
+	var medians []time.Duration
+	for _, u := range fleet {
+		slices.Sort(u.outages)
+		medians = append(medians, u.outages[len(u.outages)/2])
+		t.Logf("%s: no packet for %v, median of %v", u.name, medians[len(medians)-1].Round(time.Millisecond), u.outages)
+	}
+	if medians[0] > medians[1] {
+		t.Errorf("an update of derpd interrupts clients for %v, one of derper for %v", medians[0], medians[1])
+	}
+}
+
+// TestBadUpdate is what the README says of one: it can be seen, and taken back.
+func TestBadUpdate(t *testing.T) {
+	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
+	const name = "derpd-e2e:bad-update"
+	tag := func(id string) { docker(t, "tag", id, name) }
+	tag(good)
+	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", name) })
+
+	relay := writeFile(t, "image.yaml", "services:\n  relay:\n    image: "+name+"\n")
+	ports := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", freeTCP(t), freeTCP(t), freeUDP(t)))
+	d := up(t, "-f", "compose.yaml", "-f", relay, "--env-file", ports)
+	region := reached(onlyRegion(t, d.derpMap(t)), netip.MustParseAddr("127.0.0.1"))
+	relayKey := exchange(t, region)
+
+	goBack := func(t *testing.T) {
+		t.Helper()
+		tag(good)
+		d.must(t, "up", "-d", "--wait", "--no-build")
+		if again := d.inspect(t, "{{.Image}}"); again != good {
+			t.Errorf("runs %s, want the old image %s", again, good)
+		}
+		// The region pins the certificate as it was.
+		if again := exchange(t, region); again != relayKey {
+			t.Errorf("node key was %v, is %v", relayKey, again)
+		}
+	}
+
+	t.Run("that ends", func(t *testing.T) {
+		tag(derived(t, good, "ENV DERP_ADDR=nonsense"))
+		replace(t, d.id(t))
+		await(t, "the engine starts it again and again", updateTimeout, func() bool {
+			return d.inspect(t, "{{gt .RestartCount 1}} {{.State.ExitCode}}") == "true 2"
+		})
+		if log := d.must(t, "logs", "--no-log-prefix", "--no-color", "relay"); !strings.Contains(log, "DERP_ADDR") {
+			t.Errorf("the log does not say why:\n%s", log)
+		}
+		goBack(t)
+	})
+	t.Run("that does not serve", func(t *testing.T) {
+		tag(derived(t, good, "ENV DERP_DOMAIN=derp.example.com DERP_ACME_CA=https://127.0.0.1:1/directory"))
+		replace(t, d.id(t))
+		begun := time.Now()
+		await(t, "it is unhealthy", unhealthyWithin, func() bool {
+			return d.inspect(t, "{{.State.Health.Status}}") == "unhealthy"
+		})
+		t.Logf("unhealthy after %v", time.Since(begun).Round(time.Second))
+		if why := d.inspect(t, "{{json .State.Health.Log}}"); !strings.Contains(why, "not ready") {
+			t.Errorf("the health check does not say why: %s", why)
+		}
+		goBack(t)
+	})
+}
+
+// TestProfiles looks at what docker compose makes of the profiles that update and
+// that tell of updates.
+func TestProfiles(t *testing.T) {
+	const socket = "/var/run/docker.sock"
+	plain := services(t)
+	if got := slices.Sorted(maps.Keys(plain)); !slices.Equal(got, []string{"relay"}) {
+		t.Errorf("services without a profile: %v", got)
+	}
+	for profile, name := range map[string]string{"autoupdate": "watchtower", "notify": "diun"} {
+		t.Run(profile, func(t *testing.T) {
+			all := services(t, "--profile", profile)
+			if got := slices.Sorted(maps.Keys(all)); !slices.Equal(got, slices.Sorted(slices.Values([]string{"relay", name}))) {
+				t.Fatalf("services are %v", got)
+			}
+			if !reflect.DeepEqual(all["relay"], plain["relay"]) {
+				t.Errorf("the relay is another one with the profile: %+v, without it %+v", all["relay"], plain["relay"])
+			}
+			s := all[name]
+			if _, tag, _ := strings.Cut(s.Image, ":"); strings.Count(tag, ".") != 2 {
+				t.Errorf("image %s is not of one release", s.Image)
+			}
+			if s.Privileged || len(s.CapAdd) > 0 || !slices.Equal(s.CapDrop, []string{"ALL"}) || !s.ReadOnly || len(s.Ports) > 0 ||
+				!slices.Equal(s.SecurityOpt, []string{"no-new-privileges:true"}) {
+				t.Errorf("not confined: %+v", s)
+			}
+			if !slices.ContainsFunc(s.Volumes, func(v volume) bool { return v.Target == socket }) {
+				t.Errorf("without the engine's socket: %+v", s.Volumes)
+			}
+			if s.Labels["com.centurylinklabs.watchtower.enable"] != "" {
+				t.Error("it would update itself")
+			}
+		})
+	}
+
+	relay := plain["relay"]
+	if slices.ContainsFunc(relay.Volumes, func(v volume) bool { return strings.Contains(v.Source+v.Target, "docker.sock") }) {
+		t.Errorf("the relay has the engine's socket: %+v", relay.Volumes)
+	}
+	if relay.Privileged || len(relay.CapAdd) > 0 || !slices.Equal(relay.CapDrop, []string{"ALL"}) {
+		t.Errorf("the relay has privileges: %+v", relay)
+	}
+	watchtower := services(t, "--profile", "autoupdate")["watchtower"]
+	const scope = "com.centurylinklabs.watchtower.scope"
+	if relay.Labels["com.centurylinklabs.watchtower.enable"] != "true" || relay.Labels[scope] != "derpd-profiles" || watchtower.Labels[scope] != "derpd-profiles" {
+		t.Errorf("labels of the relay are %v, of watchtower %v", relay.Labels, watchtower.Labels)
+	}
+	settings := watchtower.Environment
+	for name, want := range map[string]string{
+		"WATCHTOWER_LABEL_ENABLE": "true", "WATCHTOWER_SCOPE": "derpd-profiles", "WATCHTOWER_CLEANUP": "true",
+		"WATCHTOWER_ROLLING_RESTART": "false", "WATCHTOWER_SCHEDULE": "@every 24h", "WATCHTOWER_TIMEOUT": relay.StopGracePeriod,
+	} {
+		if got := settings[name]; got == nil || *got != want {
+			t.Errorf("%s is %v, want %s", name, got, want)
+		}
+	}
+}
+
+// TestImageIsDated: updaters go by when an image was made, which a build that
+// is to be reproduced must not hide.
+func TestImageIsDated(t *testing.T) {
+	text := docker(t, "image", "inspect", "--format", "{{.Created}}", image())
+	created, err := time.Parse(time.RFC3339Nano, text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if age := time.Since(created); age < -time.Hour || age > 365*24*time.Hour {
+		t.Errorf("image says that it was made at %s", text)
+	}
+}
+
+type volume struct{ Source, Target string }
+
+// service holds the keys of a service that are looked at.
+type service struct {
+	Image           string
+	Privileged      bool
+	CapAdd          []string `json:"cap_add"`
+	CapDrop         []string `json:"cap_drop"`
+	SecurityOpt     []string `json:"security_opt"`
+	ReadOnly        bool     `json:"read_only"`
+	StopGracePeriod string   `json:"stop_grace_period"`
+	Ports           []any
+	Labels          map[string]string
+	Environment     map[string]*string
+	Volumes         []volume
+}
+
+func services(t *testing.T, flags ...string) map[string]service {
+	t.Helper()
+	args := slices.Concat([]string{"compose", "-p", "derpd-profiles", "-f", "compose.yaml"}, flags, []string{"config", "--format", "json"})
+	var config struct{ Services map[string]service }
+	if err := json.Unmarshal([]byte(docker(t, args...)), &config); err != nil {
+		t.Fatal(err)
+	}
+	return config.Services
+}
+
+// image is the image to test.
+func image() string {
+	if name := os.Getenv("DERPD_IMAGE"); name != "" {
+		return name
+	}
+	return "derpd"
+}
+
+// derived makes an image of another one, and returns its ID.
+func derived(t *testing.T, from, instructions string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM "+from+"\n"+instructions+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return built(t, dir)
+}
+
+func built(t *testing.T, dir string) string {
+	t.Helper()
+	id := docker(t, "build", "--quiet", dir)
+	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", id) })
+	return id
+}
+
+// updated is a relay that is updated again and again, from one image to another
+// and back: what is new is told by nothing but the image's ID.
+type updated struct {
+	name    string // of the container
+	tag     string
+	images  [2]string
+	region  *tailcfg.DERPRegion
+	outages []time.Duration
+}
+
+// begin creates a container, which is removed in the end.
+func (u *updated) begin(t *testing.T, flags []string, command ...string) {
+	t.Helper()
+	u.images[1] = derived(t, u.images[0], "LABEL update=true")
+	docker(t, "tag", u.images[0], u.tag)
+	remove := func() {
+		_, _ = run(context.Background(), dockerTimeout, "rm", "--force", "--volumes", u.name)
+	}
+	remove() // what a killed test left
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := run(context.Background(), dockerTimeout, "logs", u.name)
+			t.Logf("log of %s:\n%s", u.name, out)
+		}
+		remove()
+		_, _ = run(context.Background(), dockerTimeout, "rmi", u.tag)
+	})
+	docker(t, slices.Concat([]string{
+		"run", "--detach", "--name", u.name, "--user", "65532:65532", "--restart", "unless-stopped",
+		"--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", "5",
+	}, flags, []string{u.tag}, command)...)
+}
+
+func startDerpd(t *testing.T) *updated {
+	t.Helper()
+	u := &updated{name: "derpd-e2e-derpd", tag: "derpd-e2e:derpd"}
+	u.images[0] = docker(t, "image", "inspect", "--format", "{{.Id}}", image())
+	port := freeTCP(t)
+	docker(t, "volume", "create", u.name)
+	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "volume", "rm", u.name) })
+	u.begin(t, []string{
+		"--publish", fmt.Sprintf("127.0.0.1:%d:443", port), "--volume", u.name + ":/data",
+		"--env", "DERP_PUBLIC_IPV4=127.0.0.1", "--env", "DERP_PUBLIC_IPV6=none", "--env", fmt.Sprintf("DERP_PUBLIC_PORT=%d", port),
+	})
+	await(t, "derpd is ready", updateTimeout, func() bool {
+		_, err := run(t.Context(), dockerTimeout, "exec", u.name, "/derpd", "healthcheck")
+		return err == nil
+	})
+	m := new(tailcfg.DERPMap)
+	if err := json.Unmarshal([]byte(docker(t, "exec", u.name, "/derpd", "derpmap", "--format", "json")), m); err != nil {
+		t.Fatal(err)
+	}
+	u.region = onlyRegion(t, m)
+	return u
+}
+
+// startDerper is startDerpd for upstream's relay, as those run it who have no
+// domain: with a certificate of its own that the map pins.
+func startDerper(t *testing.T) *updated {
+	t.Helper()
+	path := os.Getenv("DERPD_DERPER")
+	if path == "" {
+		t.Fatal("DERPD_DERPER is not set to upstream's derper: run make e2e")
+	}
+	program, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, content := range map[string]string{"derper": string(program), "Dockerfile": "FROM scratch\nCOPY derper /derper\nENTRYPOINT [\"/derper\"]\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	u := &updated{name: "derpd-e2e-derper", tag: "derpd-e2e:derper"}
+	u.images[0] = built(t, dir)
+
+	data := t.TempDir() // readable by the container's user
+	nodeKey, err := json.Marshal(map[string]any{"PrivateKey": key.NewNode()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate, certificateKey, hash := selfSigned(t)
+	for name, content := range map[string][]byte{"derper.key": nodeKey, "127.0.0.1.crt": certificate, "127.0.0.1.key": certificateKey} {
+		if err := os.WriteFile(filepath.Join(data, name), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	port := freeTCP(t)
+	u.begin(t, []string{"--publish", fmt.Sprintf("127.0.0.1:%d:443", port), "--volume", data + ":/data:ro"},
+		"-c", "/data/derper.key", "-certmode", "manual", "-certdir", "/data", "-hostname", "127.0.0.1")
+	u.region = &tailcfg.DERPRegion{RegionID: 901, RegionCode: "derper", Nodes: []*tailcfg.DERPNode{{
+		Name: "901a", RegionID: 901, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none", DERPPort: port, CertName: "sha256-raw:" + hash,
+	}}}
+	return u
+}
+
+// selfSigned makes a certificate for 127.0.0.1, and the hash that pins it.
+func selfSigned(t *testing.T) (certificate, private []byte, hash string) {
+	t.Helper()
+	signer, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "127.0.0.1"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, signer.Public(), signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), fmt.Sprintf("%x", sha256.Sum256(der))
+}
+
+// update gives the tag to the other image, replaces the container, and returns
+// the longest time for which one client heard nothing of the other.
+func (u *updated) update(t *testing.T) time.Duration {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), updateTimeout)
+	defer cancel()
+	var running sync.WaitGroup
+	defer running.Wait()
+	from, to := dialing(t, u.region), dialing(t, u.region)
+	defer func() {
+		cancel()
+		_ = from.Close()
+		_ = to.Close()
+	}()
+
+	got := make(chan uint64)
+	running.Go(func() { listen(ctx, from, nil) })
+	running.Go(func() { listen(ctx, to, got) })
+	running.Go(func() {
+		tick := time.NewTicker(sendEvery)
+		defer tick.Stop()
+		for number := uint64(0); ; number++ {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			// While it fails, the next one dials, as a busy tailscaled does.
+			_ = from.Send(to.SelfPublicKey(), binary.BigEndian.AppendUint64(nil, number))
+		}
+	})
+
+	var last time.Time
+	var longest time.Duration
+	receive := func(packets int) {
+		for range packets {
+			select {
+			case <-got:
+			case <-ctx.Done():
+				t.Fatalf("%s: packets do not arrive", u.name)
+			}
+			now := time.Now()
+			if !last.IsZero() {
+				longest = max(longest, now.Sub(last))
+			}
+			last = now
+		}
+	}
+	receive(50)
+	longest = 0
+	u.images[0], u.images[1] = u.images[1], u.images[0]
+	docker(t, "tag", u.images[0], u.tag)
+	replaced := make(chan struct{})
+	running.Go(func() {
+		defer close(replaced)
+		replace(t, u.name)
+	})
+	for waiting := true; waiting; {
+		select {
+		case <-replaced:
+			waiting = false
+		case <-ctx.Done():
+			t.Fatalf("%s: not replaced", u.name)
+		case <-got:
+			now := time.Now()
+			longest, last = max(longest, now.Sub(last)), now
+		}
+	}
+	receive(50)
+	if running := docker(t, "inspect", "--format", "{{.Image}}", u.name); running != u.images[0] {
+		t.Fatalf("%s runs %s, want %s", u.name, running, u.images[0])
+	}
+	return longest
+}
+
+// dialing is a client that connects as soon as it is used.
+func dialing(t *testing.T, region *tailcfg.DERPRegion) *derphttp.Client {
+	t.Helper()
+	c := derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region })
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// listen receives as magicsock does, with its pauses between attempts to connect.
+func listen(ctx context.Context, c *derphttp.Client, got chan<- uint64) {
+	pause := backoff.NewBackoff("derp", logger.Discard, 5*time.Second)
+	for ctx.Err() == nil {
+		message, err := c.Recv()
+		pause.BackOff(ctx, err)
+		packet, ok := message.(derp.ReceivedPacket)
+		if err != nil || !ok || got == nil || len(packet.Data) != 8 {
+			continue
+		}
+		select {
+		case got <- binary.BigEndian.Uint64(packet.Data):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// replace does to a container what Watchtower 1.22 does (StopAndRemoveSourceContainer
+// and StartTargetContainer in its pkg/container), and in its order: stop, remove,
+// create, rename, start. The new container has what the old one was given, less
+// what its image had set, so that the new image's settings count.
+func replace(t *testing.T, name string) {
+	t.Helper()
+	var old struct {
+		ID, Name, Image string
+		Config          map[string]any
+		HostConfig      map[string]any
+		NetworkSettings struct {
+			Networks map[string]struct{ Aliases []string }
+		}
+	}
+	engine(t, http.MethodGet, "/containers/"+name+"/json", nil, &old)
+	var from struct{ Config map[string]any }
+	engine(t, http.MethodGet, "/images/"+old.Image+"/json", nil, &from)
+
+	config := old.Config
+	for setting, value := range config {
+		config[setting] = given(value, from.Config[setting])
+	}
+	networks := make(map[string]any)
+	for network, endpoint := range old.NetworkSettings.Networks {
+		// The short ID is one that the engine adds.
+		aliases := slices.DeleteFunc(endpoint.Aliases, func(alias string) bool { return strings.HasPrefix(old.ID, alias) })
+		networks[network] = map[string]any{"Aliases": aliases}
+	}
+	config["HostConfig"] = old.HostConfig
+	config["NetworkingConfig"] = map[string]any{"EndpointsConfig": networks}
+	timeout := config["StopTimeout"]
+	if timeout == nil {
+		t.Fatalf("%s has no stop timeout", name)
+	}
+
+	var created struct{ ID string }
+	engine(t, http.MethodPost, fmt.Sprintf("/containers/%s/stop?t=%v", old.ID, timeout), nil, nil)
+	engine(t, http.MethodDelete, "/containers/"+old.ID+"?force=1", nil, nil)
+	engine(t, http.MethodPost, "/containers/create", config, &created)
+	engine(t, http.MethodPost, "/containers/"+created.ID+"/rename?name="+url.QueryEscape(strings.TrimPrefix(old.Name, "/")), nil, nil)
+	engine(t, http.MethodPost, "/containers/"+created.ID+"/start", nil, nil)
+}
+
+// given is what of a container's setting is not its image's.
+func given(value, image any) any {
+	if reflect.DeepEqual(value, image) {
+		return nil
+	}
+	switch value := value.(type) {
+	case []any: // Env
+		set, _ := image.([]any)
+		return slices.DeleteFunc(value, func(v any) bool { return slices.Contains(set, v) })
+	case map[string]any: // Labels, Volumes, ExposedPorts
+		set, _ := image.(map[string]any)
+		maps.DeleteFunc(value, func(name string, v any) bool { return reflect.DeepEqual(v, set[name]) })
+	}
+	return value
+}
+
+// engine asks the Docker engine, whose API of 1.41 all have that are in use.
+func engine(t *testing.T, method, path string, body, into any) {
+	t.Helper()
+	var content bytes.Buffer
+	if body != nil {
+		if err := json.NewEncoder(&content).Encode(body); err != nil {
+			t.Error(err)
+			return
+		}
+	}
+	request, err := http.NewRequestWithContext(t.Context(), method, "http://docker/v1.41"+path, &content)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	request.Header.Set("Content-Type", "application/json")
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", "/var/run/docker.sock")
+	}}
+	defer transport.CloseIdleConnections()
+	answer, err := (&http.Client{Transport: transport, Timeout: dockerTimeout}).Do(request)
+	if err != nil {
+		t.Errorf("%s %s: %v", method, path, err)
+		return
+	}
+	defer func() { _ = answer.Body.Close() }()
+	text, err := io.ReadAll(answer.Body)
+	// Stopping what has stopped is answered by 304.
+	if err != nil || answer.StatusCode >= 400 {
+		t.Errorf("%s %s: %s, %v: %s", method, path, answer.Status, err, text)
+		return
+	}
+	if into != nil {
+		if err := json.Unmarshal(text, into); err != nil {
+			t.Errorf("%s %s: %v in %s", method, path, err, text)
+		}
+	}
+}
+
+func await(t *testing.T, what string, within time.Duration, holds func() bool) {
+	t.Helper()
+	deadline, tick := time.After(within), time.NewTicker(250*time.Millisecond)
+	defer tick.Stop()
+	for !holds() {
+		select {
+		case <-deadline:
+			t.Fatalf("not within %v: %s", within, what)
+		case <-tick.C:
+		}
+	}
+}
