@@ -98,7 +98,7 @@ func TestBadUpdate(t *testing.T) {
 	}
 
 	t.Run("that ends", func(t *testing.T) {
-		tag(derived(t, good, "ENV DERP_ADDR=nonsense"))
+		tag(derived(t, name, "ENV DERP_ADDR=nonsense"))
 		replace(t, d.id(t))
 		await(t, "the engine starts it again and again", updateTimeout, func() bool {
 			return d.inspect(t, "{{gt .RestartCount 1}} {{.State.ExitCode}}") == "true 2"
@@ -109,7 +109,7 @@ func TestBadUpdate(t *testing.T) {
 		goBack(t)
 	})
 	t.Run("that does not serve", func(t *testing.T) {
-		tag(derived(t, good, "ENV DERP_DOMAIN=derp.example.com DERP_ACME_CA=https://127.0.0.1:1/directory"))
+		tag(derived(t, name, "ENV DERP_DOMAIN=derp.example.com DERP_ACME_CA=https://127.0.0.1:1/directory"))
 		replace(t, d.id(t))
 		begun := time.Now()
 		await(t, "it is unhealthy", unhealthyWithin, func() bool {
@@ -228,7 +228,8 @@ func image() string {
 	return "derpd"
 }
 
-// derived makes an image of another one, and returns its ID.
+// derived makes an image of another one, named by a tag since BuildKit takes no
+// ID, and returns its ID.
 func derived(t *testing.T, from, instructions string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -258,8 +259,8 @@ type updated struct {
 // begin creates a container, which is removed in the end.
 func (u *updated) begin(t *testing.T, flags []string, command ...string) {
 	t.Helper()
-	u.images[1] = derived(t, u.images[0], "LABEL update=true")
 	docker(t, "tag", u.images[0], u.tag)
+	u.images[1] = derived(t, u.tag, "LABEL update=true")
 	remove := func() {
 		_, _ = run(context.Background(), dockerTimeout, "rm", "--force", "--volumes", u.name)
 	}
@@ -497,7 +498,8 @@ func replace(t *testing.T, name string) {
 	config["NetworkingConfig"] = map[string]any{"EndpointsConfig": networks}
 	timeout := config["StopTimeout"]
 	if timeout == nil {
-		t.Fatalf("%s has no stop timeout", name)
+		t.Errorf("%s has no stop timeout", name)
+		return
 	}
 
 	var created struct{ ID string }
