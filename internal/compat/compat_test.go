@@ -1,0 +1,273 @@
+// Package compat tests that derpd and earlier ones take turns on one data
+// directory: an update may be taken back.
+package compat
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+
+	"derpd/certs/acmetest"
+	"derpd/internal/peers"
+)
+
+// root is that of the repository.
+var root = filepath.Join("..", "..")
+
+const stopWithin = 10 * time.Second
+
+// Earlier commits with whose data derpd must get along, and they with its.
+const (
+	commitApart    = "12aa3246098517347968f26df2dc526520c3d8c0" // certificate and key are files of their own
+	commitTogether = "15a40d1707176fda8517e70d3c955fe9a184d5c2" // and one file
+)
+
+// Whatever a client knows of a relay stays as it is, whichever derpd runs.
+func TestBothWays(t *testing.T) {
+	history(t)
+	commits := map[string]string{"files apart": commitApart, "one file": commitTogether}
+	// Not the tag of this very commit.
+	if tag, err := git(t, "describe", "--tags", "--abbrev=0", "--match", "v[0-9]*", "HEAD^"); err == nil {
+		commits[tag] = tag
+	}
+	current := build(t, root, "current")
+	for name, commit := range commits {
+		old := buildAt(t, commit)
+		t.Run(name, func(t *testing.T) {
+			t.Run("pinned", func(t *testing.T) {
+				env := append(environment(t), "DERP_HTTP_PORT=0")
+				first := serveOnce(t, current, env, nil)
+				for _, binary := range []string{old, current, old} {
+					if again := serveOnce(t, binary, env, nil); again != first {
+						t.Errorf("relay was %+v, is %+v", first, again)
+					}
+				}
+			})
+			t.Run("letsencrypt", func(t *testing.T) {
+				authority := acmetest.Start(t)
+				httpPort := acmetest.FreePort(t)
+				number, err := strconv.Atoi(httpPort)
+				if err != nil {
+					t.Fatal(err)
+				}
+				authority.Validate(t, number, 1)
+				env := append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+httpPort,
+					"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
+				var ran []identity
+				for _, binary := range []string{current, old, current, old} {
+					ran = append(ran, serveOnce(t, binary, env, authority.Roots()))
+				}
+				// Each obtains a certificate where it finds none in its own
+				// layout, and never a second one: authorities count.
+				if ran[2] != ran[0] || ran[3] != ran[1] {
+					t.Errorf("one of them lost something: %+v", ran)
+				}
+				if ran[1].nodeKey != ran[0].nodeKey {
+					t.Errorf("node key was %s, is %s", ran[0].nodeKey, ran[1].nodeKey)
+				}
+				if commit != commitApart && ran[1] != ran[0] {
+					t.Errorf("one certificate does not do for both: %+v", ran[:2])
+				}
+			})
+		})
+	}
+}
+
+// identity is what clients know of a relay.
+type identity struct {
+	nodeKey, certName string
+	serial            string // of the certificate
+}
+
+// serveOnce runs derpd until a packet went through it, and stops it.
+func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) identity {
+	t.Helper()
+	var log bytes.Buffer
+	relay := exec.CommandContext(t.Context(), binary)
+	relay.Env, relay.Stderr = env, &log
+	begun := time.Now()
+	if err := relay.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- relay.Wait() }()
+	stopped := false
+	defer func() {
+		if !stopped {
+			_ = relay.Process.Kill()
+			<-ended
+			t.Logf("%s:\n%s", binary, log.String())
+		}
+	}()
+	// It asks the running relay, and so does derpmap.
+	peers.Wait(t, binary+" to be ready", func(ctx context.Context) error {
+		health := exec.CommandContext(ctx, binary, "healthcheck")
+		health.Env = env
+		out, err := health.CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
+	ready := time.Since(begun)
+
+	derpmap := exec.CommandContext(t.Context(), binary, "derpmap", "--format", "json")
+	derpmap.Env = env
+	text, err := derpmap.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m tailcfg.DERPMap
+	if err := json.Unmarshal(text, &m); err != nil || m.Regions[900] == nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	found := exchange(t, m.Regions[900], roots)
+
+	asked := time.Now()
+	if err := relay.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		stopped = true
+		if err != nil {
+			t.Errorf("%s ended with %v:\n%s", binary, err, log.String())
+		}
+	case <-time.After(stopWithin):
+		t.Fatalf("%s does not stop", binary)
+	}
+	t.Logf("%s: ready after %v, stopped within %v", filepath.Base(binary), ready.Round(time.Millisecond), time.Since(asked).Round(time.Millisecond))
+	return found
+}
+
+// exchange passes a packet between two clients that verify the certificate.
+func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) identity {
+	t.Helper()
+	client := func() *derphttp.Client {
+		c := derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region })
+		if roots != nil {
+			c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+		}
+		return c
+	}
+	from, to := client(), client()
+	received := make(chan error, 1)
+	go func() {
+		for {
+			message, err := to.Recv()
+			if _, ok := message.(derp.ReceivedPacket); err != nil || ok {
+				received <- err
+				return
+			}
+		}
+	}()
+	defer func() {
+		_ = from.Close()
+		_ = to.Close()
+	}()
+	// Until it arrives: the relay drops what is for a client it does not know yet.
+	peers.Wait(t, "a packet", func(context.Context) error {
+		if err := from.Send(to.SelfPublicKey(), []byte("packet")); err != nil {
+			return err
+		}
+		select {
+		case err := <-received:
+			if err != nil {
+				t.Fatal(err)
+			}
+			return nil
+		default:
+			return errors.New("not there yet")
+		}
+	})
+	state, ok := from.TLSConnectionState()
+	if !ok {
+		t.Fatal("no TLS")
+	}
+	return identity{from.ServerPublicKey().String(), region.Nodes[0].CertName, state.PeerCertificates[0].SerialNumber.String()}
+}
+
+// environment is that of a relay on loopback, with a data directory of its own.
+func environment(t *testing.T) []string {
+	t.Helper()
+	return []string{
+		"DERP_ADDR=127.0.0.1:" + acmetest.FreePort(t), "DERP_ADMIN_ADDR=127.0.0.1:" + acmetest.FreePort(t), "DERP_STUN_PORT=0",
+		"DERP_DATA_DIR=" + t.TempDir(), "DERP_DISCOVERY=off", "DERP_TAILSCALED_SOCKET=/nonexistent/tailscaled.sock",
+		"DERP_PUBLIC_IPV4=127.0.0.1", "DERP_PUBLIC_IPV6=none",
+	}
+}
+
+// history skips a test where there is none: in an archive of the sources, and in
+// a shallow clone. Elsewhere a commit that is missing is a failure.
+func history(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("git"); err != nil {
+		t.Skip("no git on this machine, so no earlier derpd to build")
+	}
+	if _, err := os.Stat(filepath.Join(root, ".git")); err != nil {
+		t.Skip("no earlier derpd to build: this is not a clone of the repository")
+	}
+	shallow, err := git(t, "rev-parse", "--is-shallow-repository")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if shallow == "true" {
+		t.Skip("no earlier derpd to build: this clone has no history; git fetch --unshallow")
+	}
+}
+
+func git(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "git", args...)
+	cmd.Dir = root
+	out, err := cmd.Output()
+	return strings.TrimSpace(string(out)), err
+}
+
+// buildAt builds derpd as it was at a commit.
+func buildAt(t *testing.T, commit string) string {
+	t.Helper()
+	dir := t.TempDir()
+	archive := filepath.Join(dir, "sources.tar")
+	run(t, root, "git", "archive", "--output", archive, commit)
+	run(t, dir, "tar", "--extract", "--file", archive)
+	return build(t, dir, commit)
+}
+
+// build builds as `make build` does, which makes what is cached good for both.
+func build(t *testing.T, dir, name string) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "derpd-"+name)
+	begun := time.Now()
+	run(t, dir, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-ldflags", "-s -w -buildid=", "-o", binary, "./cmd/derpd")
+	t.Logf("built %s in %v", filepath.Base(binary), time.Since(begun).Round(time.Second))
+	return binary
+}
+
+func run(t *testing.T, dir, program string, args ...string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), program, args...)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s %s: %v\n%s", program, strings.Join(args, " "), err, out)
+	}
+}
