@@ -52,44 +52,52 @@ func TestBothWays(t *testing.T) {
 	current := build(t, root, "current")
 	for name, commit := range commits {
 		old := buildAt(t, commit)
-		t.Run(name, func(t *testing.T) {
-			t.Run("pinned", func(t *testing.T) {
-				env := append(environment(t), "DERP_HTTP_PORT=0")
-				first := serveOnce(t, current, env, nil)
-				for _, binary := range []string{old, current, old} {
-					if again := serveOnce(t, binary, env, nil); again != first {
-						t.Errorf("relay was %+v, is %+v", first, again)
+		for from, turns := range map[string][]string{"from old to new": {old, current, old, current}, "and back": {current, old, current, old}} {
+			t.Run(name+" "+from, func(t *testing.T) {
+				t.Run("pinned", func(t *testing.T) {
+					env := append(environment(t), "DERP_HTTP_PORT=0")
+					ran := serve(t, turns, env, nil)
+					for _, again := range ran {
+						if again != ran[0] {
+							t.Errorf("relay was %+v, is %+v", ran[0], again)
+						}
 					}
-				}
+				})
+				t.Run("letsencrypt", func(t *testing.T) {
+					authority := acmetest.Start(t)
+					httpPort := acmetest.FreePort(t)
+					number, err := strconv.Atoi(httpPort)
+					if err != nil {
+						t.Fatal(err)
+					}
+					authority.Validate(t, number, 1)
+					ran := serve(t, turns, append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+httpPort,
+						"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), authority.Roots())
+					// Each obtains a certificate where it finds none in its
+					// own layout, and never a second one: authorities count.
+					if ran[2] != ran[0] || ran[3] != ran[1] {
+						t.Errorf("one of them lost something: %+v", ran)
+					}
+					if ran[1].nodeKey != ran[0].nodeKey {
+						t.Errorf("node key was %s, is %s", ran[0].nodeKey, ran[1].nodeKey)
+					}
+					if commit != commitApart && ran[1] != ran[0] {
+						t.Errorf("one certificate does not do for both: %+v", ran[:2])
+					}
+				})
 			})
-			t.Run("letsencrypt", func(t *testing.T) {
-				authority := acmetest.Start(t)
-				httpPort := acmetest.FreePort(t)
-				number, err := strconv.Atoi(httpPort)
-				if err != nil {
-					t.Fatal(err)
-				}
-				authority.Validate(t, number, 1)
-				env := append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+httpPort,
-					"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
-				var ran []identity
-				for _, binary := range []string{current, old, current, old} {
-					ran = append(ran, serveOnce(t, binary, env, authority.Roots()))
-				}
-				// Each obtains a certificate where it finds none in its own
-				// layout, and never a second one: authorities count.
-				if ran[2] != ran[0] || ran[3] != ran[1] {
-					t.Errorf("one of them lost something: %+v", ran)
-				}
-				if ran[1].nodeKey != ran[0].nodeKey {
-					t.Errorf("node key was %s, is %s", ran[0].nodeKey, ran[1].nodeKey)
-				}
-				if commit != commitApart && ran[1] != ran[0] {
-					t.Errorf("one certificate does not do for both: %+v", ran[:2])
-				}
-			})
-		})
+		}
 	}
+}
+
+// serve runs one after the other on one data directory.
+func serve(t *testing.T, binaries, env []string, roots *x509.CertPool) []identity {
+	t.Helper()
+	var ran []identity
+	for _, binary := range binaries {
+		ran = append(ran, serveOnce(t, binary, env, roots))
+	}
+	return ran
 }
 
 // identity is what clients know of a relay.
