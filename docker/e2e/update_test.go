@@ -43,7 +43,7 @@ import (
 const (
 	updates       = 5 // of each relay
 	sendEvery     = 10 * time.Millisecond
-	updateTimeout = time.Minute
+	updateTimeout = 3 * time.Minute
 	// The start period, three checks ten seconds apart, and what a slow machine
 	// adds.
 	unhealthyWithin = 90 * time.Second
