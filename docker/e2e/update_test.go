@@ -70,36 +70,50 @@ func TestUpdate(t *testing.T) {
 	}
 }
 
-// TestBadUpdate is what the README says of one: it can be seen, and taken back.
+// TestBadUpdate is what the README says of one: it can be seen, and taken back by
+// naming the release that worked.
 func TestBadUpdate(t *testing.T) {
 	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
-	const name = "derpd-e2e:bad-update"
-	tag := func(id string) { docker(t, "tag", id, name) }
-	tag(good)
-	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", name) })
-
-	relay := writeFile(t, "image.yaml", "services:\n  relay:\n    image: "+name+"\n")
+	const followed, worked = "derpd-e2e:followed", "derpd-e2e:worked"
+	for _, tag := range []string{followed, worked} {
+		docker(t, "tag", good, tag)
+		t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", tag) })
+	}
+	relay := writeFile(t, "image.yaml", "")
+	name := func(tag string) {
+		if err := os.WriteFile(relay, []byte("services:\n  relay:\n    image: "+tag+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name(followed)
 	ports := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", freeTCP(t), freeTCP(t), freeUDP(t)))
 	d := up(t, "-f", "compose.yaml", "-f", relay, "--env-file", ports)
+	// It pins the certificate as it is now.
 	region := reached(onlyRegion(t, d.derpMap(t)), netip.MustParseAddr("127.0.0.1"))
 	relayKey := exchange(t, region)
 
+	update := func(t *testing.T, instructions string) {
+		t.Helper()
+		name(followed)
+		docker(t, "tag", good, followed)
+		d.must(t, "up", "-d", "--wait", "--no-build")
+		docker(t, "tag", derived(t, followed, instructions), followed)
+		replace(t, d.id(t))
+	}
 	goBack := func(t *testing.T) {
 		t.Helper()
-		tag(good)
+		name(worked)
 		d.must(t, "up", "-d", "--wait", "--no-build")
-		if again := d.inspect(t, "{{.Image}}"); again != good {
-			t.Errorf("runs %s, want the old image %s", again, good)
+		if runs := d.inspect(t, "{{.Image}}"); runs != good {
+			t.Errorf("runs %s, want the old image %s", runs, good)
 		}
-		// The region pins the certificate as it was.
 		if again := exchange(t, region); again != relayKey {
 			t.Errorf("node key was %v, is %v", relayKey, again)
 		}
 	}
 
 	t.Run("that ends", func(t *testing.T) {
-		tag(derived(t, name, "ENV DERP_ADDR=nonsense"))
-		replace(t, d.id(t))
+		update(t, "ENV DERP_ADDR=nonsense")
 		await(t, "the engine starts it again and again", updateTimeout, func() bool {
 			return d.inspect(t, "{{gt .RestartCount 1}} {{.State.ExitCode}}") == "true 2"
 		})
@@ -109,8 +123,7 @@ func TestBadUpdate(t *testing.T) {
 		goBack(t)
 	})
 	t.Run("that does not serve", func(t *testing.T) {
-		tag(derived(t, name, "ENV DERP_DOMAIN=derp.example.com DERP_ACME_CA=https://127.0.0.1:1/directory"))
-		replace(t, d.id(t))
+		update(t, "ENV DERP_DOMAIN=derp.example.com DERP_ACME_CA=https://127.0.0.1:1/directory")
 		begun := time.Now()
 		await(t, "it is unhealthy", unhealthyWithin, func() bool {
 			return d.inspect(t, "{{.State.Health.Status}}") == "unhealthy"
@@ -435,8 +448,8 @@ func (u *updated) update(t *testing.T) time.Duration {
 		}
 	}
 	receive(50)
-	if running := docker(t, "inspect", "--format", "{{.Image}}", u.name); running != u.images[0] {
-		t.Fatalf("%s runs %s, want %s", u.name, running, u.images[0])
+	if runs := docker(t, "inspect", "--format", "{{.Image}}", u.name); runs != u.images[0] {
+		t.Fatalf("%s runs %s, want %s", u.name, runs, u.images[0])
 	}
 	return longest
 }
