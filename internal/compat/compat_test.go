@@ -116,13 +116,16 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 	if err := relay.Start(); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- relay.Wait() }()
-	stopped := false
+	var result error
+	ended := make(chan struct{}) // closed when result is set, and log is whole
+	go func() {
+		defer close(ended)
+		result = relay.Wait()
+	}()
 	defer func() {
-		if !stopped {
-			_ = relay.Process.Kill()
-			<-ended
+		_ = relay.Process.Kill() // if it is still there
+		<-ended
+		if t.Failed() {
 			t.Logf("%s:\n%s", binary, log.String())
 		}
 	}()
@@ -155,10 +158,9 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 		t.Fatal(err)
 	}
 	select {
-	case err := <-ended:
-		stopped = true
-		if err != nil {
-			t.Errorf("%s ended with %v:\n%s", binary, err, log.String())
+	case <-ended:
+		if result != nil {
+			t.Errorf("%s ended with %v", binary, result)
 		}
 	case <-time.After(stopWithin):
 		t.Fatalf("%s does not stop", binary)
