@@ -134,6 +134,9 @@ func (c *meshKeyConn) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
+// NetConn is the connection below, for derpserver's statistics of TCP.
+func (c *meshKeyConn) NetConn() net.Conn { return c.Conn }
+
 // frameHeader is a type and a length.
 const frameHeader = 1 + 4
 

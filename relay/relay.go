@@ -52,6 +52,10 @@ type Config struct {
 	// Mesh is the other nodes of the region.
 	Mesh MeshConfig
 
+	// TrustedProxies are the networks whose X-Forwarded-For tells the address
+	// of a client; see also [ProxyProtocol].
+	TrustedProxies []netip.Prefix
+
 	Log zerolog.Logger
 }
 
@@ -90,7 +94,7 @@ func New(c Config) (*Relay, error) {
 		return nil, fmt.Errorf("setting mesh key: %w", err)
 	}
 	mesh := newMesh(c, server)
-	return &Relay{server: server, handler: routes(server, mesh, c), clients: &clients{server: server, log: c.Log}, mesh: mesh}, nil
+	return &Relay{server: server, handler: forwarded(c.TrustedProxies, routes(server, mesh, c)), clients: &clients{server: server, log: c.Log}, mesh: mesh}, nil
 }
 
 // Run keeps the list of [Relay.Clients] until ctx ends.
