@@ -81,6 +81,9 @@ type config struct {
 
 	mesh relay.MeshConfig // without Describe
 
+	trustedProxies []netip.Prefix
+	proxyProtocol  bool
+
 	bootstrap []string
 	home      http.Handler
 
@@ -132,6 +135,7 @@ func readConfig(pairs []string) (*config, error) {
 	p.admission(c)
 	p.publicFace(c)
 	p.mesh(c)
+	p.proxies(c)
 	p.rest(c)
 	return c, errors.Join(p.errs...)
 }
@@ -724,6 +728,32 @@ func (p *parser) publicAddress(name, family, value string, is func(netip.Addr) b
 		return ""
 	}
 	return addr.String()
+}
+
+func (p *parser) proxies(c *config) {
+	for _, value := range p.list("DERP_TRUSTED_PROXIES", p.Trusted) {
+		network, err := netip.ParsePrefix(value)
+		if addr, addrErr := netip.ParseAddr(value); addrErr == nil {
+			network, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+		}
+		switch {
+		case err != nil || network.Addr().Zone() != "" || network.Addr().Is4In6():
+			p.fail("DERP_TRUSTED_PROXIES", "want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got %q", value)
+		case network.Bits() == 0:
+			p.fail("DERP_TRUSTED_PROXIES", "%s is everybody, and then anybody may tell any address; want the addresses of your proxies", value)
+		case network != network.Masked():
+			p.fail("DERP_TRUSTED_PROXIES", "want an address without a mask, or the network %s, got %q", network.Masked(), value)
+		default:
+			c.trustedProxies = append(c.trustedProxies, network)
+		}
+	}
+	c.proxyProtocol = p.yes("DERP_PROXY_PROTOCOL", p.ProxyPro)
+	switch {
+	case c.proxyProtocol && p.Trusted == "":
+		p.fail("DERP_PROXY_PROTOCOL", "believes nobody without DERP_TRUSTED_PROXIES; set that to the addresses of your proxies, or remove this")
+	case !c.proxyProtocol && p.Trusted != "" && c.mode != modeOff:
+		c.warnings = append(c.warnings, "DERP_TRUSTED_PROXIES without DERP_PROXY_PROTOCOL is for proxies that end TLS and set X-Forwarded-For; through one that passes TLS on, clients can tell any address")
+	}
 }
 
 func (p *parser) rest(c *config) {

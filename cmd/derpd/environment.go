@@ -77,6 +77,9 @@ type environment struct {
 	MeshWith string `env:"DERP_MESH_WITH" en:"the nodes of this region, which then forward to each other, comma-separated: HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH]; this one may be among them" zh:"本区域的各个节点，它们会互相转发，逗号分隔：HOST[:PORT][/连接地址][=sha256-raw:哈希]；其中可以有本节点自己"`
 	MeshKey  string `env:"DERP_MESH_KEY" en:"the secret that they share: 64 hex digits, or a passphrase of 20 characters or more without commas; two, comma-separated, while you change it: both are accepted" zh:"各节点共有的密钥：64 位十六进制数字，或至少 20 个字符、不含逗号的口令；更换期间可写两个，逗号分隔，两个都接受" secret:"true"`
 
+	Trusted  string `env:"DERP_TRUSTED_PROXIES" en:"addresses or networks of proxies in front of derpd, comma-separated, that each tell who the client is, by a PROXY header or X-Forwarded-For; one that tells neither must not be among them, since its clients could then tell what they like" zh:"derpd 前面的代理的地址或网段，逗号分隔；它们都必须用 PROXY 头或 X-Forwarded-For 说明客户端是谁。两者都不加的代理不能写在这里，否则它的客户端可以随意冒充地址" or:"none" zhor:"无"`
+	ProxyPro string `env:"DERP_PROXY_PROTOCOL,default=false" en:"whether DERP_TRUSTED_PROXIES may begin a connection to the HTTPS or HTTP listener with a header of HAProxy's PROXY protocol, version 1 or 2" zh:"DERP_TRUSTED_PROXIES 是否可以在到 HTTPS 和 HTTP 端口的连接开头加上 HAProxy PROXY 协议（第 1 或第 2 版）的头"`
+
 	Bootstrap string `env:"DERP_BOOTSTRAP_DNS" en:"names answered at /bootstrap-dns, comma-separated" zh:"/bootstrap-dns 回答的域名，逗号分隔"`
 	Home      string `env:"DERP_HOME,default=blank" en:"what a browser sees: blank, page, or a URL to redirect to" zh:"浏览器看到的内容：blank、page，或要跳转到的网址"`
 	LogLevel  string `env:"DERP_LOG_LEVEL,default=info" en:"debug, info, warn or error; debug names client addresses" zh:"debug、info、warn 或 error；debug 会写出客户端地址"`
@@ -263,7 +266,7 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 			l.credentials[v.name] = values[v.name]
 		}
 	}
-	if l.platform = detect(outside, l.given); l.platform != nil {
+	if l.platform = detect(outside, values); l.platform != nil {
 		l.assumed = l.platform.assume(values)
 	}
 	if err := envconfig.ProcessWith(context.Background(), &envconfig.Config{

@@ -2,6 +2,7 @@ package main
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -21,13 +22,13 @@ type platform struct {
 }
 
 // detect finds the platform by what it puts into the environment; nil
-// elsewhere. given tells which DERP_ variables are set.
-func detect(env map[string]string, given map[string]bool) *platform {
+// elsewhere. set has the DERP_ variables that are set.
+func detect(env, set map[string]string) *platform {
 	switch {
 	case env["FLY_APP_NAME"] != "":
-		return flyIO(env, given)
+		return flyIO(env, set)
 	case env["RAILWAY_PROJECT_ID"] != "":
-		return railway(env, given)
+		return railway(env, set)
 	}
 	return nil
 }
@@ -36,9 +37,13 @@ func detect(env map[string]string, given map[string]bool) *platform {
 // TCP.
 const flyHost = "fly-global-services"
 
+// flyProxies is where Fly.io's proxy comes from: a machine has an address in a
+// network of its own in there, and other machines come from elsewhere (fdaa::/16).
+const flyProxies = "172.16.0.0/12"
+
 // flyIO describes Fly.io with docker/fly.toml. FLY_PUBLIC_IP has no part in
 // it: that is the address of outgoing connections, on which nothing arrives.
-func flyIO(env map[string]string, given map[string]bool) *platform {
+func flyIO(env, set map[string]string) *platform {
 	f := &platform{name: "Fly.io", defaults: map[string]string{
 		// A port below 1024 is only for root.
 		"DERP_ADDR":             ":8443",
@@ -48,10 +53,14 @@ func flyIO(env map[string]string, given map[string]bool) *platform {
 		"DERP_STUN_ADDR":        flyHost,
 		"DERP_HEALTH_ADDR":      ":8081",
 	}}
-	if !given["DERP_DOMAIN"] {
+	if set["DERP_DOMAIN"] == "" {
 		f.defaults["DERP_DOMAIN"] = env["FLY_APP_NAME"] + ".fly.dev"
 		// The name is Fly.io's: a pin needs nobody's consent.
 		f.defaults["DERP_CERT_MODE"] = modePinned
+	}
+	// Not without that: a proxy that adds no header hands on its clients'.
+	if proxied, err := strconv.ParseBool(strings.ToLower(set["DERP_PROXY_PROTOCOL"])); err == nil && proxied {
+		f.defaults["DERP_TRUSTED_PROXIES"] = flyProxies
 	}
 	f.reject = func(p *parser) {
 		if strings.HasPrefix(p.Addr, flyHost) {
@@ -66,7 +75,7 @@ func flyIO(env map[string]string, given map[string]bool) *platform {
 
 // railway describes Railway with docker/railway/railway.ts: TCP through one
 // proxy on a port that Railway chooses, and no UDP.
-func railway(env map[string]string, given map[string]bool) *platform {
+func railway(env, set map[string]string) *platform {
 	host, port, inside := env["RAILWAY_TCP_PROXY_DOMAIN"], env["RAILWAY_TCP_PROXY_PORT"], env["RAILWAY_TCP_APPLICATION_PORT"]
 	r := &platform{name: "Railway", defaults: map[string]string{
 		"DERP_HTTP_PORT": "-1",
@@ -83,10 +92,10 @@ func railway(env map[string]string, given map[string]bool) *platform {
 	if env["PORT"] != "" {
 		r.defaults["DERP_HEALTH_ADDR"] = ":" + env["PORT"]
 	}
-	if !given["DERP_DOMAIN"] {
+	if set["DERP_DOMAIN"] == "" {
 		r.defaults["DERP_DOMAIN"] = host
 	}
-	if !given["DERP_DNS_PROVIDER"] {
+	if set["DERP_DNS_PROVIDER"] == "" {
 		r.defaults["DERP_CERT_MODE"] = modePinned
 	}
 	if volume := env["RAILWAY_VOLUME_MOUNT_PATH"]; volume != "" {

@@ -113,13 +113,14 @@ func (n *node) build(ctx context.Context) error {
 	mesh := c.mesh
 	mesh.Describe = n.describe
 	n.relay, err = relay.New(relay.Config{
-		PrivateKey:   private,
-		Admit:        n.admit(),
-		DisallowApps: c.disallowApps,
-		Home:         c.home,
-		BootstrapDNS: n.bootstrap,
-		Mesh:         mesh,
-		Log:          n.log,
+		PrivateKey:     private,
+		Admit:          n.admit(),
+		DisallowApps:   c.disallowApps,
+		Home:           c.home,
+		BootstrapDNS:   n.bootstrap,
+		Mesh:           mesh,
+		TrustedProxies: c.trustedProxies,
+		Log:            n.log,
 	})
 	if err != nil {
 		return err
@@ -131,6 +132,12 @@ func (n *node) build(ctx context.Context) error {
 	}
 	n.selfCheck = n.newSelfCheck()
 	n.health = healthz.New(n.checks())
+	if c.proxyProtocol {
+		n.listeners.https = relay.ProxyProtocol(n.listeners.https, c.trustedProxies, n.log)
+		if n.listeners.http != nil {
+			n.listeners.http = relay.ProxyProtocol(n.listeners.http, c.trustedProxies, n.log)
+		}
+	}
 	n.servers()
 	return nil
 }
