@@ -1,0 +1,452 @@
+package relay
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pires/go-proxyproto"
+	"github.com/rs/zerolog"
+	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+)
+
+// proxyPatience bounds what must happen in a test.
+const proxyPatience = 30 * time.Second
+
+// The proxy is at 127.0.0.9, the rest of loopback is strangers.
+var proxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.9/32"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}
+
+// v2 is a header of version 2.
+func v2(t *testing.T, change func(*proxyproto.Header)) string {
+	t.Helper()
+	h := &proxyproto.Header{
+		Version: 2, Command: proxyproto.PROXY, TransportProtocol: proxyproto.TCPv4,
+		SourceAddr:      &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 4000},
+		DestinationAddr: &net.TCPAddr{IP: net.IPv4(203, 0, 113, 1), Port: 443},
+	}
+	if change != nil {
+		change(h)
+	}
+	text, err := h.Format()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// proxiedRelay is a relay behind the proxies, and the addresses that its
+// admission is asked about.
+type proxiedRelay struct {
+	relay *Relay
+	addr  string
+	asked chan netip.Addr
+	log   *lockedBuffer
+}
+
+func startProxied(t *testing.T) *proxiedRelay {
+	t.Helper()
+	p := &proxiedRelay{asked: make(chan netip.Addr, 1), log: new(lockedBuffer)}
+	home, err := Home("blank")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.relay, err = New(Config{
+		PrivateKey: key.NewNode(), Home: home, BootstrapDNS: NewBootstrapDNS(nil, zerolog.Nop()), Log: zerolog.New(p.log),
+		TrustedProxies: proxies,
+		Admit: func(_ context.Context, _ key.NodePublic, addr netip.Addr) error {
+			p.asked <- addr
+			return nil
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.addr = ln.Addr().String()
+	server := &http.Server{Handler: p.relay.Handler(), ReadTimeout: proxyPatience}
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(ProxyProtocol(ln, proxies, zerolog.New(p.log))) }()
+	ctx, cancel := context.WithCancel(context.Background())
+	kept := make(chan error, 1)
+	go func() { kept <- p.relay.Run(ctx) }()
+	t.Cleanup(func() {
+		_ = server.Close()
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+			t.Errorf("the server ended with %v", err)
+		}
+		cancel()
+		<-kept
+		_ = p.relay.Close()
+	})
+	return p
+}
+
+// dial connects from an address of loopback, and sends the first bytes.
+func (p *proxiedRelay) dial(ctx context.Context, from, first string) (net.Conn, error) {
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	conn, err := d.DialContext(ctx, "tcp", p.addr)
+	if err == nil && first != "" {
+		_, err = io.WriteString(conn, first)
+	}
+	return conn, err
+}
+
+// connect lets a real client pass, and returns who the relay says it is: by
+// admission, and in its list.
+func (p *proxiedRelay) connect(t *testing.T, from, first string) (asked, listed netip.Addr, err error) {
+	t.Helper()
+	private := key.NewNode()
+	c, err := derphttp.NewClient(private, "http://"+p.addr+"/derp", logger.Discard, netmon.NewStatic())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	c.SetURLDialer(func(ctx context.Context, _, _ string) (net.Conn, error) { return p.dial(ctx, from, first) })
+	ctx, cancel := context.WithTimeout(t.Context(), proxyPatience)
+	defer cancel()
+	if err := c.Connect(ctx); err != nil {
+		return asked, listed, err
+	}
+	if _, err := c.Recv(); err != nil {
+		return asked, listed, err
+	}
+	asked = <-p.asked
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		if listed, ok := p.relay.Clients()[private.Public()]; ok {
+			return asked, listed.Unmap(), nil
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatal("the client is not listed")
+		case <-tick.C:
+		}
+	}
+}
+
+// Whoever connects and whatever the connection begins with: the address is the
+// one that a trusted proxy tells or the peer's, or only this one connection is
+// closed.
+func TestProxyProtocol(t *testing.T) {
+	const proxy, stranger = "127.0.0.9", "127.0.0.8"
+	p := startProxied(t)
+	for name, tt := range map[string]struct {
+		from, first string
+		want        string // empty: closed
+	}{
+		"version 1":          {proxy, "PROXY TCP4 192.0.2.7 203.0.113.1 4000 443\r\n", "192.0.2.7"},
+		"version 1, IPv6":    {proxy, "PROXY TCP6 2001:db8::7 2001:db8::1 4000 443\r\n", "2001:db8::7"},
+		"version 1, unknown": {proxy, "PROXY UNKNOWN\r\n", proxy},
+		"version 2":          {proxy, v2(t, nil), "192.0.2.7"},
+		"version 2, IPv6": {proxy, v2(t, func(h *proxyproto.Header) {
+			h.TransportProtocol = proxyproto.TCPv6
+			h.SourceAddr = &net.TCPAddr{IP: net.ParseIP("2001:db8::7"), Port: 4000}
+			h.DestinationAddr = &net.TCPAddr{IP: net.ParseIP("2001:db8::1"), Port: 443}
+		}), "2001:db8::7"},
+		"version 2 with more in it": {proxy, v2(t, func(h *proxyproto.Header) {
+			if err := h.SetTLVs([]proxyproto.TLV{{Type: proxyproto.PP2_TYPE_AUTHORITY, Value: []byte("derp.example.com")}, {Type: proxyproto.PP2_TYPE_NOOP, Value: make([]byte, 1000)}}); err != nil {
+				t.Fatal(err)
+			}
+		}), "192.0.2.7"},
+		"version 2, the proxy's own": {proxy, v2(t, func(h *proxyproto.Header) { h.Command = proxyproto.LOCAL }), proxy},
+		"version 2, unix": {proxy, v2(t, func(h *proxyproto.Header) {
+			h.TransportProtocol = proxyproto.UnixStream
+			h.SourceAddr, h.DestinationAddr = &net.UnixAddr{Net: "unix", Name: "/a"}, &net.UnixAddr{Net: "unix", Name: "/b"}
+		}), proxy},
+		"no header": {proxy, "", proxy},
+
+		"nonsense":                {proxy, "PROXY nonsense\r\n", ""},
+		"no address":              {proxy, "PROXY TCP4 derp.example.com 203.0.113.1 4000 443\r\n", ""},
+		"no end":                  {proxy, "PROXY " + strings.Repeat("a", 5000), ""},
+		"version 3":               {proxy, strings.Replace(v2(t, nil), "QUIT\n\x21", "QUIT\n\x31", 1), ""},
+		"version 2, too long":     {proxy, strings.Replace(v2(t, nil), "\x00\x0c", "\xff\xff", 1), ""},
+		"version 2, no family":    {proxy, strings.Replace(v2(t, nil), "\x11\x00\x0c", "\x41\x00\x0c", 1), ""},
+		"version 2, family short": {proxy, strings.Replace(v2(t, nil), "\x00\x0c", "\x00\x04", 1), ""},
+
+		"a stranger":                       {stranger, "", stranger},
+		"a stranger, version 1":            {stranger, "PROXY TCP4 192.0.2.7 203.0.113.1 4000 443\r\n", ""},
+		"a stranger, version 2":            {stranger, v2(t, nil), ""},
+		"a stranger, version 2, its own":   {stranger, v2(t, func(h *proxyproto.Header) { h.Command = proxyproto.LOCAL }), ""},
+		"a stranger, and nonsense":         {stranger, "PROXY nonsense\r\n", ""},
+		"two headers":                      {proxy, v2(t, nil) + v2(t, nil), ""},
+		"a client's header behind a proxy": {proxy, v2(t, nil) + "PROXY TCP4 198.51.100.1 203.0.113.1 4000 443\r\n", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked, listed, err := p.connect(t, tt.from, tt.first)
+			switch {
+			case tt.want == "":
+				if err == nil {
+					t.Errorf("connected as %s", asked)
+				}
+			case err != nil:
+				t.Error(err)
+			case asked.String() != tt.want || listed != asked:
+				t.Errorf("admission sees %s, the list has %s, want %s", asked, listed, tt.want)
+			}
+		})
+	}
+	if log := p.log.String(); !strings.Contains(log, `"level":"debug","error":"proxyproto: upstream connection sent PROXY header but isn't allowed to send one","peer":"127.0.0.8:`) {
+		t.Errorf("the log does not tell of the stranger:\n%s", log)
+	}
+}
+
+// Who sends nothing, or half a header, keeps nobody waiting.
+func TestSlowProxyHeader(t *testing.T) {
+	p := startProxied(t)
+	began := time.Now()
+	for _, first := range []string{"", "P", "PROXY TCP4 192.0.2.7", v2(t, nil)[:14]} {
+		for _, from := range []string{"127.0.0.9", "127.0.0.8"} {
+			conn, err := p.dial(t.Context(), from, first)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = conn.Close() })
+		}
+	}
+	if asked, _, err := p.connect(t, "127.0.0.9", v2(t, nil)); err != nil || asked.String() != "192.0.2.7" {
+		t.Errorf("connected as %s, %v", asked, err)
+	}
+	if took := time.Since(began); took >= proxyHeaderTimeout {
+		t.Errorf("a client waited %s for others", took)
+	}
+}
+
+// A header may come in pieces, and the rest of the connection with it.
+func TestProxyHeaderInPieces(t *testing.T) {
+	client, server := net.Pipe()
+	ln := &oneConn{fakePeer{server, netip.MustParseAddrPort("127.0.0.9:1")}}
+	conn, err := ProxyProtocol(ln, proxies, zerolog.Nop()).Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	sent := v2(t, nil) + "hello"
+	go func() {
+		for _, b := range []byte(sent) {
+			if _, err := client.Write([]byte{b}); err != nil {
+				return
+			}
+		}
+		_ = client.Close()
+	}()
+	if got := conn.RemoteAddr().String(); got != "192.0.2.7:4000" {
+		t.Errorf("the client is %s", got)
+	}
+	if got := conn.LocalAddr().String(); got != "203.0.113.1:443" {
+		t.Errorf("the client dialled %s", got)
+	}
+	if got, err := io.ReadAll(conn); err != nil || string(got) != "hello" {
+		t.Errorf("read %q, %v", got, err)
+	}
+}
+
+// oneConn is a listener with one connection.
+type oneConn struct{ conn net.Conn }
+
+func (l *oneConn) Accept() (net.Conn, error) { return l.conn, nil }
+func (l *oneConn) Close() error              { return nil }
+func (l *oneConn) Addr() net.Addr            { return l.conn.LocalAddr() }
+
+// fakePeer is a connection from somewhere.
+type fakePeer struct {
+	net.Conn
+	peer netip.AddrPort
+}
+
+func (c fakePeer) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.peer) }
+func (c fakePeer) LocalAddr() net.Addr  { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 443} }
+
+// sentConn has been sent all that it will be.
+type sentConn struct {
+	fakePeer
+	sent *bytes.Reader
+}
+
+func (c sentConn) Read(b []byte) (int, error)      { return c.sent.Read(b) }
+func (c sentConn) SetReadDeadline(time.Time) error { return nil }
+func (c sentConn) Close() error                    { return nil }
+
+// Whatever the first bytes are, the addresses are addresses, strangers keep
+// theirs, and what is passed on is what was sent.
+func FuzzProxyProtocol(f *testing.F) {
+	f.Add([]byte("PROXY TCP4 192.0.2.7 203.0.113.1 4000 443\r\nGET / HTTP/1.1\r\n\r\n"))
+	f.Add([]byte("PROXY UNKNOWN\r\n"))
+	f.Add([]byte("\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\xc0\x00\x02\x07\xcb\x00\x71\x01\x0f\xa0\x01\xbbhello"))
+	f.Add([]byte("\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00hello"))
+	f.Add(append([]byte("\r\n\r\n\x00\r\nQUIT\n\x21\x31\x00\xd8"), make([]byte, 216)...))
+	f.Add([]byte("\r\n\r\n\x00\r\nQUIT\n\x21\x12\x00\x0c\xc0\x00\x02\x07\xcb\x00\x71\x01\x0f\xa0\x01\xbbhello"))
+	f.Add([]byte("\x16\x03\x01\x02\x00\x01"))
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		for _, from := range []string{"127.0.0.9:1", "[::ffff:127.0.0.9]:1", "127.0.0.8:1"} {
+			peer := netip.MustParseAddrPort(from)
+			conn, err := ProxyProtocol(&oneConn{sentConn{fakePeer{peer: peer}, bytes.NewReader(sent)}}, proxies, zerolog.Nop()).Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			client, err := netip.ParseAddrPort(conn.RemoteAddr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := netip.ParseAddrPort(conn.LocalAddr().String()); err != nil {
+				t.Fatal(err)
+			}
+			passed, err := io.ReadAll(conn)
+			own := netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
+			switch {
+			case err != nil && (len(passed) > 0 || client != own):
+				t.Errorf("refused, and passed %q as %s", passed, client)
+			case err != nil:
+			case !bytes.HasSuffix(sent, passed):
+				t.Errorf("passed %q", passed)
+			case !contains(proxies, peer.Addr()) && (client != own || len(passed) != len(sent)):
+				t.Errorf("a stranger is %s and passed %q", client, passed)
+			}
+		}
+	})
+}
+
+// X-Forwarded-For is read from its end, up to the first that is no proxy.
+func TestForwardedFor(t *testing.T) {
+	for _, tt := range []struct {
+		peer, want string
+		lines      []string
+	}{
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"192.0.2.7"}},
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"192.0.2.7, 10.0.0.2"}},
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"192.0.2.7", "10.0.0.3,10.0.0.2"}},
+		{"[::ffff:10.0.0.1]:5", "192.0.2.7:0", []string{"192.0.2.7"}},
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"::ffff:192.0.2.7"}},
+		{"10.0.0.1:5", "192.0.2.7:81", []string{"192.0.2.7:81"}},
+		{"[2001:db8::1]:5", "[2001:dead::7]:0", []string{"2001:dead::7"}},
+		{"10.0.0.1:5", "[2001:dead::7]:0", []string{"[2001:dead::7]"}},
+		{"10.0.0.1:5", "[2001:dead::7]:81", []string{"[2001:dead::7]:81"}},
+		{"10.0.0.1:5", "10.0.0.2:0", []string{"10.0.0.2"}}, // the proxy itself asks
+
+		// What a client says of itself.
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"198.51.100.1, 192.0.2.7"}},
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"10.0.0.9", "192.0.2.7"}},
+		{"10.0.0.1:5", "192.0.2.7:0", []string{"unknown,,;, 192.0.2.7"}},
+		{"192.0.2.7:5", "192.0.2.7:5", []string{"198.51.100.1"}},
+		{"192.0.2.7:5", "192.0.2.7:5", []string{"198.51.100.1, 10.0.0.1"}},
+
+		// What is no address.
+		{"10.0.0.1:5", "10.0.0.1:5", nil},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{""}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.7,"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"unknown"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.07"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.7:99999"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"[2001:dead::7"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"fe80::1%eth0"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{"0.0.0.0"}},
+		{"10.0.0.1:5", "10.0.0.1:5", []string{`for="192.0.2.7"`}},
+		{"10.0.0.1:5", "10.0.0.2:0", []string{"192.0.2.7, unknown, 10.0.0.2"}},
+	} {
+		if got := forwardedFor(proxies, netip.MustParseAddrPort(tt.peer), tt.lines); got.String() != tt.want {
+			t.Errorf("%s with %q: %s, want %s", tt.peer, tt.lines, got, tt.want)
+		}
+	}
+}
+
+// Nothing that a client puts before what the proxy appends makes a difference.
+func FuzzForwardedFor(f *testing.F) {
+	f.Add("198.51.100.1, 10.0.0.2")
+	f.Add("[2001:db8::1]:80,")
+	f.Fuzz(func(t *testing.T, invented string) {
+		peer := netip.MustParseAddrPort("10.0.0.1:5")
+		for _, lines := range [][]string{{invented + ",192.0.2.7"}, {invented, "192.0.2.7"}, {invented + ",192.0.2.7, 10.0.0.2"}} {
+			if got := forwardedFor(proxies, peer, lines); got.String() != "192.0.2.7:0" {
+				t.Errorf("%q: %s", lines, got)
+			}
+		}
+		if got := forwardedFor(proxies, peer, []string{invented}); !got.IsValid() {
+			t.Errorf("%q: %s", invented, got)
+		}
+	})
+}
+
+// derpserver's statistics of TCP go down to the socket by NetConn, as here.
+func TestProxiedConnectionsLeadToTheirSocket(t *testing.T) {
+	found := make(chan string, 1)
+	handler := forwarded(proxies, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		conn, brw, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		_, _ = io.WriteString(conn, "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+		way := conn.RemoteAddr().String()
+		conn = &meshKeyConn{Conn: conn, before: brw.Reader}
+		for {
+			below, ok := conn.(interface{ NetConn() net.Conn })
+			if !ok {
+				found <- fmt.Sprintf("%s %T", way, conn)
+				return
+			}
+			conn = below.NetConn()
+		}
+	}))
+	server := httptest.NewUnstartedServer(handler)
+	server.Listener = ProxyProtocol(server.Listener, proxies, zerolog.Nop())
+	server.StartTLS()
+	defer server.Close()
+	roots := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	for from, want := range map[string]string{"127.0.0.9": "192.0.2.7:0 *net.TCPConn", "127.0.0.8": "127.0.0.8:"} {
+		client := &http.Client{Transport: &http.Transport{
+			DialContext:     (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).DialContext,
+			TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		}}
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, server.URL, http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("X-Forwarded-For", "198.51.100.1, 192.0.2.7")
+		res, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		if got := <-found; !strings.HasPrefix(got, want) || !strings.HasSuffix(got, "*net.TCPConn") {
+			t.Errorf("from %s: %s, want %s", from, got, want)
+		}
+	}
+}
+
+// lockedBuffer is a log that is read while it is written.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+// Write implements [io.Writer].
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
