@@ -53,7 +53,8 @@ type Config struct {
 	Mesh MeshConfig
 
 	// TrustedProxies are the networks whose X-Forwarded-For tells the address
-	// of a client; see also [ProxyProtocol].
+	// of a client. Each of their proxies must append to it: one that only
+	// passes it on lets clients choose their address.
 	TrustedProxies []netip.Prefix
 
 	Log zerolog.Logger

@@ -730,14 +730,15 @@ func (p *parser) publicAddress(name, family, value string, is func(netip.Addr) b
 	return addr.String()
 }
 
+// proxies reads who may tell the address of a client.
 func (p *parser) proxies(c *config) {
 	for _, value := range p.list("DERP_TRUSTED_PROXIES", p.Trusted) {
 		network, err := netip.ParsePrefix(value)
-		if addr, addrErr := netip.ParseAddr(value); addrErr == nil {
+		if addr, addrErr := netip.ParseAddr(value); addrErr == nil && addr.Zone() == "" {
 			network, err = netip.PrefixFrom(addr, addr.BitLen()), nil
 		}
 		switch {
-		case err != nil || network.Addr().Zone() != "" || network.Addr().Is4In6():
+		case err != nil || network.Addr().Is4In6():
 			p.fail("DERP_TRUSTED_PROXIES", "want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got %q", value)
 		case network.Bits() == 0:
 			p.fail("DERP_TRUSTED_PROXIES", "%s is everybody, and then anybody may tell any address; want the addresses of your proxies", value)
@@ -747,7 +748,7 @@ func (p *parser) proxies(c *config) {
 			c.trustedProxies = append(c.trustedProxies, network)
 		}
 	}
-	c.proxyProtocol = p.yes("DERP_PROXY_PROTOCOL", p.ProxyPro)
+	c.proxyProtocol = p.yes("DERP_PROXY_PROTOCOL", p.Proxied)
 	switch {
 	case c.proxyProtocol && p.Trusted == "":
 		p.fail("DERP_PROXY_PROTOCOL", "believes nobody without DERP_TRUSTED_PROXIES; set that to the addresses of your proxies, or remove this")

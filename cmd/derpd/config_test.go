@@ -259,6 +259,18 @@ var badConfigurations = []struct {
 	{env: meshed("DERP_MESH_WITH=b.example.com=ab", 1), want: []string{`DERP_MESH_WITH: want sha256-raw: and 64 hex digits after =, as the map of that node has it under CertName, got "b.example.com=ab"`}},
 	{env: meshed("DERP_MESH_WITH=b.example.com,B.example.com:443", 1), want: []string{`DERP_MESH_WITH: names "b.example.com:443" twice`}},
 
+	// Proxies.
+	{env: "DERP_PROXY_PROTOCOL=true", want: []string{"DERP_PROXY_PROTOCOL: believes nobody without DERP_TRUSTED_PROXIES; set that to the addresses of your proxies, or remove this"}},
+	{env: "DERP_PROXY_PROTOCOL=v2 DERP_TRUSTED_PROXIES=10.0.0.5", want: []string{`DERP_PROXY_PROTOCOL: want true or false, got "v2"`}},
+	{env: "DERP_TRUSTED_PROXIES=haproxy", want: []string{`DERP_TRUSTED_PROXIES: want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got "haproxy"`}},
+	{env: "DERP_TRUSTED_PROXIES=10.0.0.5:443", want: []string{`DERP_TRUSTED_PROXIES: want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got "10.0.0.5:443"`}},
+	{env: "DERP_TRUSTED_PROXIES=10.0.0.0/33", want: []string{`DERP_TRUSTED_PROXIES: want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got "10.0.0.0/33"`}},
+	{env: "DERP_TRUSTED_PROXIES=fe80::1%eth0", want: []string{`DERP_TRUSTED_PROXIES: want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got "fe80::1%eth0"`}},
+	{env: "DERP_TRUSTED_PROXIES=::ffff:10.0.0.0/104", want: []string{`DERP_TRUSTED_PROXIES: want addresses or networks such as 10.0.0.5 or 10.0.0.0/24, comma-separated, got "::ffff:10.0.0.0/104"`}},
+	{env: "DERP_TRUSTED_PROXIES=10.0.0.5/24", want: []string{`DERP_TRUSTED_PROXIES: want an address without a mask, or the network 10.0.0.0/24, got "10.0.0.5/24"`}},
+	{env: "DERP_TRUSTED_PROXIES=10.0.0.5,0.0.0.0/0", want: []string{"DERP_TRUSTED_PROXIES: 0.0.0.0/0 is everybody, and then anybody may tell any address; want the addresses of your proxies"}},
+	{env: "DERP_TRUSTED_PROXIES=, DERP_PROXY_PROTOCOL=true", want: []string{`DERP_TRUSTED_PROXIES: want a comma-separated list, got ","`}},
+
 	// The rest.
 	{env: "DERP_BOOTSTRAP_DNS=https://control.example.com", want: []string{`DERP_BOOTSTRAP_DNS: want DNS names, got "https://control.example.com"`}},
 	{env: "DERP_HOME=welcome", want: []string{`DERP_HOME: want blank, page or an http(s) URL, got "welcome"`}},

@@ -64,7 +64,11 @@ type flyService struct {
 	AutoStart    bool   `toml:"auto_start_machines"`
 	MinMachines  int    `toml:"min_machines_running"`
 	Ports        []struct {
-		Port int `toml:"port"` // no handlers: raw TCP
+		Port              int      `toml:"port"`
+		Handlers          []string `toml:"handlers"` // none: raw TCP
+		ProxyProtoOptions struct {
+			Version string `toml:"version"`
+		} `toml:"proxy_proto_options"`
 	} `toml:"ports"`
 	Concurrency struct {
 		Type      string `toml:"type"`
@@ -83,6 +87,7 @@ type flyConfig struct {
 	Deploy struct {
 		Strategy string `toml:"strategy"`
 	} `toml:"deploy"`
+	Env    map[string]string `toml:"env"`
 	Mounts struct {
 		Source      string `toml:"source"`
 		Destination string `toml:"destination"`
@@ -148,6 +153,38 @@ func TestFlyTOML(t *testing.T) {
 	}
 	if f.Mounts.Destination != "/data" {
 		t.Errorf("the volume is at %s, DERP_DATA_DIR is /data", f.Mounts.Destination)
+	}
+}
+
+// What fly.toml tells to take the # away from makes derpd believe Fly.io's
+// proxy, which then sends its header to both TCP ports.
+func TestFlyTOMLWithAddresses(t *testing.T) {
+	text := strings.NewReplacer("# [env]", "[env]", "#   DERP_", "  DERP_", "# handlers", "handlers", "# proxy_proto_options", "proxy_proto_options").
+		Replace(contents(t, "docker", "fly.toml"))
+	var f flyConfig
+	meta, err := toml.Decode(text, &f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		t.Errorf("unknown keys %v", unknown)
+	}
+	for _, s := range f.Services {
+		port := s.Ports[0]
+		if want := s.Protocol == "tcp"; slices.Equal(port.Handlers, []string{"proxy_proto"}) != want || (port.ProxyProtoOptions.Version == "v2") != want {
+			t.Errorf("%s port %+v", s.Protocol, port)
+		}
+	}
+	env := append(strings.Split(onFly, " "), "DERP_DATA_DIR="+t.TempDir())
+	for name, value := range f.Env {
+		env = append(env, name+"="+value)
+	}
+	c, err := loadConfig(env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !c.proxyProtocol || len(c.trustedProxies) != 1 || c.trustedProxies[0].String() != flyProxies {
+		t.Errorf("PROXY protocol %t, trusts %v", c.proxyProtocol, c.trustedProxies)
 	}
 }
 

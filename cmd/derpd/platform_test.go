@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -88,6 +89,26 @@ func TestPlatforms(t *testing.T) {
 				t.Errorf("warnings %q, want %d", c.warnings, tt.warnings)
 			}
 		})
+	}
+}
+
+// Fly.io's proxy is believed only where its header is asked for: without one it
+// hands on whatever its clients send.
+func TestFlyProxy(t *testing.T) {
+	for setting, want := range map[string]string{
+		"":                           "",
+		" DERP_PROXY_PROTOCOL=false": "",
+		" DERP_PROXY_PROTOCOL=true":  "172.16.0.0/12",
+		" DERP_PROXY_PROTOCOL=true DERP_TRUSTED_PROXIES=fdaa::/16": "fdaa::/16",
+	} {
+		c, err := loadConfig(strings.Split(onFly+setting+" DERP_DATA_DIR="+t.TempDir(), " "))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if got := strings.Trim(fmt.Sprint(c.trustedProxies), "[]"); got != want || c.proxyProtocol != (want != "") {
+			t.Errorf("%s: trusts %s, PROXY protocol %t; want %s", setting, got, c.proxyProtocol, want)
+		}
 	}
 }
 

@@ -4,23 +4,33 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/rs/zerolog"
 	"tailscale.com/derp/derphttp"
+	"tailscale.com/net/netmon"
+	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
 
 	"derpd/certs/acmetest"
 	"derpd/healthz"
+	"derpd/relay"
 )
 
 // The name in docker/proxies.
@@ -30,8 +40,14 @@ const proxiedName = "derp.example.com"
 // clients that know only the printed map reach each other; other names lead
 // elsewhere.
 func TestBehindProxies(t *testing.T) {
-	for _, tt := range []struct {
+	for name, tt := range map[string]struct {
 		program, recipe string
+
+		// change is made to the recipe, as it tells in a comment.
+		change [2]string
+
+		// sees is where the relay sees a client that is at 127.0.0.9.
+		sees string
 
 		// around makes a whole configuration of the recipe for dir, which
 		// it may write to.
@@ -39,41 +55,43 @@ func TestBehindProxies(t *testing.T) {
 
 		check, run []string // arguments; $F is the configuration
 	}{
-		{
-			"nginx", "nginx.conf",
-			func(recipe, dir string) string {
-				head := "daemon off;\npid " + dir + "/nginx.pid;\nevents {}\n"
-				// Debian builds it as a module, others build it in.
-				if module := "/usr/lib/nginx/modules/ngx_stream_module.so"; exists(module) {
-					head = "load_module " + module + ";\n" + head
-				}
-				return head + recipe
-			},
+		"nginx": {
+			"nginx", "nginx.conf", [2]string{}, "127.0.0.1", aroundStream,
 			[]string{"-t", "-e", "stderr", "-c", "$F"},
 			[]string{"-e", "stderr", "-c", "$F"},
 		},
-		{
-			"haproxy", "haproxy.cfg",
+		"nginx with addresses": {
+			"nginx", "nginx.conf", [2]string{"# proxy_protocol on;", "proxy_protocol on;"}, "127.0.0.9", aroundStream,
+			[]string{"-t", "-e", "stderr", "-c", "$F"},
+			[]string{"-e", "stderr", "-c", "$F"},
+		},
+		"haproxy": {
+			"haproxy", "haproxy.cfg", [2]string{}, "127.0.0.9",
 			func(recipe, _ string) string { return recipe },
 			[]string{"-c", "-f", "$F"},
 			[]string{"-db", "-f", "$F"},
 		},
 	} {
-		t.Run(tt.program, func(t *testing.T) {
+		t.Run(name, func(t *testing.T) {
 			path := program(t, tt.program, "/usr/sbin/"+tt.program)
 			proxyPort, err := freePort(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
-			website := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			website := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 				_, _ = w.Write([]byte("website"))
 			}))
+			// It takes the header, as nginx's own websites do.
+			website.Listener = relay.ProxyProtocol(website.Listener, []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}, zerolog.Nop())
+			website.StartTLS()
 			t.Cleanup(website.Close)
+			sources := newSources(t)
 
 			authority := acmetest.Start(t)
 			env := append(loopbackEnv(t), settings(t, "docker", "proxies", "derpd.env")...)
 			env = append(env, "DERP_ADDR=127.0.0.1:0", "DERP_PUBLIC_PORT="+proxyPort,
-				"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
+				"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile,
+				"DERP_VERIFY_CLIENT_URL="+sources.url)
 			n := begin(t, env, func(n *node) {
 				// As an operator would: the recipe with other addresses.
 				recipe := strings.NewReplacer(
@@ -82,6 +100,11 @@ func TestBehindProxies(t *testing.T) {
 					"listen 443", "listen 127.0.0.1:"+proxyPort, "listen [::]:443", "listen [::1]:"+proxyPort,
 					"bind :443", "bind 127.0.0.1:"+proxyPort, "bind :::443", "bind ::1:"+proxyPort,
 				).Replace(contents(t, "docker", "proxies", tt.recipe))
+				if before := recipe; tt.change[0] != "" {
+					if recipe = strings.Replace(recipe, tt.change[0], tt.change[1], 1); recipe == before {
+						t.Fatalf("%s says nothing of %s", tt.recipe, tt.change[0])
+					}
+				}
 				dir := t.TempDir()
 				conf := filepath.Join(dir, tt.recipe)
 				if err := os.WriteFile(conf, []byte(tt.around(recipe, dir)), 0o600); err != nil {
@@ -106,6 +129,11 @@ func TestBehindProxies(t *testing.T) {
 			}
 			roots := authority.Roots()
 			exchangeOver(t, r, func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} })
+			// A client with an address of its own, and one that claims another.
+			for _, claim := range []string{"", "198.51.100.1"} {
+				c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, claim)
+				sources.want(t, n, c.public, tt.sees)
+			}
 			if got := throughProxy(t, proxyPort, website); got != "website" {
 				t.Errorf("another name leads to %q, want the website", got)
 			}
@@ -115,6 +143,177 @@ func TestBehindProxies(t *testing.T) {
 			}
 		})
 	}
+}
+
+// aroundStream makes a whole configuration of nginx's stream recipe.
+func aroundStream(recipe, dir string) string {
+	head := "daemon off;\npid " + dir + "/nginx.pid;\nevents {}\n"
+	// Debian builds it as a module, others build it in.
+	if module := "/usr/lib/nginx/modules/ngx_stream_module.so"; exists(module) {
+		head = "load_module " + module + ";\n" + head
+	}
+	return head + recipe
+}
+
+// sources is an admission URL that admits everybody, and remembers from where.
+type sources struct {
+	url string
+
+	mu   sync.Mutex
+	seen map[key.NodePublic]netip.Addr // guarded by mu
+}
+
+func newSources(t *testing.T) *sources {
+	t.Helper()
+	s := &sources{seen: make(map[key.NodePublic]netip.Addr)}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var question tailcfg.DERPAdmitClientRequest
+		if err := json.NewDecoder(r.Body).Decode(&question); err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		s.seen[question.NodePublic] = question.Source
+		s.mu.Unlock()
+		_ = json.NewEncoder(w).Encode(tailcfg.DERPAdmitClientResponse{Allow: true})
+	}))
+	t.Cleanup(server.Close)
+	s.url = server.URL
+	return s
+}
+
+// want checks where a node that has connected is, by the question of admission
+// and by the relay's own list.
+func (s *sources) want(t *testing.T, n *testNode, node key.NodePublic, want string) {
+	t.Helper()
+	s.mu.Lock()
+	asked := s.seen[node]
+	s.mu.Unlock()
+	if asked.String() != want {
+		t.Errorf("admission is asked about a client at %s, want %s", asked, want)
+	}
+	eventually(t, "the client is listed at "+want, func() bool {
+		listed, ok := n.relay.Clients()[node]
+		return ok && listed.Unmap().String() == want
+	})
+}
+
+// An HTTP proxy that ends TLS tells the client's address in X-Forwarded-For,
+// and nobody else may.
+func TestForwardedByNginx(t *testing.T) {
+	path := program(t, "nginx", "/usr/sbin/nginx")
+	proxyPort, err := freePort(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sources := newSources(t)
+	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=off", "DERP_DOMAIN="+proxiedName, "DERP_ADDR=127.0.0.1:0",
+		"DERP_TRUSTED_PROXIES=127.0.0.1", "DERP_VERIFY_CLIENT_URL="+sources.url))
+	relayAddr := n.listeners.https.Addr().String()
+	dir := t.TempDir()
+	pair("site", proxiedName, time.Now())(t, dir)
+	conf := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(conf, []byte(`daemon off;
+pid `+dir+`/nginx.pid;
+events {}
+http {
+	access_log off;
+	client_body_temp_path `+dir+`/body;
+	proxy_temp_path `+dir+`/proxy;
+	fastcgi_temp_path `+dir+`/fastcgi;
+	uwsgi_temp_path `+dir+`/uwsgi;
+	scgi_temp_path `+dir+`/scgi;
+	server {
+		listen 127.0.0.1:`+proxyPort+` ssl;
+		ssl_certificate `+dir+`/site.crt;
+		ssl_certificate_key `+dir+`/site.key;
+		location / {
+			proxy_pass http://`+relayAddr+`;
+			proxy_http_version 1.1;
+			proxy_set_header Upgrade $http_upgrade;
+			proxy_set_header Connection upgrade;
+			proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+			proxy_read_timeout 10m;
+		}
+	}
+}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	background(t, dir, path, "-e", "stderr", "-c", conf)
+	awaitListener(t, "127.0.0.1:"+proxyPort)
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM([]byte(readFile(t, filepath.Join(dir, "site.crt"))))
+
+	for _, claim := range []string{"", "198.51.100.1", "127.0.0.1"} {
+		c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, claim)
+		sources.want(t, n, c.public, "127.0.0.9")
+	}
+	// Past the proxy.
+	for _, from := range []string{"127.0.0.8", "127.0.0.9"} {
+		c := dialWebSocketFrom(t, from, relayAddr, nil, "198.51.100.1")
+		sources.want(t, n, c.public, from)
+	}
+	// A client that knows no WebSocket.
+	private := key.NewNode()
+	c, err := derphttp.NewClient(private, "https://"+proxiedName+"/derp", logger.Discard, netmon.NewStatic())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+	c.SetURLDialer(func(ctx context.Context, network, _ string) (net.Conn, error) {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.9")}}
+		return d.DialContext(ctx, network, "127.0.0.1:"+proxyPort)
+	})
+	if err := admitted(t, c); err != nil {
+		t.Fatal(err)
+	}
+	sources.want(t, n, private.Public(), "127.0.0.9")
+}
+
+// With the PROXY protocol, strangers are served by their own address, their
+// headers are not believed, and neither is X-Forwarded-For of a proxy's client.
+func TestStrangersBesideTheProxy(t *testing.T) {
+	sources := newSources(t)
+	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=off", "DERP_DOMAIN="+proxiedName, "DERP_HTTP_PORT=0",
+		"DERP_TRUSTED_PROXIES=127.0.0.9", "DERP_PROXY_PROTOCOL=true", "DERP_VERIFY_CLIENT_URL="+sources.url))
+	addr := n.listeners.https.Addr().String()
+	for _, from := range []string{"127.0.0.8", "127.0.0.9"} {
+		c := dialWebSocketFrom(t, from, addr, nil, "198.51.100.1")
+		sources.want(t, n, c.public, from)
+	}
+	// Both listeners, with a header from the proxy and from elsewhere.
+	for _, target := range []string{addr, n.listeners.http.Addr().String()} {
+		for from, want := range map[string]string{"127.0.0.8": "", "127.0.0.9": "HTTP/1.1 204 No Content"} {
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+			conn, err := d.DialContext(t.Context(), "tcp", target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.WriteString(conn, "PROXY TCP4 198.51.100.1 203.0.113.1 4000 443\r\nGET /generate_204 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+			got, _ := io.ReadAll(conn)
+			_ = conn.Close()
+			if line, _, _ := strings.Cut(string(got), "\r\n"); line != want {
+				t.Errorf("%s from %s: %q, want %q", target, from, line, want)
+			}
+		}
+	}
+	if report := n.health.Report(t.Context()); !report.Ready {
+		t.Error(report)
+	}
+}
+
+// readFile reads a file of the test.
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
 }
 
 // settings reads a file of NAME=value lines.

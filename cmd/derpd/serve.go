@@ -112,6 +112,17 @@ func (n *node) build(ctx context.Context) error {
 	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
 	mesh := c.mesh
 	mesh.Describe = n.describe
+	var forwarders []netip.Prefix
+	if c.proxyProtocol {
+		n.listeners.https = relay.ProxyProtocol(n.listeners.https, c.trustedProxies, n.log)
+		if n.listeners.http != nil {
+			n.listeners.http = relay.ProxyProtocol(n.listeners.http, c.trustedProxies, n.log)
+		}
+	} else {
+		// Not both: a proxy that sends PROXY headers passes on what its
+		// clients put into X-Forwarded-For.
+		forwarders = c.trustedProxies
+	}
 	n.relay, err = relay.New(relay.Config{
 		PrivateKey:     private,
 		Admit:          n.admit(),
@@ -119,7 +130,7 @@ func (n *node) build(ctx context.Context) error {
 		Home:           c.home,
 		BootstrapDNS:   n.bootstrap,
 		Mesh:           mesh,
-		TrustedProxies: c.trustedProxies,
+		TrustedProxies: forwarders,
 		Log:            n.log,
 	})
 	if err != nil {
@@ -132,12 +143,6 @@ func (n *node) build(ctx context.Context) error {
 	}
 	n.selfCheck = n.newSelfCheck()
 	n.health = healthz.New(n.checks())
-	if c.proxyProtocol {
-		n.listeners.https = relay.ProxyProtocol(n.listeners.https, c.trustedProxies, n.log)
-		if n.listeners.http != nil {
-			n.listeners.http = relay.ProxyProtocol(n.listeners.http, c.trustedProxies, n.log)
-		}
-	}
 	n.servers()
 	return nil
 }

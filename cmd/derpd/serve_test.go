@@ -179,16 +179,36 @@ type webSocketClient struct {
 
 func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config) webSocketClient {
 	t.Helper()
+	tlsConfig = tlsConfig.Clone()
+	tlsConfig.ServerName = host
+	return dialWebSocketFrom(t, "", n.listeners.https.Addr().String(), tlsConfig, "")
+}
+
+// dialWebSocketFrom dials from an address of this machine, over TLS if it
+// is configured, and claims to be another one in X-Forwarded-For.
+func dialWebSocketFrom(t *testing.T, from, to string, tlsConfig *tls.Config, claim string) webSocketClient {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
+	dialer := new(net.Dialer)
+	if from != "" {
+		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
+	}
 	transport := &http.Transport{
 		TLSClientConfig: tlsConfig,
 		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, network, n.listeners.https.Addr().String())
+			return dialer.DialContext(ctx, network, to)
 		},
 	}
-	ws, res, err := websocket.Dial(ctx, "wss://"+host+"/derp", &websocket.DialOptions{
-		HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{"derp"},
+	target, header := "wss://derp.example.com/derp", make(http.Header)
+	if tlsConfig == nil {
+		target = "ws://derp.example.com/derp"
+	}
+	if claim != "" {
+		header.Set("X-Forwarded-For", claim)
+	}
+	ws, res, err := websocket.Dial(ctx, target, &websocket.DialOptions{
+		HTTPClient: &http.Client{Transport: transport}, HTTPHeader: header, Subprotocols: []string{"derp"},
 	})
 	if err != nil {
 		t.Fatal(err)
