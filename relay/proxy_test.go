@@ -92,7 +92,9 @@ func startProxied(t *testing.T) *proxiedRelay {
 			t.Errorf("the server ended with %v", err)
 		}
 		cancel()
-		<-kept
+		if err := <-kept; err != nil {
+			t.Error(err)
+		}
 		_ = p.relay.Close()
 	})
 	return p

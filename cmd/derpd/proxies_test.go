@@ -56,17 +56,23 @@ func TestBehindProxies(t *testing.T) {
 		check, run []string // arguments; $F is the configuration
 	}{
 		"nginx": {
-			"nginx", "nginx.conf", [2]string{}, "127.0.0.1", aroundStream,
+			"nginx", "nginx.conf",
+			[2]string{},
+			"127.0.0.1", aroundStream,
 			[]string{"-t", "-e", "stderr", "-c", "$F"},
 			[]string{"-e", "stderr", "-c", "$F"},
 		},
 		"nginx with addresses": {
-			"nginx", "nginx.conf", [2]string{"# proxy_protocol on;", "proxy_protocol on;"}, "127.0.0.9", aroundStream,
+			"nginx", "nginx.conf",
+			[2]string{"# proxy_protocol on;", "proxy_protocol on;"},
+			"127.0.0.9", aroundStream,
 			[]string{"-t", "-e", "stderr", "-c", "$F"},
 			[]string{"-e", "stderr", "-c", "$F"},
 		},
 		"haproxy": {
-			"haproxy", "haproxy.cfg", [2]string{}, "127.0.0.9",
+			"haproxy", "haproxy.cfg",
+			[2]string{},
+			"127.0.0.9",
 			func(recipe, _ string) string { return recipe },
 			[]string{"-c", "-f", "$F"},
 			[]string{"-db", "-f", "$F"},
