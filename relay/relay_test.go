@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -19,7 +18,6 @@ import (
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/netmon"
-	"tailscale.com/net/stun"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
@@ -208,99 +206,5 @@ func TestBootstrapDNS(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
-	}
-}
-
-// startSTUN runs a STUN server on a free loopback port.
-func startSTUN(t *testing.T) (*relay.STUN, *net.UDPConn) {
-	t.Helper()
-	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := relay.NewSTUN(conn, zerolog.Nop())
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
-	client, err := net.DialUDP("udp", nil, conn.LocalAddr().(*net.UDPAddr))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = client.Close()
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	return s, client
-}
-
-// STUN is closed until it is opened, and again when it is closed.
-func TestSTUNGate(t *testing.T) {
-	s, client := startSTUN(t)
-	buf := make([]byte, 1500)
-	send := func() stun.TxID {
-		tx := stun.NewTxID()
-		if _, err := client.Write(stun.Request(tx)); err != nil {
-			t.Fatal(err)
-		}
-		return tx
-	}
-	for round := range 3 {
-		send()
-		// A closed server leaves no trace: only silence for a while tells.
-		if err := client.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
-			t.Fatal(err)
-		}
-		if n, err := client.Read(buf); err == nil {
-			t.Fatalf("round %d: a closed server answered %x", round, buf[:n])
-		}
-		s.SetOpen(true)
-		want := send()
-		if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
-			t.Fatal(err)
-		}
-		n, err := client.Read(buf)
-		if err != nil {
-			t.Fatalf("round %d: %v", round, err)
-		}
-		got, addr, err := stun.ParseResponse(buf[:n])
-		if err != nil || got != want || addr != client.LocalAddr().(*net.UDPAddr).AddrPort() {
-			t.Fatalf("round %d: got %v for %s, %v", round, got, addr, err)
-		}
-		s.SetOpen(false)
-	}
-}
-
-// Strangers send anything; the next real request is answered all the same.
-func TestSTUNIgnoresNonsense(t *testing.T) {
-	s, client := startSTUN(t)
-	s.SetOpen(true)
-	request := stun.Request(stun.NewTxID())
-	flipped := append([]byte(nil), request...)
-	flipped[len(flipped)-1] ^= 1 // the fingerprint
-	for _, packet := range [][]byte{{}, {0}, request[:19], flipped, make([]byte, 4000)} {
-		if _, err := client.Write(packet); err != nil {
-			t.Fatal(err)
-		}
-	}
-	tx := stun.NewTxID()
-	if _, err := client.Write(stun.Request(tx)); err != nil {
-		t.Fatal(err)
-	}
-	if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
-		t.Fatal(err)
-	}
-	buf := make([]byte, 1500)
-	n, err := client.Read(buf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, _, err := stun.ParseResponse(buf[:n]); err != nil || got != tx {
-		t.Errorf("the first answer is for %v, want %v, %v", got, tx, err)
 	}
 }

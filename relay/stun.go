@@ -18,20 +18,36 @@ import (
 // bytes; what is longer is cut off and refused.
 const maxSTUNPacket = 1500
 
+// STUNConfig is what a STUN server needs.
+type STUNConfig struct {
+	// Conn is the socket. The server takes ownership of it.
+	Conn *net.UDPConn
+
+	// Gateways are the addresses from which a container's engine hands
+	// packets over in place of their senders. A request from there has no
+	// answer: it would be the gateway's address, and the client would take
+	// its NAT for one that gives each destination another address, and give
+	// up direct connections (tailscale#17565).
+	Gateways []netip.Addr
+
+	Log zerolog.Logger
+}
+
 // STUN answers STUN binding requests (RFC 8489) on one UDP socket. Clients
 // choose their home region by STUN alone, so it starts closed and answers only
 // while somebody who watches the relay keeps it open with [STUN.SetOpen].
 type STUN struct {
-	conn    *net.UDPConn
-	log     zerolog.Logger
-	pktinfo bool // whether replies leave from the address that was asked
-	open    atomic.Bool
+	conn     *net.UDPConn
+	log      zerolog.Logger
+	pktinfo  bool // whether replies leave from the address that was asked
+	open     atomic.Bool
+	gateways gateways
 }
 
-// NewSTUN takes ownership of conn.
-func NewSTUN(conn *net.UDPConn, log zerolog.Logger) (*STUN, error) {
-	s := &STUN{conn: conn, log: log}
-	switch err := pktinfo.Enable(conn); {
+// NewSTUN returns a server that is closed.
+func NewSTUN(c STUNConfig) (*STUN, error) {
+	s := &STUN{conn: c.Conn, log: c.Log, gateways: gateways{addrs: c.Gateways, log: c.Log}}
+	switch err := pktinfo.Enable(c.Conn); {
 	case err == nil:
 		s.pktinfo = true
 	case !errors.Is(err, errors.ErrUnsupported):
@@ -75,6 +91,9 @@ func (s *STUN) Run(ctx context.Context) error {
 			continue
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		if s.gateways.refuse(from.Addr()) {
+			continue
+		}
 		out := oobOut[:0]
 		if s.pktinfo {
 			out = pktinfo.AppendSrc(out, pktinfo.Dst(oob[:oobn]))

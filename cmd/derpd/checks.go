@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"derpd/healthz"
+	"derpd/relay"
 )
 
 // checks are the parts of health, in the order of causes.
@@ -87,6 +88,10 @@ func (n *node) checkDERP(context.Context) healthz.Result {
 	return healthz.Okf("a packet between two clients in %s", n.selfCheck.State().Took.Round(100*time.Microsecond))
 }
 
+// refusedWarning is for how long health tells of a refused request. Clients ask
+// every half a minute or so; once the way for them is mended, this is over.
+const refusedWarning = time.Hour
+
 func (n *node) checkSTUN(ctx context.Context) healthz.Result {
 	if !n.stun.Open() {
 		return healthz.Failf("closed, since the relay cannot serve clients: %v", n.notServing())
@@ -95,7 +100,11 @@ func (n *node) checkSTUN(ctx context.Context) healthz.Result {
 	if err != nil {
 		return healthz.Failf("round trip through %s: %v", n.listeners.stun.LocalAddr(), err)
 	}
-	return healthz.Okf("round trip in %s", took.Round(10*time.Microsecond))
+	line := fmt.Sprintf("round trip in %s", took.Round(10*time.Microsecond))
+	if refused, last := n.stun.Refused(); refused > 0 && time.Since(last) < refusedWarning {
+		return healthz.Warnf("%s; %d requests refused, the last one %s ago: %v", line, refused, age(last), relay.ErrGateway)
+	}
+	return healthz.Okf("%s", line)
 }
 
 // toClose are the ways to close an open relay, in the order of the README.

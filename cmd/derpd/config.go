@@ -87,6 +87,9 @@ type config struct {
 	bootstrap []string
 	home      http.Handler
 
+	// gateways are of the container, and no variable sets them.
+	gateways []netip.Addr
+
 	logLevel  zerolog.Level
 	logFormat string
 

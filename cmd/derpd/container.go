@@ -1,22 +1,11 @@
 package main
 
-import (
-	"os"
-	"path/filepath"
-
-	"golang.org/x/sys/unix"
-)
+import "golang.org/x/sys/unix"
 
 // lostWithContainer reports whether what is written to dir is gone when the
 // container is made anew: dir is part of the container's own file system. The
 // file system of the container begins at root.
 func lostWithContainer(root, dir string) bool {
-	inContainer := false
-	for _, marker := range []string{".dockerenv", "run/.containerenv"} { // Docker, Podman
-		if _, err := os.Stat(filepath.Join(root, marker)); err == nil {
-			inContainer = true
-		}
-	}
 	var top, data unix.Stat_t
-	return inContainer && unix.Stat(root, &top) == nil && unix.Stat(dir, &data) == nil && top.Dev == data.Dev
+	return inContainer(root) && unix.Stat(root, &top) == nil && unix.Stat(dir, &data) == nil && top.Dev == data.Dev
 }

@@ -25,7 +25,7 @@ func stunServer(t *testing.T, open bool) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := relay.NewSTUN(conn, zerolog.Nop())
+	s, err := relay.NewSTUN(relay.STUNConfig{Conn: conn, Log: zerolog.Nop()})
 	if err != nil {
 		t.Fatal(err)
 	}

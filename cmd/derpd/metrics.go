@@ -25,7 +25,10 @@ func (n *node) metrics() []expvar.KeyValue {
 		{Key: "counter_derpd_self_check_failures_total", Value: number(int64(n.selfCheck.State().Failures))},
 	}
 	if n.stun != nil {
-		list = append(list, expvar.KeyValue{Key: "gauge_derpd_stun_open", Value: number(n.stun.Open())})
+		refused, _ := n.stun.Refused()
+		list = append(list,
+			expvar.KeyValue{Key: "gauge_derpd_stun_open", Value: number(n.stun.Open())},
+			expvar.KeyValue{Key: "counter_derpd_stun_gateway_refused_total", Value: number(int64(refused))})
 	}
 	if n.certs != nil {
 		status := n.certs.Status()

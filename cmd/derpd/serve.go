@@ -36,6 +36,7 @@ func serve(ctx context.Context, start time.Time, args, env []string, stdout, std
 	if err != nil {
 		return configError(err)
 	}
+	c.gateways = containerGateways("/", driverOf)
 	log := newLogger(c, stderr)
 	n, err := newNode(ctx, start, c, log, stdout)
 	if err != nil {
@@ -137,7 +138,7 @@ func (n *node) build(ctx context.Context) error {
 		return err
 	}
 	if n.listeners.stun != nil {
-		if n.stun, err = relay.NewSTUN(n.listeners.stun, n.log); err != nil {
+		if n.stun, err = relay.NewSTUN(relay.STUNConfig{Conn: n.listeners.stun, Gateways: c.gateways, Log: n.log}); err != nil {
 			return err
 		}
 	}

@@ -80,11 +80,43 @@ func TestBridge(t *testing.T) {
 			t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
 		}
 	})
-	t.Run("answers STUN on loopback and on the bridge", func(t *testing.T) {
-		for _, addr := range []string{"127.0.0.1", d.inspect(t, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")} {
-			asked := netip.AddrPortFrom(netip.MustParseAddr(addr), 3478)
-			got, _ := askSTUN(t, asked)
-			t.Logf("STUN at %v says %v", asked, got)
+	t.Run("does not answer STUN in the gateway's name", func(t *testing.T) {
+		if checked := d.stunCheck(t); !strings.HasPrefix(checked, "ok ") {
+			t.Errorf("health says %q", checked)
+		}
+		// Both ways lead through the engine, which hands packets of this
+		// machine over from the bridge's own address.
+		bridge := d.inspect(t, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
+		for i, addr := range []string{"127.0.0.1", bridge} {
+			conn, err := dial(t, net.JoinHostPort(addr, "3478"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := conn.Write(stun.Request(stun.NewTxID())); err != nil {
+				t.Fatal(err)
+			}
+			refused := fmt.Sprintf("; %d requests refused", i+1)
+			waitFor(t, "health to tell of the request to "+addr, func() bool {
+				checked := d.stunCheck(t)
+				return strings.HasPrefix(checked, "warn ") && strings.Contains(checked, refused) && strings.Contains(checked, "publish STUN on 0.0.0.0 only")
+			})
+			// It was seen; by now the answer would be here.
+			if err := conn.SetReadDeadline(time.Now().Add(resendEvery)); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := conn.Read(make([]byte, 1500)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%s: read %d bytes, error %v, want silence", addr, n, err)
+			}
+		}
+		if n := strings.Count(d.must(t, "logs", "--no-color", "relay"), "stun requests from the container's gateway are not answered"); n != 1 {
+			t.Errorf("the log tells of it %d times, want once", n)
+		}
+		addr := hostAddr(t)
+		if got, local := askSTUN(t, netip.AddrPortFrom(addr, 3478)); got != local {
+			t.Errorf("STUN at %v says %v, the socket has %v", addr, got, local)
+		}
+		if metrics, want := d.metrics(t), "\nderpd_stun_gateway_refused_total 2\n"; !strings.Contains(metrics, want) {
+			t.Errorf("metrics lack %q:\n%s", want, metrics)
 		}
 	})
 	t.Run("does not answer STUN on IPv6", func(t *testing.T) {
@@ -275,6 +307,48 @@ func (d *deployment) derpMap(t *testing.T) *tailcfg.DERPMap {
 		t.Fatalf("parsing the map: %v\n%s", err, out)
 	}
 	return m
+}
+
+// stunCheck is the line of the health check about STUN.
+func (d *deployment) stunCheck(t *testing.T) string {
+	t.Helper()
+	out := d.must(t, "exec", "-T", "relay", "/derpd", "healthcheck")
+	for line := range strings.Lines(out) {
+		if level, rest, _ := strings.Cut(line, " "); strings.HasPrefix(strings.TrimSpace(rest), "stun: ") {
+			return level + " " + strings.TrimSpace(rest)
+		}
+	}
+	t.Fatalf("health says nothing of STUN:\n%s", out)
+	return ""
+}
+
+// metrics are what the admin listener says, which only the container itself
+// can reach.
+func (d *deployment) metrics(t *testing.T) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("only root may enter the network of a container")
+	}
+	out, err := exec.CommandContext(t.Context(), "nsenter", "--net", "--target", d.inspect(t, "{{.State.Pid}}"),
+		"curl", "--silent", "--show-error", "--fail", "http://127.0.0.1:9090/metrics").CombinedOutput()
+	if err != nil {
+		t.Fatalf("reading the metrics: %v\n%s", err, out)
+	}
+	return string(out)
+}
+
+// waitFor waits until a condition holds.
+func waitFor(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	deadline, again := time.After(peerTimeout), time.NewTicker(resendEvery)
+	defer again.Stop()
+	for !holds() {
+		select {
+		case <-deadline:
+			t.Fatalf("waited %v for %s", peerTimeout, what)
+		case <-again.C:
+		}
+	}
 }
 
 // readyMillis finds out from the log how long the relay took to start.

@@ -1,0 +1,178 @@
+package relay_test
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+	"tailscale.com/net/stun"
+
+	"derpd/relay"
+)
+
+// serveSTUN runs an open STUN server until the test has ended, and then calls
+// ended.
+func serveSTUN(t *testing.T, listen string, c relay.STUNConfig, ended ...func(*relay.STUN)) (*relay.STUN, *net.UDPAddr) {
+	t.Helper()
+	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(listen)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Conn = conn
+	s, err := relay.NewSTUN(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.SetOpen(true)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(patience):
+			t.Fatal("the server does not end")
+		}
+		for _, f := range ended {
+			f(s)
+		}
+	})
+	return s, conn.LocalAddr().(*net.UDPAddr)
+}
+
+// STUN is closed until it is opened, and again when it is closed.
+func TestSTUNGate(t *testing.T) {
+	s, addr := serveSTUN(t, "127.0.0.1:0", relay.STUNConfig{Log: zerolog.Nop()})
+	s.SetOpen(false)
+	client := dialSTUN(t, "127.0.0.1:0", addr)
+	buf := make([]byte, 1500)
+	send := func() stun.TxID {
+		tx := stun.NewTxID()
+		if _, err := client.Write(stun.Request(tx)); err != nil {
+			t.Fatal(err)
+		}
+		return tx
+	}
+	for round := range 3 {
+		send()
+		// A closed server leaves no trace: only silence for a while tells.
+		if err := client.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := client.Read(buf); err == nil {
+			t.Fatalf("round %d: a closed server answered %x", round, buf[:n])
+		}
+		s.SetOpen(true)
+		want := send()
+		if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := client.Read(buf)
+		if err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		got, addr, err := stun.ParseResponse(buf[:n])
+		if err != nil || got != want || addr != client.LocalAddr().(*net.UDPAddr).AddrPort() {
+			t.Fatalf("round %d: got %v for %s, %v", round, got, addr, err)
+		}
+		s.SetOpen(false)
+	}
+}
+
+// Strangers send anything; the next real request is answered all the same.
+func TestSTUNIgnoresNonsense(t *testing.T) {
+	_, addr := serveSTUN(t, "127.0.0.1:0", relay.STUNConfig{Log: zerolog.Nop()})
+	client := dialSTUN(t, "127.0.0.1:0", addr)
+	request := stun.Request(stun.NewTxID())
+	flipped := append([]byte(nil), request...)
+	flipped[len(flipped)-1] ^= 1 // the fingerprint
+	for _, packet := range [][]byte{{}, {0}, request[:19], flipped, make([]byte, 4000)} {
+		if _, err := client.Write(packet); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tx := stun.NewTxID()
+	if _, err := client.Write(stun.Request(tx)); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1500)
+	n, err := client.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, _, err := stun.ParseResponse(buf[:n]); err != nil || got != tx {
+		t.Errorf("the first answer is for %v, want %v, %v", got, tx, err)
+	}
+}
+
+// The log tells of a gateway once, however many requests there are.
+func TestSTUNTellsOfTheGatewayOnce(t *testing.T) {
+	var log bytes.Buffer
+	_, addr := serveSTUN(t, "127.0.0.1:0", relay.STUNConfig{
+		Gateways: []netip.Addr{netip.MustParseAddr("127.0.0.2")},
+		Log:      zerolog.New(&log),
+	}, func(s *relay.STUN) {
+		if count, last := s.Refused(); count != 3 || time.Since(last) > patience {
+			t.Errorf("%d refused, the last at %s; want 3", count, last)
+		}
+		if n := strings.Count(log.String(), `"level":"warn"`); n != 1 || !strings.Contains(log.String(), `"gateway":"127.0.0.2"`) {
+			t.Errorf("%d warnings, want 1 that names the gateway:\n%s", n, log.String())
+		}
+	})
+	gateway := dialSTUN(t, "127.0.0.2:0", addr)
+	for range 3 {
+		if _, err := gateway.Write(stun.Request(stun.NewTxID())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	askSTUN(t, dialSTUN(t, "127.0.0.3:0", addr))
+	if err := gateway.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := gateway.Read(make([]byte, 1500)); err == nil {
+		t.Errorf("the gateway has an answer of %d bytes", n)
+	}
+}
+
+func dialSTUN(t *testing.T, from string, server *net.UDPAddr) *net.UDPConn {
+	t.Helper()
+	conn, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(from)), server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// askSTUN fails the test unless the server names the socket's own address.
+func askSTUN(t *testing.T, client *net.UDPConn) {
+	t.Helper()
+	want := stun.NewTxID()
+	if _, err := client.Write(stun.Request(want)); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1500)
+	n, err := client.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, seen, err := stun.ParseResponse(buf[:n])
+	if err != nil || got != want || seen != client.LocalAddr().(*net.UDPAddr).AddrPort() {
+		t.Errorf("asked from %s: the answer is %s for %v, want %v, %v", client.LocalAddr(), seen, got, want, err)
+	}
+}
