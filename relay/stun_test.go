@@ -176,3 +176,98 @@ func askSTUN(t *testing.T, client *net.UDPConn) {
 		t.Errorf("asked from %s: the answer is %s for %v, want %v, %v", client.LocalAddr(), seen, got, want, err)
 	}
 }
+
+// On one socket for both families, each reply leaves from the address that was
+// asked: a connected client takes it from nowhere else.
+func TestSTUNRepliesFromTheAddressAsked(t *testing.T) {
+	_, addr := serveSTUN(t, "[::]:0", relay.STUNConfig{Log: zerolog.Nop()})
+	for _, asked := range []string{"127.0.0.1", "127.0.0.2", "::1"} {
+		from := "127.0.0.1:0"
+		if asked == "::1" {
+			from = "[::1]:0"
+		}
+		askSTUN(t, dialSTUN(t, from, &net.UDPAddr{IP: net.ParseIP(asked), Port: addr.Port}))
+	}
+	_, v4 := serveSTUN(t, "0.0.0.0:0", relay.STUNConfig{Log: zerolog.Nop()})
+	askSTUN(t, dialSTUN(t, "127.0.0.1:0", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 2), Port: v4.Port}))
+}
+
+// Many requests at once, from clients of which some are gone by the time of the
+// answer: the refusals of those do not end the server, nor lose the others'.
+func TestSTUNBurst(t *testing.T) {
+	_, addr := serveSTUN(t, "[::]:0", relay.STUNConfig{Log: zerolog.Nop()})
+	server := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: addr.Port}
+	client := dialSTUN(t, "127.0.0.1:0", server)
+	const requests = 100
+	for range 5 {
+		want := make(map[stun.TxID]bool)
+		for range requests {
+			gone := dialSTUN(t, "127.0.0.1:0", server)
+			if _, err := gone.Write(stun.Request(stun.NewTxID())); err != nil {
+				t.Fatal(err)
+			}
+			_ = gone.Close()
+			tx := stun.NewTxID()
+			want[tx] = true
+			if _, err := client.Write(stun.Request(tx)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 1500)
+		for len(want) > 0 {
+			n, err := client.Read(buf)
+			if err != nil {
+				t.Fatalf("%d of %d answers are missing: %v", len(want), requests, err)
+			}
+			tx, _, err := stun.ParseResponse(buf[:n])
+			if err != nil || !want[tx] {
+				t.Fatalf("an answer for %v, %v", tx, err)
+			}
+			delete(want, tx)
+		}
+	}
+}
+
+// The end comes at once, also while no request does.
+func TestSTUNEnds(t *testing.T) {
+	for _, listen := range []string{"127.0.0.1:0", "[::1]:0", "[::]:0", "0.0.0.0:0"} {
+		conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(listen)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := relay.NewSTUN(relay.STUNConfig{Conn: conn, Log: zerolog.Nop()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.SetOpen(true)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- s.Run(ctx) }()
+		addr := conn.LocalAddr().(*net.UDPAddr)
+		client, err := net.DialUDP("udp", nil, addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = client.Close() })
+		askSTUN(t, client)
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("%s: %v", listen, err)
+			}
+		case <-time.After(patience):
+			t.Fatalf("%s: the server does not end", listen)
+		}
+		// The port is free again.
+		again, err := net.ListenUDP("udp", addr)
+		if err != nil {
+			t.Errorf("%s: %v", listen, err)
+			continue
+		}
+		_ = again.Close()
+	}
+}
