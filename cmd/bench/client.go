@@ -1,0 +1,145 @@
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"go4.org/mem"
+	"tailscale.com/derp"
+	"tailscale.com/derp/derpconst"
+	"tailscale.com/types/key"
+)
+
+const (
+	handshakeWithin = 10 * time.Second
+	bigBuffer       = 64 << 10 // bytes; what one read of a socket may bring
+)
+
+// client is one connection to a relay, after its handshake. From there on frames
+// are read and written as they are: what a real client does with each packet
+// would cost the load as much as the server's work costs the server.
+type client struct {
+	conn   net.Conn // TLS
+	reader *bufio.Reader
+	public key.NodePublic
+}
+
+// dial connects as derphttp does, with the fast start: TLS, an HTTP request
+// whose answer is not waited for, DERP's keys. It returns when the server has
+// accepted the client. A client that is made to be busy reads in large pieces.
+func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Addr, busy bool) (*client, error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeWithin)
+	defer cancel()
+	var dialer net.Dialer
+	if from.IsValid() {
+		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+	}
+	tcp, err := dialer.DialContext(ctx, "tcp", s.https.String())
+	if err != nil {
+		return nil, err
+	}
+	below, size := tcp, 4<<10
+	if busy {
+		below, size = bufferedConn{tcp, bufio.NewReaderSize(tcp, bigBuffer)}, bigBuffer
+	}
+	conn := tls.Client(below, clientTLS(s.certificate))
+	c, err := handshake(ctx, conn, private, size)
+	if err != nil {
+		_ = tcp.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func handshake(ctx context.Context, conn *tls.Conn, private key.NodePrivate, size int) (*client, error) {
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	server, err := serverKey(conn.ConnectionState().PeerCertificates)
+	if err != nil {
+		return nil, err
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(deadline); err != nil {
+			return nil, err
+		}
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+hostname+"/derp", nil)
+	if err != nil {
+		return nil, err
+	}
+	request.Header.Set("Upgrade", "DERP")
+	request.Header.Set("Connection", "Upgrade")
+	request.Header.Set(derp.FastStartHeader, "1")
+	c := &client{conn: conn, reader: bufio.NewReaderSize(conn, size), public: private.Public()}
+	writer := bufio.NewWriter(conn)
+	if err := request.Write(writer); err != nil {
+		return nil, err
+	}
+	quiet := func(string, ...any) {}
+	if _, err := derp.NewClient(private, conn, bufio.NewReadWriter(c.reader, writer), quiet, derp.ServerPublicKey(server)); err != nil {
+		return nil, err
+	}
+	for {
+		kind, length, err := derp.ReadFrameHeader(c.reader)
+		if err != nil {
+			return nil, fmt.Errorf("waiting for the server's greeting: %w", err)
+		}
+		if _, err := c.reader.Discard(int(length)); err != nil {
+			return nil, err
+		}
+		if kind == derp.FrameServerInfo {
+			return c, conn.SetDeadline(time.Time{})
+		}
+	}
+}
+
+func (c *client) close() { _ = c.conn.Close() }
+
+// clientTLS is what derphttp would use, but that the certificate is known. The
+// key exchange is Go's default for both servers: X25519MLKEM768.
+func clientTLS(want *x509.Certificate) *tls.Config {
+	return &tls.Config{
+		ServerName: hostname, MinVersion: tls.VersionTLS13,
+		InsecureSkipVerify: true, // for VerifyConnection, which knows better
+		VerifyConnection: func(state tls.ConnectionState) error {
+			if !state.PeerCertificates[0].Equal(want) {
+				return errors.New("another certificate than the one made for this measurement")
+			}
+			return nil
+		},
+		// A burst is one record from the start, as it is later on.
+		DynamicRecordSizingDisabled: true,
+	}
+}
+
+// serverKey finds the relay's key in its meta certificate.
+func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
+	for _, certificate := range chain {
+		if hex, found := strings.CutPrefix(certificate.Subject.CommonName, derpconst.MetaCertCommonNamePrefix); found {
+			return key.ParseNodePublicUntyped(mem.S(hex))
+		}
+	}
+	return key.NodePublic{}, errors.New("no meta certificate: the server has no fast start")
+}
+
+// bufferedConn reads large pieces from the socket, so that many TLS records cost
+// the load one system call.
+type bufferedConn struct {
+	net.Conn
+	reader io.Reader
+}
+
+func (c bufferedConn) Read(p []byte) (int, error) { return c.reader.Read(p) }

@@ -1,0 +1,203 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"tailscale.com/types/key"
+)
+
+const (
+	connectors = 16
+	// keysInTurn is how many node keys connect in turn: one that comes again
+	// while its last connection is there would be a different case.
+	keysInTurn = 4096
+
+	settle        = 2 * time.Second // until memory is looked at
+	spareFiles    = 100             // of the limit of open files, beside connections
+	startPatience = 100 * time.Millisecond
+	retryAfter    = 100 * time.Microsecond
+)
+
+// source is a loopback address of its own for every so many connections: one has
+// ports for some tens of thousands, and they come back a minute later.
+func source(i int) netip.Addr {
+	i /= 100
+	return netip.AddrFrom4([4]byte{127, 1, byte(i / 250), byte(1 + i%250)})
+}
+
+// connects measures clients that connect, and leave once they are accepted.
+type connects struct {
+	time time.Duration
+	keys []key.NodePrivate
+	made atomic.Int64 // connections, for their keys and addresses
+}
+
+func newConnects(d time.Duration) *connects {
+	c := &connects{time: d}
+	for range keysInTurn {
+		c.keys = append(c.keys, key.NewNode())
+	}
+	return c
+}
+
+func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var done atomic.Uint64
+	g, gctx := errgroup.WithContext(ctx)
+	for range connectors {
+		g.Go(func() error {
+			for gctx.Err() == nil {
+				i := int(c.made.Add(1))
+				client, err := dial(gctx, s, c.keys[i%len(c.keys)], source(i%(250*250*100)), false)
+				if err != nil {
+					return ended(gctx, err)
+				}
+				client.close()
+				done.Add(1)
+			}
+			return nil
+		})
+	}
+	var before, after used
+	var first, last uint64
+	g.Go(func() error {
+		defer cancel()
+		err := waitFor(gctx, warmup)
+		if err != nil {
+			return err
+		}
+		first = done.Load()
+		if before, err = usedBy(s, nil); err != nil {
+			return err
+		}
+		if err = waitFor(gctx, c.time); err != nil {
+			return err
+		}
+		last = done.Load()
+		after, err = usedBy(s, nil)
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if last == first {
+		return nil, fmt.Errorf("nobody connected within %v", c.time)
+	}
+	count, span := float64(last-first), after.at.Sub(before.at).Seconds()
+	cpu := (after.server - before.server).Seconds()
+	return sample{
+		connectRate:   count / span,
+		cpuPerConnect: cpu / count * 1e3,
+		serverBusy:    cpu / span / s.share(),
+		loadBusy:      (after.load - before.load).Seconds() / span / s.share(),
+	}, nil
+}
+
+// idle measures the memory of a server whose clients do nothing: how much more
+// it is than without clients, for each of them. The server is one of its own, or
+// what was before would count.
+func measureIdle(ctx context.Context, p *program, count int) (sample, error) {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return nil, err
+	}
+	if files.Cur < uint64(count+spareFiles) {
+		return nil, fmt.Errorf("%d connections need more open files than the limit of %d: raise it with ulimit -n", count, files.Cur)
+	}
+	s, err := p.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer s.stop()
+	if err := waitFor(ctx, settle); err != nil {
+		return nil, err
+	}
+	before, err := residentBytes(s.pid)
+	if err != nil {
+		return nil, err
+	}
+
+	clients := make([]*client, count)
+	defer func() {
+		for _, c := range clients {
+			if c != nil {
+				c.close()
+			}
+		}
+	}()
+	var next atomic.Int64
+	g, gctx := errgroup.WithContext(ctx)
+	for range connectors {
+		g.Go(func() error {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= count {
+					return nil
+				}
+				var err error
+				if clients[i], err = dial(gctx, s, key.NewNode(), source(i), false); err != nil {
+					return fmt.Errorf("connection %d of %d: %w", i+1, count, err)
+				}
+			}
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, fmt.Errorf("%w%s", err, s.lastWords())
+	}
+	if err := waitFor(ctx, settle); err != nil {
+		return nil, err
+	}
+	after, err := residentBytes(s.pid)
+	if err != nil {
+		return nil, err
+	}
+	runtime.KeepAlive(clients)
+	return sample{
+		memoryPerClient: float64(after-before) / float64(count) / 1024,
+		memoryAlone:     float64(before) / (1 << 20),
+	}, nil
+}
+
+// measureStart measures from the execution of the program to the first DERP
+// handshake and to the first STUN answer, the key and the certificate being
+// there already.
+func measureStart(ctx context.Context, p *program, times int) (sample, error) {
+	var derps, stuns []time.Duration
+	for range times {
+		begin := time.Now()
+		s, err := p.launch(ctx)
+		if err != nil {
+			return nil, err
+		}
+		err = s.awaitDERP(ctx)
+		derps = append(derps, time.Since(begin))
+		if err == nil {
+			err = s.awaitSTUN(ctx)
+			stuns = append(stuns, time.Since(begin))
+		}
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, s.lastWords())
+		}
+		s.stop()
+		if err != nil {
+			return nil, err
+		}
+	}
+	slices.Sort(derps)
+	slices.Sort(stuns)
+	return sample{
+		startDERP: quantile(derps, 0.5).Seconds() * 1e3,
+		startSTUN: quantile(stuns, 0.5).Seconds() * 1e3,
+	}, nil
+}

@@ -1,0 +1,143 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// cpuTime is how long a process has been on a CPU, all of its threads together,
+// also those that have ended; 0 is this process. The kernel counts nanoseconds,
+// of which /proc/PID/stat shows hundredths of a second.
+func cpuTime(pid int) (time.Duration, error) {
+	// clock_getcpuclockid(3), CPUCLOCK_SCHED.
+	clock := int32(^pid<<3 | 2)
+	if pid == 0 {
+		clock = unix.CLOCK_PROCESS_CPUTIME_ID
+	}
+	var t unix.Timespec
+	if err := unix.ClockGettime(clock, &t); err != nil {
+		return 0, fmt.Errorf("CPU time of process %d: %w", pid, err)
+	}
+	return time.Duration(t.Nano()), nil
+}
+
+// residentBytes is the resident memory of a process. Of the places where the
+// kernel tells it, this one is exact.
+func residentBytes(pid int) (int64, error) {
+	kib, err := procValue(pid, "smaps_rollup", "Rss")
+	return kib << 10, err
+}
+
+// readsAndWrites is how often a process has called read and write and their
+// relatives (readv, pread, sendfile and so on; not recvmsg and sendmsg).
+func readsAndWrites(pid int) (int64, error) {
+	reads, err := procValue(pid, "io", "syscr")
+	if err != nil {
+		return 0, err
+	}
+	writes, err := procValue(pid, "io", "syscw")
+	return reads + writes, err
+}
+
+func procValue(pid int, file, name string) (int64, error) {
+	path := fmt.Sprintf("/proc/%d/%s", pid, file)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	value, err := parseValue(string(text), name)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return value, nil
+}
+
+// parseValue finds a line such as "Rss:  1234 kB" or "syscr: 12", without its
+// unit.
+func parseValue(text, name string) (int64, error) {
+	for line := range strings.Lines(text) {
+		rest, found := strings.CutPrefix(line, name+":")
+		if !found {
+			continue
+		}
+		fields := strings.Fields(rest)
+		if len(fields) == 0 {
+			break
+		}
+		return strconv.ParseInt(fields[0], 10, 64)
+	}
+	return 0, fmt.Errorf("no value of %s", name)
+}
+
+// share keeps half of the CPUs for the load and returns the others, for the
+// servers: only then is a server that cannot do more told from a load that
+// cannot. It returns nil if there is nothing to share.
+func share(pin bool) ([]int, error) {
+	var set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &set); err != nil {
+		return nil, fmt.Errorf("sched_getaffinity: %w", err)
+	}
+	cpus := members(set)
+	if !pin || len(cpus) < 2 {
+		return nil, nil
+	}
+	servers, load := cpus[:len(cpus)/2], cpus[len(cpus)/2:]
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return nil, err
+	}
+	// A thread that is made from now on takes after the one that makes it.
+	for _, task := range tasks {
+		id, err := strconv.Atoi(task.Name())
+		if err != nil {
+			return nil, err
+		}
+		if err := setAffinity(id, load); err != nil && !errors.Is(err, unix.ESRCH) {
+			return nil, err
+		}
+	}
+	// One more, for the one that sleeps in the kernel; see [pause].
+	runtime.GOMAXPROCS(len(load) + 1)
+	return servers, nil
+}
+
+// setAffinity says where a thread may run, 0 for this one. No CPUs are any.
+func setAffinity(thread int, cpus []int) error {
+	if len(cpus) == 0 {
+		return nil
+	}
+	var set unix.CPUSet
+	for _, cpu := range cpus {
+		set.Set(cpu)
+	}
+	if err := unix.SchedSetaffinity(thread, &set); err != nil {
+		return fmt.Errorf("sched_setaffinity: %w", err)
+	}
+	return nil
+}
+
+func members(set unix.CPUSet) []int {
+	var list []int
+	for cpu := 0; len(list) < set.Count(); cpu++ {
+		if set.IsSet(cpu) {
+			list = append(list, cpu)
+		}
+	}
+	return list
+}
+
+// pause sleeps in the kernel: Go's own timers are a millisecond late, and a
+// tenth of that is what is measured here.
+func pause(d time.Duration) {
+	t := unix.NsecToTimespec(int64(d))
+	_ = unix.Nanosleep(&t, nil) // woken early is no harm
+}

@@ -1,0 +1,386 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"tailscale.com/derp"
+	"tailscale.com/types/key"
+)
+
+const (
+	// queueDepth is how many packets derpserver keeps for a client before it
+	// drops the oldest. With no more than these under way none is dropped, and
+	// both servers do the same work for a packet that arrives.
+	queueDepth   = 32
+	largestBurst = 8
+
+	// fixedRate is the packets per second of what is not at saturation.
+	fixedRate = 10_000
+
+	keyLen       = 32
+	headerLen    = derp.FrameHeaderLen + keyLen // of a frame with a packet
+	smallestSize = 16                           // of a packet: its number and its time
+	warmup       = 300 * time.Millisecond
+	pairWithin   = 5 * time.Second
+)
+
+// load is what is sent through a relay.
+type load struct {
+	size, pairs, burst int // bytes, senders, packets that are written at once
+	rate               int // packets per second of all pairs; 0 is all they can
+	window             int // packets under way from one sender
+	time               time.Duration
+}
+
+func (l load) name() string {
+	how, burst := "all it can", "single packets"
+	if l.rate > 0 {
+		how = fmt.Sprintf("%d packets/s", l.rate)
+	}
+	if l.burst > 1 {
+		burst = fmt.Sprintf("bursts of %d", l.burst)
+	}
+	return fmt.Sprintf("relay %d B, %d pairs, %s, %s", l.size, l.pairs, burst, how)
+}
+
+// pair is a client that sends and one that receives. The frames are made once;
+// a packet begins with its number and the time when it was sent.
+type pair struct {
+	from, to *client
+	frames   []byte // one burst
+	size     int    // of a packet, bytes
+	next     uint64 // number of the next packet to send
+
+	arrived  atomic.Uint64 // the number after the last packet that arrived
+	received atomic.Uint64 // packets that did
+	lost     atomic.Uint64 // packets that never did
+	wake     chan struct{} // something arrived
+
+	timed   *atomic.Bool // whether how long packets take is of interest now
+	delays  []time.Duration
+	endedBy error // of the receiver
+}
+
+func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool) (*pair, error) {
+	p := &pair{size: l.size, wake: make(chan struct{}, 1), timed: timed}
+	var err error
+	if p.from, err = dial(ctx, s, key.NewNode(), netip.Addr{}, true); err != nil {
+		return nil, err
+	}
+	if p.to, err = dial(ctx, s, key.NewNode(), netip.Addr{}, true); err != nil {
+		p.from.close()
+		return nil, err
+	}
+	for range l.burst {
+		p.frames = appendFrame(p.frames, p.to.public, l.size)
+	}
+	return p, nil
+}
+
+func (p *pair) close() {
+	p.from.close()
+	p.to.close()
+}
+
+// appendFrame appends a frame that sends a packet of this size.
+func appendFrame(b []byte, to key.NodePublic, size int) []byte {
+	b = append(b, byte(derp.FrameSendPacket))
+	b = binary.BigEndian.AppendUint32(b, uint32(keyLen+size))
+	b = to.AppendTo(b)
+	return append(b, make([]byte, size)...)
+}
+
+// start of the clock in the packets.
+var epoch = time.Now()
+
+// send writes one burst.
+func (p *pair) send() error {
+	now := uint64(time.Since(epoch))
+	step := headerLen + p.size
+	for at := headerLen; at < len(p.frames); at += step {
+		binary.BigEndian.PutUint64(p.frames[at:], p.next)
+		binary.BigEndian.PutUint64(p.frames[at+8:], now)
+		p.next++
+	}
+	_, err := p.from.conn.Write(p.frames)
+	return err
+}
+
+// saturate sends whenever there is room, until ctx ends.
+func (p *pair) saturate(ctx context.Context, window int) error {
+	burst := uint64(len(p.frames) / (headerLen + p.size))
+	for ctx.Err() == nil {
+		for p.next+burst-p.arrived.Load() > uint64(window) {
+			select {
+			case <-p.wake:
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		if err := p.send(); err != nil {
+			return ended(ctx, err)
+		}
+	}
+	return nil
+}
+
+// receive counts what arrives, until the connection is closed.
+func (p *pair) receive() error {
+	var arrived uint64
+	for {
+		kind, length, err := derp.ReadFrameHeader(p.to.reader)
+		if err != nil {
+			return err
+		}
+		if kind == derp.FrameRecvPacket && int(length) == keyLen+p.size {
+			b, err := p.to.reader.Peek(keyLen + smallestSize)
+			if err != nil {
+				return err
+			}
+			number := binary.BigEndian.Uint64(b[keyLen:])
+			if number < arrived {
+				return fmt.Errorf("packet %d came after packet %d", number, arrived-1)
+			}
+			if number > arrived {
+				p.lost.Add(number - arrived)
+			}
+			arrived = number + 1
+			if p.timed.Load() {
+				p.delays = append(p.delays, time.Since(epoch)-time.Duration(binary.BigEndian.Uint64(b[keyLen+8:])))
+			}
+			p.received.Add(1)
+		}
+		if _, err := p.to.reader.Discard(int(length)); err != nil {
+			return err
+		}
+		// Once for all that came together, or for as much as fits a burst.
+		if p.to.reader.Buffered() < int(length) || arrived%largestBurst == 0 {
+			p.arrived.Store(arrived)
+			select {
+			case p.wake <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// pace sends bursts of all pairs in turn, at a rate that they keep together.
+func pace(ctx context.Context, pairs []*pair, l load) error {
+	every := time.Duration(l.burst) * time.Second / time.Duration(l.rate)
+	due := time.Now()
+	for i := 0; ctx.Err() == nil; i++ {
+		if wait := time.Until(due); wait > 0 {
+			pause(wait)
+		}
+		if err := pairs[i%len(pairs)].send(); err != nil {
+			return ended(ctx, err)
+		}
+		due = due.Add(every)
+	}
+	return nil
+}
+
+// ended tells the end of a connection that was wanted from one that was not.
+func ended(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// used is what was used up to one moment.
+type used struct {
+	at           time.Time
+	server, load time.Duration // on CPUs
+	calls        int64         // reads and writes of the server
+	packets      uint64        // that arrived
+}
+
+func usedBy(s *server, pairs []*pair) (used, error) {
+	u := used{at: time.Now()}
+	for _, p := range pairs {
+		u.packets += p.received.Load()
+	}
+	var errs [3]error
+	u.server, errs[0] = cpuTime(s.pid)
+	u.load, errs[1] = cpuTime(0)
+	u.calls, errs[2] = readsAndWrites(s.pid)
+	return u, errors.Join(errs[:]...)
+}
+
+// measureRelay passes packets through a server.
+func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var timed atomic.Bool
+	pairs := make([]*pair, 0, l.pairs)
+	var receivers sync.WaitGroup
+	defer receivers.Wait()
+	defer func() {
+		for _, p := range pairs {
+			p.close()
+		}
+	}()
+	for range l.pairs {
+		p, err := newPair(ctx, s, l, &timed)
+		if err != nil {
+			return nil, err
+		}
+		pairs = append(pairs, p)
+		receivers.Go(func() { p.endedBy = p.receive() })
+	}
+
+	// A write that waits for a server that reads no more has to end too.
+	stop := context.AfterFunc(ctx, func() {
+		for _, p := range pairs {
+			p.close()
+		}
+	})
+	defer stop()
+
+	g, gctx := errgroup.WithContext(ctx)
+	if l.rate > 0 {
+		g.Go(func() error { return pace(gctx, pairs, l) })
+	} else {
+		for _, p := range pairs {
+			g.Go(func() error { return p.saturate(gctx, l.window) })
+		}
+	}
+	var before, after used
+	var systemCalls float64
+	g.Go(func() error {
+		defer cancel()
+		if err := waitFor(gctx, warmup); err != nil {
+			return err
+		}
+		var err error
+		timed.Store(l.rate > 0)
+		if before, err = usedBy(s, pairs); err != nil {
+			return err
+		}
+		if err := waitFor(gctx, l.time); err != nil {
+			return err
+		}
+		after, err = usedBy(s, pairs)
+		timed.Store(false)
+		if err == nil && l.rate == 0 {
+			systemCalls, err = countSystemCalls(gctx, s, pairs)
+		}
+		return err
+	})
+	err := g.Wait()
+	for _, p := range pairs {
+		p.close()
+	}
+	receivers.Wait()
+	if err != nil {
+		return nil, err
+	}
+
+	var delays []time.Duration
+	var lost uint64
+	for i, p := range pairs {
+		if p.received.Load() == 0 {
+			return nil, fmt.Errorf("pair %d of %d passed no packet; its receiver ended with: %w", i+1, len(pairs), p.endedBy)
+		}
+		lost += p.lost.Load()
+		delays = append(delays, p.delays...)
+	}
+	packets := float64(after.packets - before.packets)
+	if packets == 0 {
+		return nil, errors.New("no packet arrived")
+	}
+	span := after.at.Sub(before.at).Seconds()
+	cpu := (after.server - before.server).Seconds()
+	out := sample{
+		cpuPerPacket: cpu / packets * 1e6,
+		cpuPerByte:   cpu / (packets * float64(l.size)) * 1e9,
+		callsPer:     float64(after.calls-before.calls) / packets,
+		lostPackets:  float64(lost),
+		serverBusy:   cpu / span / s.share(),
+		loadBusy:     (after.load - before.load).Seconds() / span / s.share(),
+	}
+	if l.rate == 0 {
+		out[packetRate] = packets / span
+		if systemCalls > 0 {
+			out[systemCallsPer] = systemCalls
+		}
+	} else {
+		slices.Sort(delays)
+		out[delayMedian] = quantile(delays, 0.50).Seconds() * 1e3
+		out[delayP99] = quantile(delays, 0.99).Seconds() * 1e3
+	}
+	return out, nil
+}
+
+// perfTime is how long system calls are counted, after everything else: counting
+// makes them slower.
+const perfTime = 300 * time.Millisecond
+
+// countSystemCalls is the server's system calls of all kinds for each packet, by
+// perf; 0 where that is not there or not allowed.
+func countSystemCalls(ctx context.Context, s *server, pairs []*pair) (float64, error) {
+	perf, err := exec.LookPath("perf")
+	if err != nil {
+		return 0, nil
+	}
+	before, err := usedBy(s, pairs)
+	if err != nil {
+		return 0, err
+	}
+	out, err := exec.CommandContext(ctx, perf, "stat", "--field-separator", ",", "--event", "raw_syscalls:sys_enter",
+		"--pid", strconv.Itoa(s.pid), "--timeout", strconv.FormatInt(perfTime.Milliseconds(), 10)).CombinedOutput()
+	if err != nil {
+		return 0, ctx.Err()
+	}
+	after, err := usedBy(s, pairs)
+	if err != nil {
+		return 0, err
+	}
+	count, err := parsePerf(string(out))
+	if err != nil {
+		return 0, nil
+	}
+	rate := float64(after.packets-before.packets) / after.at.Sub(before.at).Seconds()
+	if rate == 0 {
+		return 0, errors.New("no packet arrived while system calls were counted")
+	}
+	return count / perfTime.Seconds() / rate, nil
+}
+
+// parsePerf finds the count in what perf stat prints.
+func parsePerf(out string) (float64, error) {
+	for line := range strings.Lines(out) {
+		fields := strings.Split(line, ",")
+		if len(fields) > 2 && strings.HasPrefix(fields[2], "raw_syscalls:") {
+			return strconv.ParseFloat(fields[0], 64)
+		}
+	}
+	return 0, errors.New("no count of system calls")
+}
+
+// waitFor lets the load run.
+func waitFor(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,235 @@
+//go:build linux
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"slices"
+	"strconv"
+	"text/tabwriter"
+	"time"
+)
+
+// report is everything that was measured, and what follows from it.
+type report struct {
+	Date       time.Time `json:"date"`
+	Go         string    `json:"go"`
+	Platform   string    `json:"platform"`
+	Rounds     int       `json:"rounds"`
+	ServerCPUs int       `json:"server_cpus,omitempty"` // 0 is all of them
+	Pinned     bool      `json:"pinned"`
+	Results    []*result `json:"results"`
+	Targets    []verdict `json:"targets,omitempty"`
+	Notes      []string  `json:"notes,omitempty"`
+}
+
+// result is one metric of one measurement, round by round.
+type result struct {
+	Measurement string    `json:"measurement"`
+	Metric      metric    `json:"metric"`
+	Derper      []float64 `json:"derper"`
+	Derpd       []float64 `json:"derpd"`
+	// Ratio is derpd's to derper's of each round; nil if there is none, or if
+	// the metric is about the measurement itself.
+	Ratio *spread `json:"ratio,omitempty"`
+}
+
+func (r *report) find(measurement string, m metric) *result {
+	for _, found := range r.Results {
+		if found.Measurement == measurement && found.Metric == m {
+			return found
+		}
+	}
+	return nil
+}
+
+// add takes what one measurement of one server gave.
+func (r *report) add(measurement, server string, s sample) {
+	for m, value := range s {
+		found := r.find(measurement, m)
+		if found == nil {
+			found = &result{Measurement: measurement, Metric: m}
+			r.Results = append(r.Results, found)
+		}
+		if server == derper {
+			found.Derper = append(found.Derper, value)
+		} else {
+			found.Derpd = append(found.Derpd, value)
+		}
+	}
+}
+
+// conclude computes ratios, targets and notes from the values. The results of
+// one measurement are put into the order of the metrics.
+func (r *report) conclude() {
+	rank := map[metric]int{serverBusy: len(metrics), loadBusy: len(metrics) + 1, lostPackets: len(metrics) + 2}
+	for i, m := range metrics {
+		rank[m.metric] = i
+	}
+	var order []string
+	for _, found := range r.Results {
+		if !slices.Contains(order, found.Measurement) {
+			order = append(order, found.Measurement)
+		}
+		found.Ratio = nil
+		if list := ratios(found.Derpd, found.Derper); rank[found.Metric] < len(metrics) && len(list) > 0 {
+			ratio := spreadOf(list)
+			found.Ratio = &ratio
+		}
+	}
+	slices.SortStableFunc(r.Results, func(a, b *result) int {
+		if a.Measurement != b.Measurement {
+			return slices.Index(order, a.Measurement) - slices.Index(order, b.Measurement)
+		}
+		return rank[a.Metric] - rank[b.Metric]
+	})
+	r.Targets = verdicts(r)
+	r.Notes = notes(r)
+}
+
+// enough is the share of its CPUs that a server must have used for what it did
+// to be all that it can.
+const enough = 0.9
+
+// notes say what to know before the numbers are believed.
+func notes(r *report) []string {
+	var list []string
+	for _, found := range r.Results {
+		for _, side := range []struct {
+			name   string
+			values []float64
+		}{{derper, found.Derper}, {derpd, found.Derpd}} {
+			if len(side.values) == 0 {
+				continue
+			}
+			value := spreadOf(side.values).Median
+			switch {
+			case found.Metric == lostPackets && spreadOf(side.values).Max > 0:
+				list = append(list, fmt.Sprintf("%s: %s lost up to %.0f packets in a round", found.Measurement, side.name, spreadOf(side.values).Max))
+			case found.Metric == serverBusy && value < enough && saturates(r, found.Measurement):
+				load := 0.0
+				if other := r.find(found.Measurement, loadBusy); other != nil {
+					if side.name == derper {
+						load = spreadOf(other.Derper).Median
+					} else {
+						load = spreadOf(other.Derpd).Median
+					}
+				}
+				list = append(list, fmt.Sprintf("%s: %s used %.0f%% of its CPUs (the load: %.0f%%), so its rate is not all that it can; CPU is as measured",
+					found.Measurement, side.name, value*100, load*100))
+			}
+		}
+	}
+	if r.Rounds < 5 {
+		list = append(list, fmt.Sprintf("%d rounds are too few for a spread to mean much", r.Rounds))
+	}
+	if !r.Pinned {
+		list = append(list, "servers and load shared all CPUs: rates depend on both")
+	}
+	return list
+}
+
+// saturates reports whether a measurement is to bring a server to its limit.
+func saturates(r *report, measurement string) bool {
+	return r.find(measurement, packetRate) != nil || measurement == connectName || measurement == stunName(stunBurst)
+}
+
+func (r *report) missed() int {
+	n := 0
+	for _, v := range r.Targets {
+		if !v.Reached {
+			n++
+		}
+	}
+	return n
+}
+
+func (r *report) writeTable(w io.Writer) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	print := func(format string, args ...any) { _, _ = fmt.Fprintf(t, format, args...) }
+	print("%s, %s, %s, %d rounds", r.Date.Format(time.DateOnly), r.Go, r.Platform, r.Rounds)
+	if r.Pinned && r.ServerCPUs > 0 {
+		print(", servers on %d of the CPUs, the load on the others", r.ServerCPUs)
+	}
+	print("\nmedians, and the ratio derpd / derper (its least and greatest of all rounds)\n")
+	last := ""
+	for _, found := range r.Results {
+		if len(found.Derper) == 0 || len(found.Derpd) == 0 {
+			continue
+		}
+		if found.Measurement != last {
+			print("\n%s\tderper\tderpd\tratio\n", found.Measurement)
+			last = found.Measurement
+		}
+		ratio := ""
+		if found.Ratio != nil {
+			ratio = found.Ratio.String()
+		}
+		print("  %s\t%s\t%s\t%s\n", found.Metric, number(spreadOf(found.Derper).Median), number(spreadOf(found.Derpd).Median), ratio)
+	}
+	if len(r.Targets) > 0 {
+		print("\ntargets\tratio\tit must be\t\n")
+	}
+	for _, v := range r.Targets {
+		reached := "reached"
+		if !v.Reached {
+			reached = "not reached"
+		}
+		print("  %s\t%s\t%s\t%s\n", v.What, v.Ratio, v.Wanted, reached)
+	}
+	if len(r.Notes) > 0 {
+		print("\n")
+	}
+	for _, note := range r.Notes {
+		print("note: %s\n", note)
+	}
+	return t.Flush()
+}
+
+func (s spread) String() string {
+	return fmt.Sprintf("%.2f (%.2f to %.2f)", s.Median, s.Min, s.Max)
+}
+
+// number shows three digits, and thousands apart.
+func number(x float64) string {
+	if x == 0 {
+		return "0"
+	}
+	decimals := max(0, 2-int(math.Floor(math.Log10(math.Abs(x)))))
+	scale := math.Pow(10, float64(2-int(math.Floor(math.Log10(math.Abs(x))))))
+	text := strconv.FormatFloat(math.Round(x*scale)/scale, 'f', decimals, 64)
+	if decimals > 0 {
+		return text
+	}
+	for at := len(text) - 3; at > 0 && text[at-1] != '-'; at -= 3 {
+		text = text[:at] + "," + text[at:]
+	}
+	return text
+}
+
+func (r *report) writeJSON(path string) error {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, append(b, '\n'), 0o644)
+}
+
+// readReport reads what writeJSON wrote, and concludes anew: targets and notes
+// may be others by now.
+func readReport(path string) (*report, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var r report
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	r.conclude()
+	return &r, nil
+}

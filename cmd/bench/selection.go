@@ -1,0 +1,144 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// measurement is one thing that is measured with both servers in turn.
+type measurement struct {
+	name string
+	// run is given a server that is warm. What needs one of its own makes it.
+	run func(context.Context, *server) (sample, error)
+}
+
+// metric is a value of a measurement.
+type metric string
+
+// sample is what one measurement of one server gave.
+type sample map[metric]float64
+
+const (
+	packetRate      metric = "packets/s"
+	cpuPerPacket    metric = "CPU s per million packets"
+	cpuPerByte      metric = "CPU s per GB"
+	callsPer        metric = "reads and writes per packet"
+	systemCallsPer  metric = "system calls per packet"
+	delayMedian     metric = "p50 latency, ms"
+	delayP99        metric = "p99 latency, ms"
+	connectRate     metric = "connects/s"
+	cpuPerConnect   metric = "CPU ms per connect"
+	memoryPerClient metric = "KiB per connection"
+	memoryAlone     metric = "MiB without clients"
+	answerRate      metric = "answers/s"
+	answersPer      metric = "answers per CPU s"
+	startDERP       metric = "ms to the first DERP handshake"
+	startSTUN       metric = "ms to the first STUN answer"
+
+	// How the measurement itself went: these have no better and no worse.
+	lostPackets metric = "packets lost"
+	serverBusy  metric = "share of the server's CPUs in use"
+	loadBusy    metric = "share of the load's CPUs in use"
+)
+
+// metrics are in the order of the report. More is better where it says so.
+var metrics = []struct {
+	metric
+	more bool
+}{
+	{packetRate, true},
+	{cpuPerPacket, false},
+	{cpuPerByte, false},
+	{callsPer, false},
+	{systemCallsPer, false},
+	{connectRate, true},
+	{cpuPerConnect, false},
+	{memoryPerClient, false},
+	{memoryAlone, false},
+	{answerRate, true},
+	{answersPer, true},
+	{delayMedian, false},
+	{delayP99, false},
+	{startDERP, false},
+	{startSTUN, false},
+}
+
+func moreIsBetter(m metric) bool {
+	for _, known := range metrics {
+		if known.metric == m {
+			return known.more
+		}
+	}
+	return false
+}
+
+// The names of measurements that are not of a relay under load.
+const (
+	connectName = "connect"
+	startName   = "start"
+)
+
+func idleName(count int) string { return fmt.Sprintf("%d idle connections", count) }
+
+func stunName(burst int) string {
+	if burst > 1 {
+		return fmt.Sprintf("STUN, bursts of %d", burst)
+	}
+	return "STUN, one at a time"
+}
+
+// selection is what the options ask for.
+func selection(o options) []measurement {
+	span, idle, starts := 2*time.Second, []int{1000, 5000, 10000}, 11
+	loads := []load{
+		{size: 64, pairs: 8, burst: 1}, {size: 64, pairs: 8, burst: 8},
+		{size: 1280, pairs: 8, burst: 1}, {size: 1280, pairs: 8, burst: 8},
+		{size: 1280, pairs: 1, burst: 8}, {size: 1280, pairs: 64, burst: 8},
+		{size: 8192, pairs: 8, burst: 1},
+		{size: 1280, pairs: 8, burst: 1, rate: fixedRate}, {size: 1280, pairs: 8, burst: 8, rate: fixedRate},
+	}
+	switch {
+	case o.quick:
+		span, idle, starts = 700*time.Millisecond, []int{1000}, 5
+		loads = []load{
+			{size: 64, pairs: 8, burst: 1},
+			{size: 1280, pairs: 8, burst: 1}, {size: 1280, pairs: 8, burst: 8},
+			{size: 8192, pairs: 8, burst: 1},
+			{size: 1280, pairs: 8, burst: 1, rate: fixedRate},
+		}
+	case o.full:
+		loads = nil
+		for _, rate := range []int{0, fixedRate} {
+			for _, size := range []int{64, 1280, 8192} {
+				for _, pairs := range []int{1, 8, 64} {
+					for _, burst := range []int{1, 8} {
+						loads = append(loads, load{size: size, pairs: pairs, burst: burst, rate: rate})
+					}
+				}
+			}
+		}
+	}
+
+	var list []measurement
+	add := func(name string, run func(context.Context, *server) (sample, error)) {
+		if o.only == nil || o.only.MatchString(name) {
+			list = append(list, measurement{name, run})
+		}
+	}
+	for _, l := range loads {
+		l.window, l.time = o.window, span
+		add(l.name(), func(ctx context.Context, s *server) (sample, error) { return measureRelay(ctx, s, l) })
+	}
+	add(connectName, newConnects(span).measure)
+	for _, burst := range []int{1, stunBurst} {
+		add(stunName(burst), func(ctx context.Context, s *server) (sample, error) { return measureSTUN(ctx, s, burst, span/2) })
+	}
+	for _, count := range idle {
+		add(idleName(count), func(ctx context.Context, s *server) (sample, error) { return measureIdle(ctx, s.program, count) })
+	}
+	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, starts) })
+	return list
+}
