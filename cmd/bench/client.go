@@ -9,7 +9,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -34,11 +33,15 @@ type client struct {
 	conn   net.Conn // TLS
 	reader *bufio.Reader
 	public key.NodePublic
+	held   *bufferedConn // below TLS; nil unless the client is busy
 }
+
+// flush sends what a busy client has written.
+func (c *client) flush() error { return c.held.writer.Flush() }
 
 // dial connects as derphttp does, with the fast start: TLS, an HTTP request
 // whose answer is not waited for, DERP's keys. It returns when the server has
-// accepted the client. A client that is made to be busy reads in large pieces.
+// accepted the client. A busy client reads and writes in large pieces.
 func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Addr, busy bool) (*client, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeWithin)
 	defer cancel()
@@ -51,14 +54,20 @@ func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Ad
 		return nil, err
 	}
 	below, size := tcp, 4<<10
+	var held *bufferedConn
 	if busy {
-		below, size = bufferedConn{tcp, bufio.NewReaderSize(tcp, bigBuffer)}, bigBuffer
+		held = &bufferedConn{Conn: tcp, reader: bufio.NewReaderSize(tcp, bigBuffer)}
+		below, size = held, bigBuffer
 	}
 	conn := tls.Client(below, clientTLS(s.certificate))
 	c, err := handshake(ctx, conn, private, size)
 	if err != nil {
 		_ = tcp.Close()
 		return nil, err
+	}
+	if c.held = held; busy {
+		// From here on, what is written waits for flush.
+		held.writer = bufio.NewWriterSize(tcp, bigBuffer)
 	}
 	return c, nil
 }
@@ -135,11 +144,20 @@ func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
 	return key.NodePublic{}, errors.New("no meta certificate: the server has no fast start")
 }
 
-// bufferedConn reads large pieces from the socket, so that many TLS records cost
-// the load one system call.
+// bufferedConn is a socket whose many TLS records cost the load one system call:
+// on two CPUs, a load that made as many of them as the server would be slower
+// than the server.
 type bufferedConn struct {
 	net.Conn
-	reader io.Reader
+	reader *bufio.Reader
+	writer *bufio.Writer // nil during the handshake
 }
 
-func (c bufferedConn) Read(p []byte) (int, error) { return c.reader.Read(p) }
+func (c *bufferedConn) Read(p []byte) (int, error) { return c.reader.Read(p) }
+
+func (c *bufferedConn) Write(p []byte) (int, error) {
+	if c.writer == nil {
+		return c.Conn.Write(p)
+	}
+	return c.writer.Write(p)
+}

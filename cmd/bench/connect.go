@@ -69,42 +69,25 @@ func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
 			return nil
 		})
 	}
-	var before, after used
-	var first, last uint64
-	g.Go(func() error {
+	var u interval
+	g.Go(func() (err error) {
 		defer cancel()
-		err := waitFor(gctx, warmup)
-		if err != nil {
-			return err
-		}
-		first = done.Load()
-		if before, err = usedBy(s, nil); err != nil {
-			return err
-		}
-		if err = waitFor(gctx, c.time); err != nil {
-			return err
-		}
-		last = done.Load()
-		after, err = usedBy(s, nil)
+		u, err = observe(gctx, s, c.time, done.Load)
 		return err
 	})
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	if last == first {
-		return nil, fmt.Errorf("nobody connected within %v", c.time)
+	out, err := u.sample(s)
+	if err != nil {
+		return nil, err
 	}
-	count, span := float64(last-first), after.at.Sub(before.at).Seconds()
-	cpu := (after.server - before.server).Seconds()
-	return sample{
-		connectRate:   count / span,
-		cpuPerConnect: cpu / count * 1e3,
-		serverBusy:    cpu / span / s.share(),
-		loadBusy:      (after.load - before.load).Seconds() / span / s.share(),
-	}, nil
+	out[connectRate] = u.count / u.span
+	out[cpuPerConnect] = u.server / u.count * 1e3
+	return out, nil
 }
 
-// idle measures the memory of a server whose clients do nothing: how much more
+// measureIdle measures the memory of a server whose clients do nothing: how much more
 // it is than without clients, for each of them. The server is one of its own, or
 // what was before would count.
 func measureIdle(ctx context.Context, p *program, count int) (sample, error) {

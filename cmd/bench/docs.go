@@ -128,7 +128,7 @@ text { fill: #24292f } .bar { fill: #2f81f7 } .less { fill: #bc4c00 } .line, .sp
 		}
 		low, high := v.better(v.Ratio.Min), v.better(v.Ratio.Max)
 		low, high = min(low, high), max(low, high)
-		fmt.Fprintf(&b, `<text x="%d" y="%d" text-anchor="end">%s</text>`, labelWidth-8, middle+4, html.EscapeString(pictureLabel(r.Targets, i)))
+		fmt.Fprintf(&b, `<text x="%d" y="%d" text-anchor="end">%s</text>`, labelWidth-8, middle+4, html.EscapeString(v.target.en))
 		fmt.Fprintf(&b, `<rect class="%s" x="%d" y="%d" width="%.1f" height="%d" rx="2"/>`, class, labelWidth, middle-barHeight/2, x(v.better(v.Ratio.Median))-labelWidth, barHeight)
 		fmt.Fprintf(&b, `<path class="spread" d="M%.1f %dH%.1f"/>`, x(low), middle, x(high))
 		fmt.Fprintf(&b, `<text x="%.1f" y="%d">%.2f×</text>`+"\n", x(max(high, oneTick))+8, middle+4, v.better(v.Ratio.Median))
@@ -136,6 +136,3 @@ text { fill: #24292f } .bar { fill: #2f81f7 } .less { fill: #bc4c00 } .line, .sp
 	fmt.Fprintf(&b, `<path class="line" stroke-dasharray="4 3" d="M%.1f %dV%d"/>`+"\n</svg>\n", x(oneTick), topMargin-2, height-6)
 	return b.Bytes()
 }
-
-// pictureLabel is what a row is about.
-func pictureLabel(list []verdict, row int) string { return list[row].target.en }

@@ -78,6 +78,45 @@ func parseValue(text, name string) (int64, error) {
 	return 0, fmt.Errorf("no value of %s", name)
 }
 
+// machineTime is how long the CPUs of this machine were in use, all together, by
+// whomever: processes, the network, other machines beside this one.
+func machineTime() (time.Duration, error) {
+	text, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, err
+	}
+	t, err := parseStat(string(text))
+	if err != nil {
+		return 0, fmt.Errorf("/proc/stat: %w", err)
+	}
+	return t, nil
+}
+
+// tick is the unit of /proc/stat, USER_HZ, which is the same everywhere.
+const tick = 10 * time.Millisecond
+
+// parseStat reads "cpu user nice system idle iowait irq softirq steal …", the
+// first line (proc(5)).
+func parseStat(text string) (time.Duration, error) {
+	const idle, iowait, steal = 4, 5, 8
+	line, _, _ := strings.Cut(text, "\n")
+	fields := strings.Fields(line)
+	if len(fields) <= steal || fields[0] != "cpu" {
+		return 0, fmt.Errorf("no times of the CPUs in %q", line)
+	}
+	var sum time.Duration
+	for i, field := range fields[1 : steal+1] {
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		if column := i + 1; column != idle && column != iowait {
+			sum += time.Duration(n) * tick
+		}
+	}
+	return sum, nil
+}
+
 // share keeps half of the CPUs for the load and returns the others, for the
 // servers: only then is a server that cannot do more told from a load that
 // cannot. It returns nil if there is nothing to share.

@@ -107,7 +107,8 @@ func appendFrame(b []byte, to key.NodePublic, size int) []byte {
 // start of the clock in the packets.
 var epoch = time.Now()
 
-// send writes one burst.
+// send writes one burst, which is a TLS record of its own unless it is too large
+// for one. It leaves with the next flush.
 func (p *pair) send() error {
 	now := uint64(time.Since(epoch))
 	step := headerLen + p.size
@@ -125,6 +126,9 @@ func (p *pair) saturate(ctx context.Context, window int) error {
 	burst := uint64(len(p.frames) / (headerLen + p.size))
 	for ctx.Err() == nil {
 		for p.next+burst-p.arrived.Load() > uint64(window) {
+			if err := p.from.flush(); err != nil {
+				return ended(ctx, err)
+			}
 			select {
 			case <-p.wake:
 			case <-ctx.Done():
@@ -186,7 +190,8 @@ func pace(ctx context.Context, pairs []*pair, l load) error {
 		if wait := time.Until(due); wait > 0 {
 			pause(wait)
 		}
-		if err := pairs[i%len(pairs)].send(); err != nil {
+		p := pairs[i%len(pairs)]
+		if err := errors.Join(p.send(), p.from.flush()); err != nil {
 			return ended(ctx, err)
 		}
 		due = due.Add(every)
@@ -200,26 +205,6 @@ func ended(ctx context.Context, err error) error {
 		return nil
 	}
 	return err
-}
-
-// used is what was used up to one moment.
-type used struct {
-	at           time.Time
-	server, load time.Duration // on CPUs
-	calls        int64         // reads and writes of the server
-	packets      uint64        // that arrived
-}
-
-func usedBy(s *server, pairs []*pair) (used, error) {
-	u := used{at: time.Now()}
-	for _, p := range pairs {
-		u.packets += p.received.Load()
-	}
-	var errs [3]error
-	u.server, errs[0] = cpuTime(s.pid)
-	u.load, errs[1] = cpuTime(0)
-	u.calls, errs[2] = readsAndWrites(s.pid)
-	return u, errors.Join(errs[:]...)
 }
 
 // measureRelay passes packets through a server.
@@ -260,25 +245,21 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 			g.Go(func() error { return p.saturate(gctx, l.window) })
 		}
 	}
-	var before, after used
+	arrived := func() (n uint64) {
+		// From the first look on, which is after the warming up.
+		timed.Store(l.rate > 0)
+		for _, p := range pairs {
+			n += p.received.Load()
+		}
+		return n
+	}
+	var u interval
 	var systemCalls float64
 	g.Go(func() error {
 		defer cancel()
-		if err := waitFor(gctx, warmup); err != nil {
-			return err
-		}
 		var err error
-		timed.Store(l.rate > 0)
-		if before, err = usedBy(s, pairs); err != nil {
-			return err
-		}
-		if err := waitFor(gctx, l.time); err != nil {
-			return err
-		}
-		after, err = usedBy(s, pairs)
-		timed.Store(false)
-		if err == nil && l.rate == 0 {
-			systemCalls, err = countSystemCalls(gctx, s, pairs)
+		if u, err = observe(gctx, s, l.time, arrived); err == nil && l.rate == 0 {
+			systemCalls, err = countSystemCalls(gctx, s, arrived)
 		}
 		return err
 	})
@@ -300,22 +281,16 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 		lost += p.lost.Load()
 		delays = append(delays, p.delays...)
 	}
-	packets := float64(after.packets - before.packets)
-	if packets == 0 {
-		return nil, errors.New("no packet arrived")
+	out, err := u.sample(s)
+	if err != nil {
+		return nil, err
 	}
-	span := after.at.Sub(before.at).Seconds()
-	cpu := (after.server - before.server).Seconds()
-	out := sample{
-		cpuPerPacket: cpu / packets * 1e6,
-		cpuPerByte:   cpu / (packets * float64(l.size)) * 1e9,
-		callsPer:     float64(after.calls-before.calls) / packets,
-		lostPackets:  float64(lost),
-		serverBusy:   cpu / span / s.share(),
-		loadBusy:     (after.load - before.load).Seconds() / span / s.share(),
-	}
+	out[cpuPerPacket] = u.server / u.count * 1e6
+	out[cpuPerByte] = u.server / (u.count * float64(l.size)) * 1e9
+	out[callsPer] = u.calls / u.count
+	out[lostPackets] = float64(lost)
 	if l.rate == 0 {
-		out[packetRate] = packets / span
+		out[packetRate] = u.count / u.span
 		if systemCalls > 0 {
 			out[systemCallsPer] = systemCalls
 		}
@@ -333,29 +308,22 @@ const perfTime = 300 * time.Millisecond
 
 // countSystemCalls is the server's system calls of all kinds for each packet, by
 // perf; 0 where that is not there or not allowed.
-func countSystemCalls(ctx context.Context, s *server, pairs []*pair) (float64, error) {
+func countSystemCalls(ctx context.Context, s *server, arrived func() uint64) (float64, error) {
 	perf, err := exec.LookPath("perf")
 	if err != nil {
 		return 0, nil
 	}
-	before, err := usedBy(s, pairs)
-	if err != nil {
-		return 0, err
-	}
+	before, began := arrived(), time.Now()
 	out, err := exec.CommandContext(ctx, perf, "stat", "--field-separator", ",", "--event", "raw_syscalls:sys_enter",
 		"--pid", strconv.Itoa(s.pid), "--timeout", strconv.FormatInt(perfTime.Milliseconds(), 10)).CombinedOutput()
 	if err != nil {
 		return 0, ctx.Err()
 	}
-	after, err := usedBy(s, pairs)
-	if err != nil {
-		return 0, err
-	}
+	rate := float64(arrived()-before) / time.Since(began).Seconds()
 	count, err := parsePerf(string(out))
 	if err != nil {
 		return 0, nil
 	}
-	rate := float64(after.packets-before.packets) / after.at.Sub(before.at).Seconds()
 	if rate == 0 {
 		return 0, errors.New("no packet arrived while system calls were counted")
 	}

@@ -38,6 +38,14 @@ type result struct {
 	Ratio *spread `json:"ratio,omitempty"`
 }
 
+// of is the values of one of the two.
+func (r *result) of(server string) []float64 {
+	if server == derper {
+		return r.Derper
+	}
+	return r.Derpd
+}
+
 func (r *report) find(measurement string, m metric) *result {
 	for _, found := range r.Results {
 		if found.Measurement == measurement && found.Metric == m {
@@ -66,17 +74,13 @@ func (r *report) add(measurement, server string, s sample) {
 // conclude computes ratios, targets and notes from the values. The results of
 // one measurement are put into the order of the metrics.
 func (r *report) conclude() {
-	rank := map[metric]int{serverBusy: len(metrics), loadBusy: len(metrics) + 1, lostPackets: len(metrics) + 2}
-	for i, m := range metrics {
-		rank[m.metric] = i
-	}
 	var order []string
 	for _, found := range r.Results {
 		if !slices.Contains(order, found.Measurement) {
 			order = append(order, found.Measurement)
 		}
 		found.Ratio = nil
-		if list := ratios(found.Derpd, found.Derper); rank[found.Metric] < len(metrics) && len(list) > 0 {
+		if list := ratios(found.Derpd, found.Derper); rank(found.Metric) < len(metrics) && len(list) > 0 {
 			ratio := spreadOf(list)
 			found.Ratio = &ratio
 		}
@@ -85,7 +89,7 @@ func (r *report) conclude() {
 		if a.Measurement != b.Measurement {
 			return slices.Index(order, a.Measurement) - slices.Index(order, b.Measurement)
 		}
-		return rank[a.Metric] - rank[b.Metric]
+		return rank(a.Metric) - rank(b.Metric)
 	})
 	r.Targets = verdicts(r)
 	r.Notes = notes(r)
@@ -95,40 +99,41 @@ func (r *report) conclude() {
 // to be all that it can.
 const enough = 0.9
 
+// quiet is the share of the machine that others may use without being mentioned.
+const quiet = 0.1
+
 // notes say what to know before the numbers are believed.
 func notes(r *report) []string {
 	var list []string
+	add := func(format string, args ...any) { list = append(list, fmt.Sprintf(format, args...)) }
+	others := 0.0
 	for _, found := range r.Results {
-		for _, side := range []struct {
-			name   string
-			values []float64
-		}{{derper, found.Derper}, {derpd, found.Derpd}} {
-			if len(side.values) == 0 {
+		load := r.find(found.Measurement, loadBusy)
+		for _, name := range []string{derper, derpd} {
+			values := found.of(name)
+			if len(values) == 0 {
 				continue
 			}
-			value := spreadOf(side.values).Median
+			s := spreadOf(values)
 			switch {
-			case found.Metric == lostPackets && spreadOf(side.values).Max > 0:
-				list = append(list, fmt.Sprintf("%s: %s lost up to %.0f packets in a round", found.Measurement, side.name, spreadOf(side.values).Max))
-			case found.Metric == serverBusy && value < enough && saturates(r, found.Measurement):
-				load := 0.0
-				if other := r.find(found.Measurement, loadBusy); other != nil {
-					if side.name == derper {
-						load = spreadOf(other.Derper).Median
-					} else {
-						load = spreadOf(other.Derpd).Median
-					}
-				}
-				list = append(list, fmt.Sprintf("%s: %s used %.0f%% of its CPUs (the load: %.0f%%), so its rate is not all that it can; CPU is as measured",
-					found.Measurement, side.name, value*100, load*100))
+			case found.Metric == othersBusy:
+				others = max(others, s.Median)
+			case found.Metric == lostPackets && s.Max > 0:
+				add("%s: with %s, up to %.0f were lost in a round", found.Measurement, name, s.Max)
+			case found.Metric == serverBusy && s.Median < enough && saturates(r, found.Measurement):
+				add("%s: %s used %.0f%% of its CPUs, the load %.0f%%: its rate is not all that it can, CPU is as measured",
+					found.Measurement, name, s.Median*100, spreadOf(load.of(name)).Median*100)
 			}
 		}
 	}
+	if others > quiet {
+		add("others used up to %.0f%% of the CPUs meanwhile: rates and latencies are not to be trusted; on such a machine try chrt --rr 1 make bench", others*100)
+	}
 	if r.Rounds < 5 {
-		list = append(list, fmt.Sprintf("%d rounds are too few for a spread to mean much", r.Rounds))
+		add("%d rounds are too few for a spread to mean much", r.Rounds)
 	}
 	if !r.Pinned {
-		list = append(list, "servers and load shared all CPUs: rates depend on both")
+		add("servers and load shared all CPUs: rates depend on both")
 	}
 	return list
 }
@@ -199,10 +204,11 @@ func number(x float64) string {
 	if x == 0 {
 		return "0"
 	}
-	decimals := max(0, 2-int(math.Floor(math.Log10(math.Abs(x)))))
-	scale := math.Pow(10, float64(2-int(math.Floor(math.Log10(math.Abs(x))))))
-	text := strconv.FormatFloat(math.Round(x*scale)/scale, 'f', decimals, 64)
-	if decimals > 0 {
+	place := func() int { return 2 - int(math.Floor(math.Log10(math.Abs(x)))) }
+	scale := math.Pow(10, float64(place()))
+	x = math.Round(x*scale) / scale
+	text := strconv.FormatFloat(x, 'f', max(0, place()), 64)
+	if place() > 0 {
 		return text
 	}
 	for at := len(text) - 3; at > 0 && text[at-1] != '-'; at -= 3 {

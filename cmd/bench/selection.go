@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -42,6 +43,7 @@ const (
 	lostPackets metric = "packets lost"
 	serverBusy  metric = "share of the server's CPUs in use"
 	loadBusy    metric = "share of the load's CPUs in use"
+	othersBusy  metric = "share of all CPUs that others used"
 )
 
 // metrics are in the order of the report. More is better where it says so.
@@ -64,6 +66,17 @@ var metrics = []struct {
 	{delayP99, false},
 	{startDERP, false},
 	{startSTUN, false},
+}
+
+// rank is where a metric stands in the report, the ones about the measurement
+// itself last.
+func rank(m metric) int {
+	for i, known := range metrics {
+		if known.metric == m {
+			return i
+		}
+	}
+	return len(metrics) + slices.Index([]metric{serverBusy, loadBusy, othersBusy, lostPackets}, m)
 }
 
 func moreIsBetter(m metric) bool {

@@ -146,41 +146,25 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 			return nil
 		})
 	}
-	var before, after used
-	var first, last uint64
-	g.Go(func() error {
+	var u interval
+	g.Go(func() (err error) {
 		defer cancel()
-		err := waitFor(gctx, warmup)
-		if err != nil {
-			return err
-		}
-		timed.Store(true)
-		first = answers.Load()
-		if before, err = usedBy(s, nil); err != nil {
-			return err
-		}
-		if err = waitFor(gctx, d); err != nil {
-			return err
-		}
-		last = answers.Load()
-		after, err = usedBy(s, nil)
+		u, err = observe(gctx, s, d, func() uint64 {
+			timed.Store(true) // after the warming up
+			return answers.Load()
+		})
 		return err
 	})
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	if last == first {
-		return nil, fmt.Errorf("no answer within %v", d)
+	out, err := u.sample(s)
+	if err != nil {
+		return nil, err
 	}
-	count, span := float64(last-first), after.at.Sub(before.at).Seconds()
-	cpu := (after.server - before.server).Seconds()
-	out := sample{
-		answerRate:   count / span,
-		answersPer:   count / cpu,
-		lostPackets:  float64(lost.Load()),
-		serverBusy:   cpu / span / s.share(),
-		loadBusy:     (after.load - before.load).Seconds() / span / s.share(),
-	}
+	out[answerRate] = u.count / u.span
+	out[answersPer] = u.count / u.server
+	out[lostPackets] = float64(lost.Load())
 	if len(delays) > 0 {
 		slices.Sort(delays)
 		out[delayMedian] = quantile(delays, 0.50).Seconds() * 1e3

@@ -1,0 +1,78 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+)
+
+// used is what was used up to one moment.
+type used struct {
+	at           time.Time
+	server, load time.Duration // on CPUs
+	calls        int64         // reads and writes of the server
+	machine      time.Duration // all CPUs, by whomever
+	count        uint64 // of what was done: packets, connects, answers
+}
+
+// usedBy looks at everything at once.
+func usedBy(s *server, count uint64) (used, error) {
+	u := used{at: time.Now(), count: count}
+	var errs [4]error
+	u.server, errs[0] = cpuTime(s.pid)
+	u.load, errs[1] = cpuTime(0)
+	u.calls, errs[2] = readsAndWrites(s.pid)
+	u.machine, errs[3] = machineTime()
+	return u, errors.Join(errs[:]...)
+}
+
+// observe lets a load run for warmup and then for d, and returns what was used
+// from then on.
+func observe(ctx context.Context, s *server, d time.Duration, count func() uint64) (interval, error) {
+	if err := waitFor(ctx, warmup); err != nil {
+		return interval{}, err
+	}
+	before, err := usedBy(s, count())
+	if err != nil {
+		return interval{}, err
+	}
+	if err := waitFor(ctx, d); err != nil {
+		return interval{}, err
+	}
+	after, err := usedBy(s, count())
+	return after.since(before), err
+}
+
+func (u used) since(before used) interval {
+	return interval{
+		span:    u.at.Sub(before.at).Seconds(),
+		server:  (u.server - before.server).Seconds(),
+		load:    (u.load - before.load).Seconds(),
+		calls:   float64(u.calls - before.calls),
+		count:   float64(u.count - before.count),
+		machine: (u.machine - before.machine).Seconds(),
+	}
+}
+
+// interval is what was used between two moments, in seconds; CPU seconds but for
+// the span.
+type interval struct {
+	span, server, load, machine float64
+	calls, count float64
+}
+
+// sample begins a sample with how the measurement itself went.
+func (i interval) sample(s *server) (sample, error) {
+	if i.count == 0 {
+		return nil, fmt.Errorf("nothing was done within %.1f s", i.span)
+	}
+	return sample{
+		serverBusy: i.server / i.span / s.share(),
+		loadBusy:   i.load / i.span / s.share(),
+		othersBusy: max(0, i.machine-i.server-i.load) / i.span / float64(runtime.NumCPU()),
+	}, nil
+}
