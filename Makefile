@@ -16,9 +16,11 @@ ACTIONLINT    := $(TOOLS)/actionlint-v1.7.12
 # The tailscaled may be older than the relay, as other people's are; not newer.
 TAILSCALE := v1.102.5
 HEADSCALE := v0.29.0
-# What an update of the relay is compared with.
-DERPER    := $(TOOLS)/derper-v1.104.5
 PEERS     := $(TOOLS)/peers-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
+
+# Upstream's own server at the version in go.mod, to measure derpd beside it.
+UPSTREAM := $(shell sed -n 's/^\ttailscale\.com //p' go.mod)
+DERPER   := $(TOOLS)/derper-$(UPSTREAM)
 
 .DEFAULT_GOAL := help
 .PHONY: help
@@ -26,8 +28,9 @@ help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
 
 test: export DERPD_PEERS := $(PEERS)
+test: export DERPD_DERPER := $(DERPER)
 .PHONY: test
-test: peers ## run all tests, in any order, with the race detector
+test: peers $(DERPER) ## run all tests, in any order, with the race detector
 	@# A test builds earlier ones, which have most in common with this one.
 	CGO_ENABLED=0 go build -trimpath -o /dev/null ./cmd/derpd
 	go test -race -shuffle=on -timeout 5m ./...
@@ -65,6 +68,16 @@ cross: ## build for every platform of the image, and print the sizes
 .PHONY: reproducible
 reproducible: ## build twice, the second time elsewhere and from nothing, and compare
 	.ci/reproducible
+
+# DERPD is another build to measure; BENCH are flags, `go run ./cmd/bench -h`
+# lists them. Nothing else should run on this machine meanwhile.
+.PHONY: bench
+bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstream's derper, in about ten minutes
+	go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) $(BENCH)
+
+.PHONY: bench-docs
+bench-docs: BENCH = --json docker/bench.json --docs
+bench-docs: bench ## the same, and put the numbers into the READMEs
 
 # An argument without a value is taken from the environment if it is there:
 # mirrors are named once, as the Dockerfile tells.
@@ -143,12 +156,11 @@ $(PEERS)/headscale:
 	mv $(PEERS)/module/headscale $@
 	rm -r $(PEERS)/module
 
-# Upstream's relay, built as headscale is; without the replacement, it asks for
-# a version of setec that is not to be had.
+# In the same way, without what it replaces by a version that is not published.
 $(DERPER):
 	rm -rf $@.module
 	mkdir -p $@.module
-	cd $@.module && go mod init tool && go mod edit -require=tailscale.com@v$(lastword $(subst -v, ,$@)) \
+	cd $@.module && go mod init tool && go mod edit -require=tailscale.com@$(UPSTREAM) \
 		-replace=github.com/tailscale/setec=github.com/tailscale/setec@v0.0.0-20260310221408-dcd97e42f251 && \
 		CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o derper tailscale.com/cmd/derper
 	mv $@.module/derper $@

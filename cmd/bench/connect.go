@@ -22,10 +22,8 @@ const (
 	// while its last connection is there would be a different case.
 	keysInTurn = 4096
 
-	settle        = 2 * time.Second // until memory is looked at
-	spareFiles    = 100             // of the limit of open files, beside connections
-	startPatience = 100 * time.Millisecond
-	retryAfter    = 100 * time.Microsecond
+	settle     = 2 * time.Second // until memory is looked at
+	spareFiles = 100             // of the limit of open files, beside connections
 )
 
 // source is a loopback address of its own for every so many connections: one has
@@ -90,7 +88,7 @@ func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
 // measureIdle measures the memory of a server whose clients do nothing: how much more
 // it is than without clients, for each of them. The server is one of its own, or
 // what was before would count.
-func measureIdle(ctx context.Context, p *program, count int) (sample, error) {
+func measureIdle(ctx context.Context, p *program, count int, settle time.Duration) (sample, error) {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
 		return nil, err

@@ -26,12 +26,12 @@ var languages = []struct {
 }{
 	{
 		"README.md", "| | derper | derpd | ratio |",
-		"%[1]s, %[2]s, %[3]d rounds in turns: medians, and derpd's ratio to derper with its least and greatest. In the picture, longer is better.",
+		"%s, %s, %d rounds in turns: medians, and derpd's ratio to derper with its least and greatest. In the picture, longer is better.",
 		func(t target) string { return t.en },
 	},
 	{
 		"README.zh-CN.md", "| | derper | derpd | 比值 |",
-		"%[1]s,%[2]s,交替测量 %[3]d 轮:中位数,以及 derpd 与 derper 的比值(最小到最大)。图中越长越好。",
+		"%s,%s,交替测量 %d 轮:中位数,以及 derpd 与 derper 的比值(最小到最大)。图中越长越好。",
 		func(t target) string { return t.zh },
 	},
 }
@@ -74,7 +74,9 @@ func (r *report) withDocs(old string, language int) (string, error) {
 func (r *report) docs(language int) string {
 	l := languages[language]
 	var b strings.Builder
-	fmt.Fprintf(&b, "![](%s)\n\n"+l.caption+"\n\n%s\n|---|---|---|---|\n", pictureFile, r.Date.Format(time.DateOnly), r.Platform, r.Rounds, l.header)
+	fmt.Fprintf(&b, "![derpd / derper](%s)\n\n", pictureFile)
+	fmt.Fprintf(&b, l.caption+"\n\n", r.Date.Format(time.DateOnly), r.Platform, r.Rounds)
+	fmt.Fprintf(&b, "%s\n|---|---|---|---|\n", l.header)
 	for _, v := range r.Targets {
 		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", l.label(v.target), withUnit(v.derper, v.target.unit), withUnit(v.derpd, v.target.unit), v.Ratio)
 	}

@@ -196,7 +196,7 @@ func (r *report) writeTable(w io.Writer) error {
 }
 
 func (s spread) String() string {
-	return fmt.Sprintf("%.2f (%.2f to %.2f)", s.Median, s.Min, s.Max)
+	return fmt.Sprintf("%.2f (%.2f–%.2f)", s.Median, s.Min, s.Max)
 }
 
 // number shows three digits, and thousands apart.

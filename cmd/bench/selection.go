@@ -150,7 +150,7 @@ func selection(o options) []measurement {
 		add(stunName(burst), func(ctx context.Context, s *server) (sample, error) { return measureSTUN(ctx, s, burst, span/2) })
 	}
 	for _, count := range idle {
-		add(idleName(count), func(ctx context.Context, s *server) (sample, error) { return measureIdle(ctx, s.program, count) })
+		add(idleName(count), func(ctx context.Context, s *server) (sample, error) { return measureIdle(ctx, s.program, count, settle) })
 	}
 	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, starts) })
 	return list

@@ -26,6 +26,7 @@ import (
 	"syscall"
 	"time"
 
+	"tailscale.com/net/stun"
 	"tailscale.com/types/key"
 )
 
@@ -38,8 +39,10 @@ const (
 const (
 	hostname    = "derp.example.com" // in the certificate; nobody resolves it
 	startWithin = 10 * time.Second
-	stopWithin  = 3 * time.Second // before a server is killed
-	logTail     = 4 << 10         // of a server that failed, in bytes
+	retryAfter  = 100 * time.Microsecond
+	askAgain    = 2 * time.Millisecond // a STUN server that was silent
+	stopWithin  = 3 * time.Second      // before a server is killed
+	logTail     = 4 << 10              // of a server that failed, in bytes
 )
 
 // program is one of the two servers that are compared.
@@ -152,15 +155,27 @@ func (s *server) awaitDERP(ctx context.Context) error {
 	})
 }
 
-// awaitSTUN returns after the first STUN answer.
+// awaitSTUN returns after the first STUN answer, to whichever request it is.
 func (s *server) awaitSTUN(ctx context.Context) error {
+	conn, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(s.stun))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	request, answer := stun.Request(stun.NewTxID()), make([]byte, maxAnswer)
 	return s.await(ctx, "a STUN answer", func(context.Context) error {
-		a, err := newAsker(s.stun, 1, startPatience)
+		if _, err := conn.Write(request); err != nil {
+			return err // that nobody listens yet
+		}
+		if err := conn.SetReadDeadline(time.Now().Add(askAgain)); err != nil {
+			return err
+		}
+		n, err := conn.Read(answer)
 		if err != nil {
 			return err
 		}
-		defer a.close()
-		return a.ask()
+		_, err = answerTo(answer[:n])
+		return err
 	})
 }
 

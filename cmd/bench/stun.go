@@ -36,16 +36,15 @@ type asker struct {
 	answers  []ipv4.Message
 	at       int // next request
 	burst    int
-	patience time.Duration
 	known    map[stun.TxID]bool // of this burst; true when answered
 }
 
-func newAsker(server netip.AddrPort, burst int, patience time.Duration) (*asker, error) {
+func newAsker(server netip.AddrPort, burst int) (*asker, error) {
 	conn, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(server))
 	if err != nil {
 		return nil, err
 	}
-	a := &asker{conn: conn, batch: ipv4.NewPacketConn(conn), burst: burst, patience: patience, known: map[stun.TxID]bool{}}
+	a := &asker{conn: conn, batch: ipv4.NewPacketConn(conn), burst: burst, known: map[stun.TxID]bool{}}
 	for range keptRequests {
 		id := stun.NewTxID()
 		a.ids = append(a.ids, id)
@@ -77,7 +76,7 @@ func (a *asker) ask() error {
 		}
 		requests = requests[n:]
 	}
-	if err := a.conn.SetReadDeadline(time.Now().Add(a.patience)); err != nil {
+	if err := a.conn.SetReadDeadline(time.Now().Add(answerWithin)); err != nil {
 		return err
 	}
 	for answered := 0; answered < a.burst; {
@@ -123,7 +122,7 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 	var delays []time.Duration // of the only asker
 	g, gctx := errgroup.WithContext(ctx)
 	for range askers {
-		a, err := newAsker(s.stun, burst, answerWithin)
+		a, err := newAsker(s.stun, burst)
 		if err != nil {
 			return nil, err
 		}

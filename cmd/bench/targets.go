@@ -2,7 +2,10 @@
 
 package main
 
-import "fmt"
+import (
+	"fmt"
+	"math"
+)
 
 // target is what derpd has to reach, as a ratio to derper.
 type target struct {
@@ -61,15 +64,17 @@ func verdicts(r *report) []verdict {
 		}
 		v := verdict{What: string(t.metric) + "; " + t.measurement, Ratio: *found.Ratio, target: t}
 		v.derper, v.derpd = spreadOf(found.Derper).Median, spreadOf(found.Derpd).Median
+		// What is shown is what counts.
+		ratio := spread{shown(v.Ratio.Median), shown(v.Ratio.Min), shown(v.Ratio.Max)}
 		switch more := moreIsBetter(t.metric); {
 		case t.limit == notWorse && more:
-			v.Wanted, v.Reached = "not less", v.Ratio.Max >= 1
+			v.Wanted, v.Reached = "not less", ratio.Max >= 1
 		case t.limit == notWorse:
-			v.Wanted, v.Reached = "not more", v.Ratio.Min <= 1
+			v.Wanted, v.Reached = "not more", ratio.Min <= 1
 		case more:
-			v.Wanted, v.Reached = fmt.Sprintf("at least %.2f", t.limit), v.Ratio.Median >= t.limit
+			v.Wanted, v.Reached = fmt.Sprintf("at least %.2f", t.limit), ratio.Median >= t.limit
 		default:
-			v.Wanted, v.Reached = fmt.Sprintf("at most %.2f", t.limit), v.Ratio.Median <= t.limit
+			v.Wanted, v.Reached = fmt.Sprintf("at most %.2f", t.limit), ratio.Median <= t.limit
 		}
 		if t.most > 0 {
 			v.Wanted += fmt.Sprintf(", and at most %.0f %s", t.most, t.unit)
@@ -79,6 +84,9 @@ func verdicts(r *report) []verdict {
 	}
 	return list
 }
+
+// shown rounds as [spread.String] does.
+func shown(ratio float64) float64 { return math.Round(ratio*100) / 100 }
 
 // better is how many times as good as derper's derpd's value is.
 func (v verdict) better(ratio float64) float64 {

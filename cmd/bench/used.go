@@ -16,7 +16,7 @@ type used struct {
 	server, load time.Duration // on CPUs
 	calls        int64         // reads and writes of the server
 	machine      time.Duration // all CPUs, by whomever
-	count        uint64 // of what was done: packets, connects, answers
+	count        uint64        // of what was done: packets, connects, answers
 }
 
 // usedBy looks at everything at once.
@@ -62,7 +62,7 @@ func (u used) since(before used) interval {
 // the span.
 type interval struct {
 	span, server, load, machine float64
-	calls, count float64
+	calls, count                float64
 }
 
 // sample begins a sample with how the measurement itself went.
