@@ -439,11 +439,9 @@ func TestMeasure(t *testing.T) {
 		return nil, err
 	})
 
-	r := &report{Rounds: 2}
-	for round := range r.Rounds {
-		if err := measureRound(ctx, list, programs, round, r, io.Discard); err != nil {
-			t.Fatal(err)
-		}
+	r := &report{Rounds: 1}
+	if err := measureRound(ctx, list, programs, 1, r, io.Discard); err != nil {
+		t.Fatal(err)
 	}
 	r.conclude()
 	for name, metrics := range expect {

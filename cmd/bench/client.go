@@ -15,7 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"go4.org/mem"
 	"tailscale.com/derp"
 	"tailscale.com/derp/derpconst"
 	"tailscale.com/types/key"
@@ -138,7 +137,9 @@ func clientTLS(want *x509.Certificate) *tls.Config {
 func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
 	for _, certificate := range chain {
 		if hex, found := strings.CutPrefix(certificate.Subject.CommonName, derpconst.MetaCertCommonNamePrefix); found {
-			return key.ParseNodePublicUntyped(mem.S(hex))
+			var public key.NodePublic
+			err := public.UnmarshalText([]byte("nodekey:" + hex))
+			return public, err
 		}
 	}
 	return key.NodePublic{}, errors.New("no meta certificate: the server has no fast start")

@@ -107,18 +107,23 @@ func stunName(burst int) string {
 func selection(o options) []measurement {
 	span, idle, starts := 2*time.Second, []int{1000, 5000, 10000}, 11
 	loads := []load{
-		{size: 64, pairs: 8, burst: 1}, {size: 64, pairs: 8, burst: 8},
-		{size: 1280, pairs: 8, burst: 1}, {size: 1280, pairs: 8, burst: 8},
-		{size: 1280, pairs: 1, burst: 8}, {size: 1280, pairs: 64, burst: 8},
+		{size: 64, pairs: 8, burst: 1},
+		{size: 64, pairs: 8, burst: 8},
+		{size: 1280, pairs: 8, burst: 1},
+		{size: 1280, pairs: 8, burst: 8},
+		{size: 1280, pairs: 1, burst: 8},
+		{size: 1280, pairs: 64, burst: 8},
 		{size: 8192, pairs: 8, burst: 1},
-		{size: 1280, pairs: 8, burst: 1, rate: fixedRate}, {size: 1280, pairs: 8, burst: 8, rate: fixedRate},
+		{size: 1280, pairs: 8, burst: 1, rate: fixedRate},
+		{size: 1280, pairs: 8, burst: 8, rate: fixedRate},
 	}
 	switch {
 	case o.quick:
 		span, idle, starts = 700*time.Millisecond, []int{1000}, 5
 		loads = []load{
 			{size: 64, pairs: 8, burst: 1},
-			{size: 1280, pairs: 8, burst: 1}, {size: 1280, pairs: 8, burst: 8},
+			{size: 1280, pairs: 8, burst: 1},
+			{size: 1280, pairs: 8, burst: 8},
 			{size: 8192, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 1, rate: fixedRate},
 		}
@@ -150,7 +155,9 @@ func selection(o options) []measurement {
 		add(stunName(burst), func(ctx context.Context, s *server) (sample, error) { return measureSTUN(ctx, s, burst, span/2) })
 	}
 	for _, count := range idle {
-		add(idleName(count), func(ctx context.Context, s *server) (sample, error) { return measureIdle(ctx, s.program, count, settle) })
+		add(idleName(count), func(ctx context.Context, s *server) (sample, error) {
+			return measureIdle(ctx, s.program, count, settle)
+		})
 	}
 	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, starts) })
 	return list
