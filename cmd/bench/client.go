@@ -12,9 +12,11 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"tailscale.com/derp"
 	"tailscale.com/derp/derpconst"
 	"tailscale.com/types/key"
@@ -112,6 +114,21 @@ func handshake(ctx context.Context, conn *tls.Conn, private key.NodePrivate, siz
 			return c, conn.SetDeadline(time.Time{})
 		}
 	}
+}
+
+// readAtLeast lets a busy client sleep until so many bytes have arrived. Who is
+// woken by every segment that the server writes spends more on that than the
+// server on writing it.
+func (c *client) readAtLeast(bytes int) error {
+	raw, err := c.held.Conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		failed = os.NewSyscallError("setting SO_RCVLOWAT", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, bytes))
+	})
+	return errors.Join(err, failed)
 }
 
 func (c *client) close() { _ = c.conn.Close() }

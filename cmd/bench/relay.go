@@ -85,6 +85,13 @@ func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool) (*pair,
 		p.from.close()
 		return nil, err
 	}
+	if l.rate == 0 {
+		// A sender that waits has more than this under way.
+		if err := p.to.readAtLeast(min(l.window/2*(headerLen+l.size), bigBuffer/2)); err != nil {
+			p.close()
+			return nil, err
+		}
+	}
 	for range l.burst {
 		p.frames = appendFrame(p.frames, p.to.public, l.size)
 	}

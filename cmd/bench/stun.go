@@ -8,12 +8,15 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync/atomic"
+	"syscall"
 	"time"
+	"unsafe"
 
-	"golang.org/x/net/ipv4"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	"tailscale.com/net/stun"
 )
 
@@ -26,17 +29,26 @@ const (
 	maxAnswer    = 128    // bytes
 )
 
-// asker asks a STUN server, some requests at a time that leave with one system
-// call, and waits for all answers.
+// asker asks a STUN server, some requests at a time that leave and arrive
+// together, and waits for all answers.
 type asker struct {
-	conn     *net.UDPConn
-	batch    *ipv4.PacketConn
-	requests []ipv4.Message
+	conn  *net.UDPConn
+	raw   syscall.RawConn
+	burst int
+
+	requests []byte // one after the other
 	ids      []stun.TxID
-	answers  []ipv4.Message
-	at       int // next request
-	burst    int
-	known    map[stun.TxID]bool // of this burst; true when answered
+	next     int // request
+
+	answers  [][]byte
+	messages []message // of answers
+	answered []bool    // of the burst
+}
+
+// message is the kernel's struct mmsghdr.
+type message struct {
+	header unix.Msghdr
+	length uint32
 }
 
 func newAsker(server netip.AddrPort, burst int) (*asker, error) {
@@ -44,59 +56,88 @@ func newAsker(server netip.AddrPort, burst int) (*asker, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &asker{conn: conn, batch: ipv4.NewPacketConn(conn), burst: burst, known: map[stun.TxID]bool{}}
+	a := &asker{conn: conn, burst: burst, answered: make([]bool, burst), messages: make([]message, burst)}
 	for range keptRequests {
 		id := stun.NewTxID()
 		a.ids = append(a.ids, id)
-		a.requests = append(a.requests, ipv4.Message{Buffers: [][]byte{stun.Request(id)}})
+		a.requests = append(a.requests, stun.Request(id)...)
 	}
-	for range burst {
-		a.answers = append(a.answers, ipv4.Message{Buffers: [][]byte{make([]byte, maxAnswer)}})
+	for i := range a.messages {
+		b := make([]byte, maxAnswer)
+		a.answers = append(a.answers, b)
+		vector := &unix.Iovec{Base: &b[0]}
+		vector.SetLen(len(b))
+		a.messages[i].header.Iov = vector
+		a.messages[i].header.SetIovlen(1)
+	}
+	if a.raw, err = conn.SyscallConn(); err == nil && burst > 1 {
+		var failed error
+		// What is written at once is cut into datagrams of this size by the
+		// kernel, on the way to the server.
+		err = a.raw.Control(func(fd uintptr) {
+			failed = os.NewSyscallError("setting UDP_SEGMENT", unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, a.requestLen()))
+		})
+		err = errors.Join(err, failed)
+	}
+	if err != nil {
+		a.close()
+		return nil, err
 	}
 	return a, nil
 }
+
+func (a *asker) requestLen() int { return len(a.requests) / len(a.ids) }
 
 func (a *asker) close() { _ = a.conn.Close() }
 
 // ask sends one burst and returns when every request of it was answered.
 func (a *asker) ask() error {
-	if a.at+a.burst > len(a.requests) {
-		a.at = 0
+	if a.next+a.burst > len(a.ids) {
+		a.next = 0
 	}
-	clear(a.known)
-	for _, id := range a.ids[a.at : a.at+a.burst] {
-		a.known[id] = false
-	}
-	requests := a.requests[a.at : a.at+a.burst]
-	a.at += a.burst
-	for len(requests) > 0 {
-		n, err := a.batch.WriteBatch(requests, 0)
-		if err != nil {
-			return err
-		}
-		requests = requests[n:]
+	ids := a.ids[a.next : a.next+a.burst]
+	requests := a.requests[a.next*a.requestLen() : (a.next+a.burst)*a.requestLen()]
+	a.next += a.burst
+	clear(a.answered)
+	if _, err := a.conn.Write(requests); err != nil {
+		return err
 	}
 	if err := a.conn.SetReadDeadline(time.Now().Add(answerWithin)); err != nil {
 		return err
 	}
-	for answered := 0; answered < a.burst; {
-		n, err := a.batch.ReadBatch(a.answers, 0)
+	for missing := a.burst; missing > 0; {
+		n, err := a.receive()
 		if err != nil {
-			return fmt.Errorf("%d of %d requests were answered: %w", answered, a.burst, err)
+			return fmt.Errorf("%d of %d requests were not answered: %w", missing, a.burst, err)
 		}
-		for _, answer := range a.answers[:n] {
-			id, err := answerTo(answer.Buffers[0][:answer.N])
+		for i := range n {
+			id, err := answerTo(a.answers[i][:a.messages[i].length])
 			if err != nil {
 				return err
 			}
 			// What comes late belongs to a burst that was given up.
-			if before, asked := a.known[id]; asked && !before {
-				a.known[id] = true
-				answered++
+			if at := slices.Index(ids, id); at >= 0 && !a.answered[at] {
+				a.answered[at] = true
+				missing--
 			}
 		}
 	}
 	return nil
+}
+
+// receive takes all answers that are there, and waits for the first.
+func (a *asker) receive() (n int, err error) {
+	var number syscall.Errno
+	err = a.raw.Read(func(fd uintptr) bool {
+		var r uintptr
+		r, _, number = unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&a.messages[0])), uintptr(len(a.messages)), unix.MSG_DONTWAIT, 0, 0)
+		n = int(r)
+		return number != unix.EAGAIN
+	})
+	if err == nil && number != 0 {
+		err = os.NewSyscallError("recvmmsg", number)
+	}
+	return n, err
 }
 
 // answerTo is which request an answer belongs to. What is in it is looked at by
