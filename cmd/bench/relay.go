@@ -43,7 +43,12 @@ type load struct {
 	size, pairs, burst int // bytes, senders, packets that are written at once
 	rate               int // packets per second of all pairs; 0 is all they can
 	window             int // packets under way from one sender
-	time               time.Duration
+	// alone makes a system call of each burst when all is sent that can be.
+	// Else what waits is written together, a TLS record for each burst all the
+	// same: a server that is behind finds that in its socket in any case, and
+	// a load that makes a call of each packet is slower than a server.
+	alone bool
+	time  time.Duration
 }
 
 func (l load) name() string {
@@ -51,8 +56,11 @@ func (l load) name() string {
 	if l.rate > 0 {
 		how = fmt.Sprintf("%d packets/s", l.rate)
 	}
-	if l.burst > 1 {
+	switch {
+	case l.burst > 1:
 		burst = fmt.Sprintf("bursts of %d", l.burst)
+	case l.alone:
+		burst = "one by one"
 	}
 	return fmt.Sprintf("relay %d B, %d pairs, %s, %s", l.size, l.pairs, burst, how)
 }
@@ -128,8 +136,9 @@ func (p *pair) send() error {
 	return err
 }
 
-// saturate sends whenever there is room, until ctx ends.
-func (p *pair) saturate(ctx context.Context, window int) error {
+// saturate sends whenever there is room, until ctx ends: what there is room for
+// leaves together, or each burst alone.
+func (p *pair) saturate(ctx context.Context, window int, alone bool) error {
 	burst := uint64(len(p.frames) / (headerLen + p.size))
 	for ctx.Err() == nil {
 		for p.next+burst-p.arrived.Load() > uint64(window) {
@@ -142,7 +151,11 @@ func (p *pair) saturate(ctx context.Context, window int) error {
 				return nil
 			}
 		}
-		if err := p.send(); err != nil {
+		err := p.send()
+		if err == nil && alone {
+			err = p.from.flush()
+		}
+		if err != nil {
 			return ended(ctx, err)
 		}
 	}
@@ -249,7 +262,7 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 		g.Go(func() error { return pace(gctx, pairs, l) })
 	} else {
 		for _, p := range pairs {
-			g.Go(func() error { return p.saturate(gctx, l.window) })
+			g.Go(func() error { return p.saturate(gctx, l.window, l.alone) })
 		}
 	}
 	arrived := func() (n uint64) {

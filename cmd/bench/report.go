@@ -95,8 +95,8 @@ func (r *report) conclude() {
 	r.Notes = notes(r)
 }
 
-// enough is the share of its CPUs that a server must have used for what it did
-// to be all that it can.
+// enough is the share of its CPUs that a server must have used, and the load must
+// not have used, for what the server did to be all that it can.
 const enough = 0.9
 
 // quiet is the share of the machine that others may use without being mentioned.
@@ -120,9 +120,11 @@ func notes(r *report) []string {
 				others = max(others, s.Median)
 			case found.Metric == lostPackets && s.Max > 0:
 				add("%s: with %s, up to %.0f were lost in a round", found.Measurement, name, s.Max)
-			case found.Metric == serverBusy && s.Median < enough && saturates(r, found.Measurement):
-				add("%s: %s used %.0f%% of its CPUs, the load %.0f%%: its rate is not all that it can, CPU is as measured",
-					found.Measurement, name, s.Median*100, spreadOf(load.of(name)).Median*100)
+			case found.Metric == serverBusy && saturates(r, found.Measurement):
+				if loaded := spreadOf(load.of(name)).Median; s.Median < enough || loaded >= enough {
+					add("%s: %s used %.0f%% of its CPUs, the load %.0f%%: the load may have been the limit, of the rate above all",
+						found.Measurement, name, s.Median*100, loaded*100)
+				}
 			}
 		}
 	}

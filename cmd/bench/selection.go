@@ -113,6 +113,7 @@ func selection(o options) []measurement {
 		{size: 1280, pairs: 8, burst: 8},
 		{size: 1280, pairs: 1, burst: 8},
 		{size: 1280, pairs: 64, burst: 8},
+		{size: 1280, pairs: 8, burst: 1, alone: true},
 		{size: 8192, pairs: 8, burst: 1},
 		{size: 1280, pairs: 8, burst: 1, rate: fixedRate},
 		{size: 1280, pairs: 8, burst: 8, rate: fixedRate},
@@ -124,11 +125,12 @@ func selection(o options) []measurement {
 			{size: 64, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 8},
+			{size: 1280, pairs: 8, burst: 1, alone: true},
 			{size: 8192, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 1, rate: fixedRate},
 		}
 	case o.full:
-		loads = nil
+		loads = []load{{size: 1280, pairs: 8, burst: 1, alone: true}}
 		for _, rate := range []int{0, fixedRate} {
 			for _, size := range []int{64, 1280, 8192} {
 				for _, pairs := range []int{1, 8, 64} {
