@@ -404,7 +404,7 @@ func TestMeasure(t *testing.T) {
 		{name: derpd, path: built, describe: derpdCommand, dir: dir, certificate: certificate, cpus: first},
 	}
 
-	const moment = 200 * time.Millisecond
+	const moment = 500 * time.Millisecond // in which something happens on any machine
 	const clients = 200
 	var list []measurement
 	expect := map[string][]metric{}
@@ -457,7 +457,8 @@ func TestMeasure(t *testing.T) {
 				t.Errorf("%s, %s: %v", name, m, least)
 			}
 		}
-		if lost := r.find(name, lostPackets); lost != nil && slices.Max(append(lost.Derper, lost.Derpd...)) > 0 {
+		// UDP may be lost.
+		if lost := r.find(name, lostPackets); lost != nil && strings.HasPrefix(name, "relay") && slices.Max(append(lost.Derper, lost.Derpd...)) > 0 {
 			t.Errorf("%s: packets were lost: %+v", name, lost)
 		}
 	}

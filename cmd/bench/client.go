@@ -131,7 +131,15 @@ func (c *client) readAtLeast(bytes int) error {
 	return errors.Join(err, failed)
 }
 
-func (c *client) close() { _ = c.conn.Close() }
+// close may be called while a busy client reads and writes, and cuts it off: TLS
+// would say goodbye through the writer that is in use.
+func (c *client) close() {
+	if c.held != nil {
+		_ = c.held.Conn.Close()
+		return
+	}
+	_ = c.conn.Close()
+}
 
 // clientTLS is what derphttp would use, but that the certificate is known. The
 // key exchange is Go's default for both servers: X25519MLKEM768.
