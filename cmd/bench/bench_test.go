@@ -9,6 +9,7 @@ import (
 	"flag"
 	"io"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -46,6 +47,31 @@ func TestRatios(t *testing.T) {
 	got := ratios([]float64{1, 2, 3, 4}, []float64{2, 0, 2})
 	if want := []float64{0.5, 1.5}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+func TestMean(t *testing.T) {
+	// What was not measured every time has no mean.
+	got := mean([]sample{{packetRate: 1, delayP99: 5, systemCallsPer: 1}, {packetRate: 2, delayP99: 0}})
+	if want := (sample{packetRate: 1.5, delayP99: 2.5}); !maps.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+func TestOrder(t *testing.T) {
+	for _, c := range []struct {
+		round int
+		again bool
+		want  []int
+	}{
+		{0, false, []int{0, 1}},
+		{1, false, []int{1, 0}},
+		{2, true, []int{0, 1, 1, 0}},
+		{3, true, []int{1, 0, 0, 1}},
+	} {
+		if got := order(c.round, c.again); !slices.Equal(got, c.want) {
+			t.Errorf("round %d, again %t: %v, want %v", c.round, c.again, got, c.want)
+		}
 	}
 }
 
@@ -409,7 +435,7 @@ func TestMeasure(t *testing.T) {
 	var list []measurement
 	expect := map[string][]metric{}
 	add := func(name string, run func(context.Context, *server) (sample, error), metrics ...metric) {
-		list = append(list, measurement{name, run})
+		list = append(list, measurement{name: name, run: run})
 		expect[name] = metrics
 	}
 	for _, l := range []load{

@@ -217,10 +217,6 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 // measureRound measures everything once with both programs. Who goes first
 // changes from round to round.
 func measureRound(ctx context.Context, list []measurement, programs []*program, round int, r *report, progress io.Writer) error {
-	order := []int{0, 1}
-	if round%2 == 1 {
-		order = []int{1, 0}
-	}
 	servers := make([]*server, len(programs))
 	for i, p := range programs {
 		s, err := p.start(ctx)
@@ -232,7 +228,8 @@ func measureRound(ctx context.Context, list []measurement, programs []*program, 
 	}
 	for _, m := range list {
 		_, _ = fmt.Fprintf(progress, "%s  round %d of %d  %s\n", time.Now().Format(time.TimeOnly), round+1, r.Rounds, m.name)
-		for _, i := range order {
+		samples := make([][]sample, len(programs))
+		for _, i := range order(round, m.again) {
 			sample, err := m.run(ctx, servers[i])
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -240,8 +237,22 @@ func measureRound(ctx context.Context, list []measurement, programs []*program, 
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w%s", m.name, programs[i].name, err, servers[i].lastWords())
 			}
-			r.add(m.name, programs[i].name, sample)
+			samples[i] = append(samples[i], sample)
+		}
+		for i, p := range programs {
+			r.add(m.name, p.name, mean(samples[i]))
 		}
 	}
 	return nil
+}
+
+// order is which of the two programs is measured when. What is measured again is
+// so in the order 0 1 1 0: a machine that becomes faster or slower all the while
+// is the same for both.
+func order(round int, again bool) []int {
+	first, second := round%2, 1-round%2
+	if again {
+		return []int{first, second, second, first}
+	}
+	return []int{first, second}
 }

@@ -34,7 +34,7 @@ const (
 	keyLen       = 32
 	headerLen    = derp.FrameHeaderLen + keyLen // of a frame with a packet
 	smallestSize = 16                           // of a packet: its number and its time
-	warmup       = 300 * time.Millisecond
+	warmup       = 200 * time.Millisecond
 	pairWithin   = 5 * time.Second
 )
 
@@ -324,7 +324,7 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 
 // perfTime is how long system calls are counted, after everything else: counting
 // makes them slower.
-const perfTime = 300 * time.Millisecond
+const perfTime = 200 * time.Millisecond
 
 // countSystemCalls is the server's system calls of all kinds for each packet, by
 // perf; 0 where that is not there or not allowed.

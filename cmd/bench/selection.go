@@ -14,6 +14,8 @@ type measurement struct {
 	name string
 	// run is given a server that is warm. What needs one of its own makes it.
 	run func(context.Context, *server) (sample, error)
+	// again is for what is short enough to be measured twice in a round.
+	again bool
 }
 
 // metric is a value of a measurement.
@@ -105,7 +107,7 @@ func stunName(burst int) string {
 
 // selection is what the options ask for.
 func selection(o options) []measurement {
-	span, idle, starts := 2*time.Second, []int{1000, 5000, 10000}, 11
+	span, idle, starts := time.Second, []int{1000, 5000, 10000}, 11
 	loads := []load{
 		{size: 64, pairs: 8, burst: 1},
 		{size: 64, pairs: 8, burst: 8},
@@ -120,7 +122,7 @@ func selection(o options) []measurement {
 	}
 	switch {
 	case o.quick:
-		span, idle, starts = 700*time.Millisecond, []int{1000}, 5
+		span, idle, starts = 300*time.Millisecond, []int{1000}, 5
 		loads = []load{
 			{size: 64, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 1},
@@ -143,24 +145,24 @@ func selection(o options) []measurement {
 	}
 
 	var list []measurement
-	add := func(name string, run func(context.Context, *server) (sample, error)) {
+	add := func(name string, again bool, run func(context.Context, *server) (sample, error)) {
 		if o.only == nil || o.only.MatchString(name) {
-			list = append(list, measurement{name, run})
+			list = append(list, measurement{name, run, again})
 		}
 	}
 	for _, l := range loads {
 		l.window, l.time = o.window, span
-		add(l.name(), func(ctx context.Context, s *server) (sample, error) { return measureRelay(ctx, s, l) })
+		add(l.name(), true, func(ctx context.Context, s *server) (sample, error) { return measureRelay(ctx, s, l) })
 	}
-	add(connectName, newConnects(span).measure)
+	add(connectName, true, newConnects(span).measure)
 	for _, burst := range []int{1, stunBurst} {
-		add(stunName(burst), func(ctx context.Context, s *server) (sample, error) { return measureSTUN(ctx, s, burst, span/2) })
+		add(stunName(burst), true, func(ctx context.Context, s *server) (sample, error) { return measureSTUN(ctx, s, burst, span) })
 	}
 	for _, count := range idle {
-		add(idleName(count), func(ctx context.Context, s *server) (sample, error) {
+		add(idleName(count), false, func(ctx context.Context, s *server) (sample, error) {
 			return measureIdle(ctx, s.program, count, settle)
 		})
 	}
-	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, starts) })
+	add(startName, false, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, starts) })
 	return list
 }

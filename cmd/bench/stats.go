@@ -45,3 +45,21 @@ func ratios(derpd, derper []float64) []float64 {
 	}
 	return list
 }
+
+// mean is the mean of each metric that all samples have.
+func mean(samples []sample) sample {
+	out := sample{}
+	for m := range samples[0] {
+		values := 0
+		for _, s := range samples {
+			if value, found := s[m]; found {
+				out[m] += value / float64(len(samples))
+				values++
+			}
+		}
+		if values < len(samples) {
+			delete(out, m)
+		}
+	}
+	return out
+}
