@@ -72,7 +72,7 @@ reproducible: ## build twice, the second time elsewhere and from nothing, and co
 # DERPD is another build to measure; BENCH are flags, `go run ./cmd/bench -h`
 # lists them. Nothing else should run on this machine meanwhile.
 .PHONY: bench
-bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstream's derper, in about ten minutes
+bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstream's derper, in twelve minutes
 	go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) $(BENCH)
 
 .PHONY: bench-docs

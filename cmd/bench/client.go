@@ -135,7 +135,7 @@ func (c *client) readAtLeast(bytes int) error {
 // would say goodbye through the writer that is in use.
 func (c *client) close() {
 	if c.held != nil {
-		_ = c.held.Conn.Close()
+		_ = c.held.Close()
 		return
 	}
 	_ = c.conn.Close()

@@ -85,9 +85,9 @@ func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
 	return out, nil
 }
 
-// measureIdle measures the memory of a server whose clients do nothing: how much more
-// it is than without clients, for each of them. The server is one of its own, or
-// what was before would count.
+// measureIdle measures the memory of a server whose clients do nothing: how much
+// more it is than without clients, for each of them. The server is one of its own,
+// or what was before would count.
 func measureIdle(ctx context.Context, p *program, count int, settle time.Duration) (sample, error) {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {

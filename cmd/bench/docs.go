@@ -31,7 +31,7 @@ var languages = []struct {
 	},
 	{
 		"README.zh-CN.md", "| | derper | derpd | 比值 |",
-		"%s,%s,交替测量 %d 轮:中位数,以及 derpd 与 derper 的比值(最小到最大)。图中越长越好。",
+		"%s，%s，交替测量 %d 轮：中位数，以及 derpd 与 derper 的比值（最小到最大）。图中越长越好。",
 		func(t target) string { return t.zh },
 	},
 }

@@ -17,6 +17,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -36,7 +37,7 @@ const usage = `usage: bench [flags]
   --derper FILE   upstream's server
   --derpd FILE    the derpd to measure
   --derpd-env X=Y a variable for derpd, to measure a setting; may be repeated
-  --quick         two minutes: what the targets need, in short measurements
+  --quick         three minutes: what the targets need, in short measurements
   --full          half an hour: every size, burst and number of pairs
   --only REGEXP   only measurements whose name matches
   --rounds N      how often both are measured, 5 at least for ratios to believe
@@ -197,13 +198,16 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 		{name: derper, path: o.derper, describe: derperCommand},
 		{name: derpd, path: o.derpd, describe: derpdCommand, env: o.derpdEnv},
 	} {
+		if p.path, err = filepath.Abs(p.path); err != nil { // it runs in dir
+			return nil, err
+		}
 		p.dir, p.cpus, p.certificate = dir, serverCPUs, certificate
 		programs[i] = &p
 	}
 
 	r := &report{
 		Date: time.Now().UTC().Truncate(time.Second), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-		Rounds: o.rounds, ServerCPUs: len(serverCPUs), Pinned: o.pin,
+		Rounds: o.rounds, ServerCPUs: len(serverCPUs), Pinned: len(serverCPUs) > 0,
 	}
 	for round := range o.rounds {
 		if err := measureRound(ctx, list, programs, round, r, progress); err != nil {
