@@ -53,7 +53,7 @@ func (c *clients) watch(ctx context.Context) error {
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		c.server.Accept(ctx, theirs, bufio.NewReadWriter(bufio.NewReader(theirs), bufio.NewWriter(theirs)), "127.0.0.1:0")
+		c.server.Accept(ctx, theirs, bufio.NewReadWriter(bufio.NewReader(theirs), nil), "127.0.0.1:0")
 	}()
 	defer func() {
 		_ = ours.Close()

@@ -128,13 +128,15 @@ func (c *meshKeyConn) Read(p []byte) (int, error) {
 	}
 	if len(c.unread) > 0 {
 		n := copy(p, c.unread)
-		c.unread = c.unread[n:]
+		if c.unread = c.unread[n:]; len(c.unread) == 0 {
+			c.unread = nil // a connection lasts
+		}
 		return n, nil
 	}
 	return c.Conn.Read(p)
 }
 
-// NetConn is the connection below, for derpserver's statistics of TCP.
+// NetConn is the connection below; see [batchConn.NetConn].
 func (c *meshKeyConn) NetConn() net.Conn { return c.Conn }
 
 // frameHeader is a type and a length.

@@ -147,7 +147,7 @@ func (r *Relay) TLSConfig(getCertificate func(*tls.ClientHelloInfo) (*tls.Certif
 
 func routes(server *derpserver.Server, mesh *Mesh, c Config) http.Handler {
 	mux := http.NewServeMux()
-	native := acceptMeshKeys(c.PrivateKey, c.Mesh.Keys, derpserver.Handler(server))
+	native := acceptMeshKeys(c.PrivateKey, c.Mesh.Keys, new(batches).joinWrites(derpserver.Handler(server)))
 	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, native))
 	// Clients of different ages ask for one or the other.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)

@@ -258,10 +258,11 @@ type task struct {
 func (n *node) tasks() []task {
 	list := []task{
 		{"https", func(context.Context) error {
+			l := relay.ReadAhead(n.listeners.https)
 			if n.https.TLSConfig == nil {
-				return served(n.https.Serve(n.listeners.https))
+				return served(n.https.Serve(l))
 			}
-			return served(n.https.ServeTLS(n.listeners.https, "", ""))
+			return served(n.https.ServeTLS(l, "", ""))
 		}},
 		{"admin", func(context.Context) error { return served(n.admin.Serve(n.listeners.admin)) }},
 		{"bootstrap-dns", n.bootstrap.Run},
