@@ -1,25 +1,33 @@
 package relay_test
 
 import (
+	"bufio"
+	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/rs/zerolog"
+	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/derp/derpserver"
 	"tailscale.com/net/netmon"
@@ -130,8 +138,7 @@ func TestConnectLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	roots := x509.NewCertPool()
-	roots.AddCert(leaf)
+	config := trusting(&tls.Certificate{Leaf: leaf})
 	var wg sync.WaitGroup
 	for worker := range 4 {
 		wg.Go(func() {
@@ -141,7 +148,7 @@ func TestConnectLoad(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+				c.TLSConfig = config
 				if err := c.Connect(t.Context()); err != nil {
 					t.Error(err)
 				}
@@ -187,4 +194,147 @@ func usedCPU(b *testing.B) time.Duration {
 		b.Fatal(err)
 	}
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}
+
+// connected is a client whose first packet arrived.
+func connected(t *testing.T, addr string, config *tls.Config, to key.NodePrivate) {
+	t.Helper()
+	client := func(k key.NodePrivate) *derphttp.Client {
+		c, err := derphttp.NewClient(k, "https://"+addr+"/derp", logger.Discard, netmon.NewStatic())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.TLSConfig = config
+		t.Cleanup(func() { _ = c.Close() })
+		if err := c.Connect(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	receiver, sender := client(to), client(key.NewNode())
+	// What is sent before the server has registered the receiver is lost.
+	for _, c := range []*derphttp.Client{receiver, sender} {
+		if _, err := c.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sent := bytes.Repeat([]byte{1, 2, 3}, 3000)
+	if err := sender.Send(to.Public(), sent); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		message, err := receiver.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if packet, ok := message.(derp.ReceivedPacket); ok {
+			if !bytes.Equal(packet.Data, sent) {
+				t.Error("another packet arrived")
+			}
+			return
+		}
+	}
+}
+
+func trusting(cert *tls.Certificate) *tls.Config {
+	roots := x509.NewCertPool()
+	roots.AddCert(cert.Leaf)
+	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+}
+
+// DERP clients and others on one listener.
+func TestTLSListener(t *testing.T) {
+	cert := newCertificate(t)
+	_, addr := beginRelay(t, cert, relay.Config{Log: zerolog.Nop()})
+	t.Run("fast start", func(t *testing.T) { connected(t, addr, trusting(cert), key.NewNode()) })
+	t.Run("TLS 1.2", func(t *testing.T) {
+		config := trusting(cert)
+		config.MaxVersion = tls.VersionTLS12
+		connected(t, addr, config, key.NewNode())
+	})
+	t.Run("HTTP", func(t *testing.T) {
+		transport := &http.Transport{TLSClientConfig: trusting(cert)}
+		defer transport.CloseIdleConnections()
+		for range 3 { // over one connection
+			response, err := (&http.Client{Transport: transport}).Get("https://" + addr + "/generate_204")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = response.Body.Close()
+			if response.StatusCode != http.StatusNoContent {
+				t.Error(response.Status)
+			}
+		}
+	})
+	dial := func(t *testing.T) *tls.Conn {
+		conn, err := (&tls.Dialer{Config: trusting(cert)}).DialContext(t.Context(), "tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		return conn.(*tls.Conn)
+	}
+	// Not with the fast start, so that there is an answer to read.
+	head := "GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n"
+	for name, parts := range map[string][]string{
+		"at once":   {head},
+		"in parts":  {head[:1], head[1:30], head[30:]},
+		"unusual":   {head[:len(head)-2] + "X-Unusual: 1\r\n\r\n"},
+		"at length": {head[:len(head)-2] + "User-Agent: " + strings.Repeat("x", 8000) + "\r\n\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn := dial(t)
+			for _, part := range parts {
+				if _, err := io.WriteString(conn, part); err != nil {
+					t.Fatal(err)
+				}
+			}
+			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = response.Body.Close()
+			if response.StatusCode != http.StatusSwitchingProtocols || response.Header.Get("Derp-Public-Key") == "" {
+				t.Errorf("%s %v", response.Status, response.Header)
+			}
+		})
+	}
+	t.Run("HTTP without TLS", func(t *testing.T) {
+		response, err := http.Get("http://" + addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = response.Body.Close()
+		if response.StatusCode != http.StatusBadRequest {
+			t.Error(response.Status)
+		}
+	})
+	t.Run("nothing", func(t *testing.T) { _ = dial(t).Close() })
+	// The end of the test closes the server while this one says nothing.
+	dial(t)
+}
+
+// Who may connect is decided in the same way.
+func TestTLSListenerAdmission(t *testing.T) {
+	cert := newCertificate(t)
+	asked := make(chan netip.Addr, 1)
+	_, addr := beginRelay(t, cert, relay.Config{Log: zerolog.Nop(), Admit: func(_ context.Context, _ key.NodePublic, from netip.Addr) error {
+		asked <- from
+		return errors.New("nobody")
+	}})
+	c, err := derphttp.NewClient(key.NewNode(), "https://"+addr+"/derp", logger.Discard, netmon.NewStatic())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	c.TLSConfig = trusting(cert)
+	if err := c.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if from := <-asked; !from.IsLoopback() {
+		t.Errorf("asked about a client from %v", from)
+	}
+	if message, err := c.Recv(); err == nil {
+		t.Errorf("a client that may not connect got %T", message)
+	}
 }

@@ -63,8 +63,10 @@ type tlsConn struct {
 }
 
 // HandshakeContext is what [http.Server] calls, as that of [tls.Conn].
-func (c *tlsConn) HandshakeContext(ctx context.Context) error {
-	if err := c.conn.HandshakeContext(ctx); err != nil {
+func (c *tlsConn) HandshakeContext(context.Context) error {
+	// A context that can end costs a goroutine to watch it, and the HTTP
+	// server closes its connections when it ends that one.
+	if err := c.conn.HandshakeContext(context.Background()); err != nil {
 		return err
 	}
 	head := headBuffers.Get().(*[headSize]byte)

@@ -150,9 +150,6 @@ func (n *node) build(ctx context.Context) error {
 
 func (n *node) servers() {
 	n.https = newHTTPServer(n.relay.Handler(), n.log)
-	if n.certs != nil {
-		n.https.TLSConfig = n.relay.TLSConfig(n.certs.GetCertificate)
-	}
 	if n.listeners.http != nil {
 		handler := relay.RedirectHandler(n.config.publicHTTPSPort(port(n.listeners.https.Addr())))
 		if n.certs != nil {
@@ -259,10 +256,10 @@ func (n *node) tasks() []task {
 	list := []task{
 		{"https", func(context.Context) error {
 			l := relay.ReadAhead(n.listeners.https)
-			if n.https.TLSConfig == nil {
-				return served(n.https.Serve(l))
+			if n.certs != nil {
+				l = n.relay.TLSListener(l, n.relay.TLSConfig(n.certs.GetCertificate))
 			}
-			return served(n.https.ServeTLS(l, "", ""))
+			return served(n.https.Serve(l))
 		}},
 		{"admin", func(context.Context) error { return served(n.admin.Serve(n.listeners.admin)) }},
 		{"bootstrap-dns", n.bootstrap.Run},
