@@ -72,6 +72,9 @@ func (c *readAheadConn) Read(p []byte) (int, error) {
 			return c.Conn.Read(p)
 		}
 		if err := c.raw.Read(c.fillFunc); err != nil {
+			if op, ok := errors.AsType[*net.OpError](err); ok {
+				op.Op = "read" // for logs, in place of raw-read
+			}
 			return 0, err
 		}
 		if c.err != nil {

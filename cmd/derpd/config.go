@@ -51,6 +51,8 @@ type config struct {
 	admin    string // host:port
 	health   string // host:port; empty when off
 
+	congestion string // of clients' connections; empty for the kernel's
+
 	dataDir, certDir string
 	certDirUsable    bool
 
@@ -132,6 +134,7 @@ func readConfig(pairs []string) (*config, error) {
 		l.platform.reject(p)
 	}
 	p.addresses(c)
+	p.kernel(c)
 	p.directories(c)
 	p.certificates(c)
 	p.readOnly(c)
@@ -214,6 +217,26 @@ func (p *parser) addresses(c *config) {
 	p.distinct("DERP_HEALTH_ADDR", c.health, "DERP_ADDR", c.addr)
 	p.distinct("DERP_HEALTH_ADDR", c.health, "DERP_HTTP_PORT", c.httpAddr)
 	p.distinct("DERP_HEALTH_ADDR", c.health, "DERP_ADMIN_ADDR", c.admin)
+}
+
+// congestionControls lists what the kernel has loaded. What it could load is
+// not for a process without privileges to ask.
+const congestionControls = "/proc/sys/net/ipv4/tcp_available_congestion_control"
+
+func (p *parser) kernel(c *config) {
+	if p.Congestion == "" {
+		return
+	}
+	data, err := os.ReadFile(congestionControls)
+	if err != nil {
+		p.fail("DERP_TCP_CONGESTION", "%w", err)
+		return
+	}
+	if available := strings.Fields(string(data)); !slices.Contains(available, p.Congestion) {
+		p.fail("DERP_TCP_CONGESTION", "want one of what the kernel has loaded (%s), got %q; on the host: modprobe tcp_%s",
+			strings.Join(available, ", "), p.Congestion, p.Congestion)
+	}
+	c.congestion = p.Congestion
 }
 
 // distinct refuses two TCP listeners on one port; 0 stands for any free one.

@@ -30,6 +30,8 @@ type environment struct {
 	Health  string `env:"DERP_HEALTH_ADDR" en:"where a platform's health check may ask GET /readyz: ready or not ready, and nothing else" zh:"供平台健康检查询问 GET /readyz 的监听地址：只回答就绪或未就绪" or:"none; on Fly.io :8081, on Railway :PORT" zhor:"无；Fly.io 上是 :8081，Railway 上是 :PORT"`
 	Admin   string `env:"DERP_ADMIN_ADDR,default=127.0.0.1:9090" en:"where health is served; never on the public listener" zh:"健康检查的监听地址；不会出现在公网端口上"`
 
+	Congestion string `env:"DERP_TCP_CONGESTION" en:"congestion control of clients' connections, such as bbr; the kernel must have it" zh:"客户端连接使用的 TCP 拥塞控制算法，例如 bbr；内核必须支持" or:"the kernel's" zhor:"内核的默认值"`
+
 	DataDir string `env:"DERP_DATA_DIR,default=/data" en:"where the node key is kept" zh:"保存节点密钥的目录"`
 	CertDir string `env:"DERP_CERT_DIR" en:"where certificates and ACME accounts are kept" zh:"保存证书和 ACME 账户的目录" or:"certs in DERP_DATA_DIR" zhor:"DERP_DATA_DIR 下的 certs"`
 

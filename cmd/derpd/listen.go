@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 	"tailscale.com/net/ktimeout"
 )
 
@@ -20,8 +21,11 @@ const (
 	// tcpUserTimeout and tcpKeepAlive are derper's defaults: a client that
 	// acknowledges nothing for this long is gone, and one that is silent is
 	// asked this often (derpserver sends its own keepalives more often).
-	tcpUserTimeout = 15 * time.Second
-	tcpKeepAlive   = 10 * time.Minute
+	// The interval and the count are those of package net.
+	tcpUserTimeout       = 15 * time.Second
+	tcpKeepAlive         = 10 * time.Minute
+	tcpKeepAliveInterval = 15 * time.Second
+	tcpKeepAliveCount    = 9
 
 	// requestTimeout bounds TLS handshake and HTTP request; a DERP client
 	// is free of it once the connection was handed over.
@@ -42,16 +46,20 @@ type listeners struct {
 
 // listen binds everything or nothing.
 func listen(ctx context.Context, c *config) (*listeners, error) {
-	lc := net.ListenConfig{Control: ktimeout.UserTimeout(tcpUserTimeout), KeepAlive: tcpKeepAlive}
-	// MPTCP knows no TCP_USER_TIMEOUT.
-	lc.SetMultipathTCP(false)
-
 	var l listeners
 	var errs []error
 	tcp := func(variable, addr string) net.Listener {
 		if addr == "" {
 			return nil
 		}
+		// A negative KeepAlive keeps package net from setting what
+		// connections inherit already.
+		lc := net.ListenConfig{Control: tcpOptions(""), KeepAlive: -1}
+		if variable == "DERP_ADDR" {
+			lc.Control = tcpOptions(c.congestion)
+		}
+		// MPTCP knows no TCP_USER_TIMEOUT.
+		lc.SetMultipathTCP(false)
 		ln, err := lc.Listen(ctx, "tcp", addr)
 		if err != nil {
 			errs = append(errs, bindError(variable, addr, err))
@@ -76,6 +84,53 @@ func listen(ctx context.Context, c *config) (*listeners, error) {
 		return nil, errors.Join(errs...)
 	}
 	return &l, nil
+}
+
+// tcpOptions sets the options of a listener, which its connections inherit: so
+// they cost no system calls with each of them.
+func tcpOptions(congestion string) func(network, address string, c syscall.RawConn) error {
+	userTimeout := ktimeout.UserTimeout(tcpUserTimeout)
+	return func(network, address string, c syscall.RawConn) error {
+		if err := userTimeout(network, address, c); err != nil {
+			return err
+		}
+		var optionErr error
+		if err := c.Control(func(fd uintptr) {
+			for _, option := range []struct{ level, name, value int }{
+				{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(tcpKeepAlive / time.Second)},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(tcpKeepAliveInterval / time.Second)},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, tcpKeepAliveCount},
+			} {
+				if err := unix.SetsockoptInt(int(fd), option.level, option.name, option.value); err != nil && optionErr == nil {
+					optionErr = os.NewSyscallError("setsockopt", err)
+				}
+			}
+			if congestion == "" {
+				return
+			}
+			if err := unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion); err != nil {
+				optionErr = fmt.Errorf("DERP_TCP_CONGESTION: using %s: %w; allow it on the host with sysctl net.ipv4.tcp_allowed_congestion_control", congestion, err)
+			}
+		}); err != nil {
+			return err
+		}
+		return optionErr
+	}
+}
+
+// leastFiles is what a relay for a few thousand clients needs: one open file
+// for each.
+const leastFiles = 4096
+
+// filesWarning says what the host allows too little of; empty if nothing. Go
+// has raised the limit as far as it may.
+func filesWarning() string {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Max >= leastFiles {
+		return ""
+	}
+	return fmt.Sprintf("only %d files may be open, and each client is one: raise it with --ulimit nofile=65536:65536 (docker), ulimits (compose), LimitNOFILE=65536 (systemd) or ulimit -Hn", limit.Max)
 }
 
 // close closes what is open; closing twice is harmless.

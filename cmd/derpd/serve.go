@@ -38,6 +38,7 @@ func serve(ctx context.Context, start time.Time, args, env []string, stdout, std
 	}
 	c.gateways = containerGateways("/", driverOf)
 	log := newLogger(c, stderr)
+	limitMemory(log)
 	n, err := newNode(ctx, start, c, log, stdout)
 	if err != nil {
 		return err
@@ -363,6 +364,9 @@ func (n *node) announceStart() {
 	}
 	for _, w := range c.warnings {
 		n.log.Warn().Str("warning", w).Msg("configuration")
+	}
+	if warning := filesWarning(); warning != "" {
+		n.log.Warn().Str("warning", warning).Msg("limit of the host")
 	}
 	if lostWithContainer("/", c.dataDir) {
 		n.log.Warn().Str("dir", c.dataDir).Msg("the data directory is no volume: node key and certificates are lost with this container")
