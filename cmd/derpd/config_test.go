@@ -96,6 +96,7 @@ var badConfigurations = []struct {
 	{env: "DERP_ADDR=:https", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "https"`}},
 	{env: "DERP_ADDR=:70000", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "70000"`}},
 	{env: "DERP_ADDR=ho/st:443", want: []string{`DERP_ADDR: want a host name or an address before the port, got "ho/st:443"`}},
+	{env: "DERP_TCP_CONGESTION=bbrr", want: []string{`DERP_TCP_CONGESTION: want one of what the kernel has loaded ($CONTROLS), got "bbrr"; on the host: modprobe tcp_bbrr`}},
 	{env: "DERP_HTTP_PORT=off", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "off"`}},
 	{env: "DERP_HTTP_PORT=-2", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "-2"`}},
 	{env: "DERP_STUN=maybe", want: []string{`DERP_STUN: want true or false, got "maybe"`}},
@@ -289,6 +290,11 @@ var badConfigurations = []struct {
 // Every bad configuration is refused before anything listens or is written,
 // with exit code 2 and exactly these words.
 func TestBadConfigurations(t *testing.T) {
+	loaded, err := os.ReadFile(congestionControls)
+	if err != nil {
+		t.Fatal(err)
+	}
+	controls := strings.Join(strings.Fields(string(loaded)), ", ")
 	for _, tt := range badConfigurations {
 		t.Run(tt.env, func(t *testing.T) {
 			dir := t.TempDir()
@@ -301,7 +307,7 @@ func TestBadConfigurations(t *testing.T) {
 			if len(tt.want) > 1 {
 				want = fmt.Sprintf("not started, nothing was changed; %d problems:\n  %s", len(tt.want), strings.Join(tt.want, "\n  "))
 			}
-			want = strings.ReplaceAll(want, "$D", dir)
+			want = strings.NewReplacer("$D", dir, "$CONTROLS", controls).Replace(want)
 
 			var stdout, stderr bytes.Buffer
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
