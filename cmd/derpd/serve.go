@@ -151,6 +151,9 @@ func (n *node) build(ctx context.Context) error {
 
 func (n *node) servers() {
 	n.https = newHTTPServer(n.relay.Handler(), n.log)
+	if n.certs != nil {
+		n.https.TLSConfig = n.relay.TLSConfig(n.certs.GetCertificate)
+	}
 	if n.listeners.http != nil {
 		handler := relay.RedirectHandler(n.config.publicHTTPSPort(port(n.listeners.https.Addr())))
 		if n.certs != nil {
@@ -257,8 +260,8 @@ func (n *node) tasks() []task {
 	list := []task{
 		{"https", func(context.Context) error {
 			l := relay.ReadAhead(n.listeners.https)
-			if n.certs != nil {
-				l = n.relay.TLSListener(l, n.relay.TLSConfig(n.certs.GetCertificate))
+			if n.https.TLSConfig != nil {
+				l = n.relay.TLSListener(l, n.https.TLSConfig)
 			}
 			return served(n.https.Serve(l))
 		}},
