@@ -114,6 +114,7 @@ func (n *node) build(ctx context.Context) error {
 	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
 	mesh := c.mesh
 	mesh.Describe = n.describe
+	n.listeners.https = relay.ReadAhead(n.listeners.https)
 	var forwarders []netip.Prefix
 	if c.proxyProtocol {
 		n.listeners.https = relay.ProxyProtocol(n.listeners.https, c.trustedProxies, n.log)
@@ -259,7 +260,7 @@ type task struct {
 func (n *node) tasks() []task {
 	list := []task{
 		{"https", func(context.Context) error {
-			l := relay.ReadAhead(n.listeners.https)
+			l := n.listeners.https
 			if n.https.TLSConfig != nil {
 				l = n.relay.TLSListener(l, n.https.TLSConfig)
 			}
