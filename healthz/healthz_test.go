@@ -94,7 +94,7 @@ func server(t *testing.T, url string) DERPProbe {
 	}
 	h := httptest.NewServer(derpserver.Handler(s))
 	t.Cleanup(func() { _ = s.Close(); h.Close() })
-	return DERPProbe{URL: h.URL + "/derp", From: key.NewNode(), To: key.NewNode(), Dial: func(ctx context.Context) (net.Conn, error) {
+	return DERPProbe{Host: "localhost", From: key.NewNode(), To: key.NewNode(), Dial: func(ctx context.Context) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "tcp", h.Listener.Addr().String())
 	}}
 }

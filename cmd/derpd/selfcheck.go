@@ -102,7 +102,7 @@ func (n *node) runSelfCheck(ctx context.Context) error {
 // probeDERP passes a packet through the HTTPS listener.
 func (n *node) probeDERP(ctx context.Context) (time.Duration, error) {
 	probe := healthz.DERPProbe{
-		URL: "http://localhost/derp",
+		Host: "localhost",
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", loopback(n.listeners.https.Addr()).String())
 		},
@@ -112,19 +112,22 @@ func (n *node) probeDERP(ctx context.Context) (time.Duration, error) {
 		if probe.Leaf = n.certs.Status().Leaf; probe.Leaf == nil {
 			return 0, errNoCertificate
 		}
-		probe.URL = "https://" + urlHost(probe.Leaf, n.config.domains) + "/derp"
+		probe.Host = probedName(probe.Leaf, n.config.domains)
 	}
 	return probe.Run(ctx)
 }
 
-// urlHost is a host that the certificate must cover: the one that clients dial,
-// if it is a name. An address is sent without SNI, so any will do.
-func urlHost(leaf *x509.Certificate, domains []string) string {
+// probedName is what the certificate must cover: the name that clients dial, if
+// it is one. An address is verified, but not sent (SNI has names only).
+func probedName(leaf *x509.Certificate, domains []string) string {
 	if len(domains) > 0 && net.ParseIP(domains[0]) == nil {
 		return domains[0]
 	}
 	if len(leaf.DNSNames) > 0 {
 		return leaf.DNSNames[0]
 	}
-	return "127.0.0.1"
+	if len(leaf.IPAddresses) > 0 {
+		return leaf.IPAddresses[0].String()
+	}
+	return "localhost" // which it does not cover
 }
