@@ -242,6 +242,20 @@ func trusting(cert *tls.Certificate) *tls.Config {
 	return &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
 }
 
+func status(t *testing.T, c *http.Client, url string) int {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := c.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = response.Body.Close()
+	return response.StatusCode
+}
+
 // DERP clients and others on one listener.
 func TestTLSListener(t *testing.T) {
 	cert := newCertificate(t)
@@ -256,13 +270,8 @@ func TestTLSListener(t *testing.T) {
 		transport := &http.Transport{TLSClientConfig: trusting(cert)}
 		defer transport.CloseIdleConnections()
 		for range 3 { // over one connection
-			response, err := (&http.Client{Transport: transport}).Get("https://" + addr + "/generate_204")
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = response.Body.Close()
-			if response.StatusCode != http.StatusNoContent {
-				t.Error(response.Status)
+			if got := status(t, &http.Client{Transport: transport}, "https://"+addr+"/generate_204"); got != http.StatusNoContent {
+				t.Error(got)
 			}
 		}
 	})
@@ -300,13 +309,8 @@ func TestTLSListener(t *testing.T) {
 		})
 	}
 	t.Run("HTTP without TLS", func(t *testing.T) {
-		response, err := http.Get("http://" + addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = response.Body.Close()
-		if response.StatusCode != http.StatusBadRequest {
-			t.Error(response.Status)
+		if got := status(t, http.DefaultClient, "http://"+addr); got != http.StatusBadRequest {
+			t.Error(got)
 		}
 	})
 	t.Run("nothing", func(t *testing.T) { _ = dial(t).Close() })
