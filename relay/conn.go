@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -20,6 +21,10 @@ const (
 	// batchDelay is between two looks at the batches that are under way.
 	// One that nothing was added to from one look to the next is sent.
 	batchDelay = time.Millisecond
+
+	// closePatience is how many times Close lets others go on before it takes
+	// the write that is under way for stuck.
+	closePatience = 100
 
 	// deadlineStep is how much later than asked a write may time out.
 	deadlineStep = time.Second
@@ -184,18 +189,21 @@ func (c *batchConn) look() bool {
 }
 
 // Close implements [net.Conn]. What is held is sent before, unless a write is
-// under way, which Close is there to end.
+// stuck, which Close is there to end.
 func (c *batchConn) Close() error {
-	if c.mu.TryLock() {
-		err := c.flush()
-		if c.err == nil {
-			c.err = net.ErrClosed
+	for range closePatience {
+		if c.mu.TryLock() {
+			err := c.flush()
+			if c.err == nil {
+				c.err = net.ErrClosed
+			}
+			c.mu.Unlock()
+			if closeErr := c.Conn.Close(); closeErr != nil {
+				return closeErr
+			}
+			return err
 		}
-		c.mu.Unlock()
-		if closeErr := c.Conn.Close(); closeErr != nil {
-			return closeErr
-		}
-		return err
+		runtime.Gosched() // a write that is not stuck is over at once
 	}
 	return c.Conn.Close()
 }

@@ -63,7 +63,6 @@ type Config struct {
 // Relay is one DERP node.
 type Relay struct {
 	server  *derpserver.Server
-	native  http.Handler // of DERP clients that are no browsers
 	handler http.Handler
 	clients *clients
 	mesh    *Mesh
@@ -96,14 +95,7 @@ func New(c Config) (*Relay, error) {
 		return nil, fmt.Errorf("setting mesh key: %w", err)
 	}
 	mesh := newMesh(c, server)
-	native := acceptMeshKeys(c.PrivateKey, c.Mesh.Keys, new(batches).joinWrites(derpserver.Handler(server)))
-	return &Relay{
-		server:  server,
-		native:  native,
-		handler: forwarded(c.TrustedProxies, routes(server, native, mesh, c)),
-		clients: &clients{server: server, log: c.Log},
-		mesh:    mesh,
-	}, nil
+	return &Relay{server: server, handler: forwarded(c.TrustedProxies, routes(server, mesh, c)), clients: &clients{server: server, log: c.Log}, mesh: mesh}, nil
 }
 
 // Run keeps the list of [Relay.Clients] until ctx ends.
@@ -153,8 +145,9 @@ func (r *Relay) TLSConfig(getCertificate func(*tls.ClientHelloInfo) (*tls.Certif
 	return c
 }
 
-func routes(server *derpserver.Server, native http.Handler, mesh *Mesh, c Config) http.Handler {
+func routes(server *derpserver.Server, mesh *Mesh, c Config) http.Handler {
 	mux := http.NewServeMux()
+	native := acceptMeshKeys(c.PrivateKey, c.Mesh.Keys, new(batches).joinWrites(derpserver.Handler(server)))
 	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, native))
 	// Clients of different ages ask for one or the other.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)

@@ -24,19 +24,18 @@ const headSize = 2 << 10
 var headBuffers = sync.Pool{New: func() any { return new([headSize]byte) }}
 
 // TLSListener makes a listener for [http.Server.Serve] whose connections are
-// TLS. A client whose request is that of a DERP client is handed to derpserver
-// as soon as its request has been read, and the HTTP server sees the end of the
-// connection; every other one is the HTTP server's, and so is a DERP client
-// whose request is in the least unusual: it is served in the same way, only not
-// as cheaply.
-func (r *Relay) TLSListener(l net.Listener, c *tls.Config) net.Listener {
-	return &tlsListener{Listener: l, config: c, native: r.native}
+// TLS. The request of a DERP client goes to handler, the HTTP server's, as soon
+// as it has been read, and the HTTP server sees the end of the connection: that
+// is cheaper. Every other request is read by the HTTP server, and so is one of
+// a DERP client that is in the least unusual.
+func TLSListener(l net.Listener, c *tls.Config, handler http.Handler) net.Listener {
+	return &tlsListener{Listener: l, config: c, handler: handler}
 }
 
 type tlsListener struct {
 	net.Listener
-	config *tls.Config
-	native http.Handler
+	config  *tls.Config
+	handler http.Handler
 }
 
 // Accept implements [net.Listener].
@@ -45,21 +44,21 @@ func (l *tlsListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &tlsConn{conn: tls.Server(conn, l.config), native: l.native}, nil
+	return &tlsConn{conn: tls.Server(conn, l.config), handler: l.handler}, nil
 }
 
 // tlsConn is a TLS connection of the HTTP server, which handshakes in a
 // goroutine of each connection, under its timeouts: so that is where the first
 // request is looked at.
 type tlsConn struct {
-	conn   *tls.Conn
-	native http.Handler
+	conn    *tls.Conn
+	handler http.Handler
 
 	// Of the HTTP server's goroutine.
 	unread []byte // what was read in search of a DERP client
 
 	mu    sync.Mutex
-	taken bool // by derpserver; guarded by mu
+	taken bool // by handler; guarded by mu
 }
 
 // HandshakeContext is what [http.Server] calls, as that of [tls.Conn].
@@ -86,7 +85,7 @@ func (c *tlsConn) HandshakeContext(context.Context) error {
 	if length < n {
 		w.conn = &readFirst{Conn: c.conn, unread: bytes.Clone(head[length:n])}
 	}
-	c.native.ServeHTTP(w, request)
+	c.handler.ServeHTTP(w, request)
 	return w.finish(request)
 }
 
@@ -157,7 +156,7 @@ func (c *tlsConn) SetWriteDeadline(t time.Time) error { return c.deadline(c.conn
 
 func (c *tlsConn) deadline(set func(time.Time) error, t time.Time) error {
 	if c.isTaken() {
-		return nil // derpserver has its own
+		return nil // whoever took it has its own
 	}
 	return set(t)
 }

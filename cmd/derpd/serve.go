@@ -262,7 +262,7 @@ func (n *node) tasks() []task {
 		{"https", func(context.Context) error {
 			l := n.listeners.https
 			if n.https.TLSConfig != nil {
-				l = n.relay.TLSListener(l, n.https.TLSConfig)
+				l = relay.TLSListener(l, n.https.TLSConfig, n.https.Handler)
 			}
 			return served(n.https.Serve(l))
 		}},
