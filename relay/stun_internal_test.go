@@ -44,7 +44,9 @@ func stunSeeds() [][]byte {
 	indication := bytes.Clone(request)
 	indication[1] = 0x11
 	return [][]byte{
-		request, flipped, generic, indication, request[:39], request[:36], request[:20], {}, {0},
+		request, flipped, generic, indication, request[:39], request[:36], request[:20],
+		{},
+		{0},
 		append(bytes.Clone(request), 0), append(bytes.Clone(request), request[20:32]...),
 		stun.Response(stun.TxID{1}, netip.MustParseAddrPort("192.0.2.1:1")), make([]byte, maxSTUNPacket),
 	}

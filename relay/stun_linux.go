@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"runtime"
 	"time"
 	"unsafe"
 
@@ -36,11 +35,14 @@ func (s *STUN) serveBatches(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = unix.Close(fd) }()
-	// It fails, since the socket is not connected, and yet wakes the thread.
-	stop := context.AfterFunc(ctx, func() { _ = unix.Shutdown(fd, unix.SHUT_RD) })
-	// The descriptor is closed only after the last use of it.
 	done := make(chan struct{})
-	context.AfterFunc(ctx, func() { close(done) })
+	stop := context.AfterFunc(ctx, func() {
+		defer close(done)
+		// It fails, since the socket is not connected, and yet wakes the thread.
+		_ = unix.Shutdown(fd, unix.SHUT_RD)
+	})
+	// By the time the descriptor is closed, nobody may be using it: its number
+	// could be another file's already.
 	defer func() {
 		if !stop() {
 			<-done
@@ -172,7 +174,6 @@ func (b *batch) receive(fd int) (int, error) {
 // send sends the replies from..to, and returns how many it could.
 func (b *batch) send(fd, from, to int) (int, error) {
 	n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.out[from])), uintptr(to-from), 0, 0, 0)
-	runtime.KeepAlive(b)
 	if errno != 0 {
 		return 0, os.NewSyscallError("sendmmsg", errno)
 	}
