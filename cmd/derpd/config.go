@@ -203,7 +203,7 @@ func (p *parser) addresses(c *config) {
 		stunHost := host
 		if p.STUNIP != "" {
 			stunHost = strings.Trim(p.STUNIP, "[]")
-			if _, err := netip.ParseAddr(stunHost); err != nil && !hostName.MatchString(stunHost) {
+			if _, err := netip.ParseAddr(stunHost); err != nil && !isHostName(stunHost) {
 				p.fail("DERP_STUN_ADDR", "want a host name or an address, without port, got %q", p.STUNIP)
 			}
 		}
@@ -248,7 +248,18 @@ func (p *parser) distinct(name, addr, otherName, other string) {
 	}
 }
 
-var hostName = regexp.MustCompile(`^([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
+// isHostName reports whether s is labels of letters, digits and hyphens (RFC
+// 1123 §2.1).
+func isHostName(s string) bool {
+	for label := range strings.SplitSeq(strings.TrimSuffix(s, "."), ".") {
+		if len(label) > 63 || !hostLabel.MatchString(label) {
+			return false
+		}
+	}
+	return true
+}
+
+var hostLabel = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$`)
 
 // numeric matches what looks like an address that lacks a part: no top-level
 // domain is a number (RFC 3696 §2).
@@ -273,7 +284,7 @@ func (p *parser) domain(d string) (string, bool) {
 		p.fail("DERP_DOMAIN", "want a name without a path, got %q", d)
 	case strings.Contains(d, ":"):
 		p.fail("DERP_DOMAIN", "want a name without a port, got %q; the port goes into DERP_ADDR, or DERP_PUBLIC_PORT behind a port mapping", d)
-	case len(d) > 253 || !hostName.MatchString(d) || numeric.MatchString(d):
+	case len(d) > 253 || !isHostName(d) || numeric.MatchString(d):
 		p.fail("DERP_DOMAIN", "want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got %q", d)
 	default:
 		return strings.ToLower(strings.TrimSuffix(d, ".")), true
@@ -288,7 +299,7 @@ func (p *parser) hostPort(name, value string) string {
 		p.fail(name, "want host:port or :port, got %q", value)
 		return ""
 	}
-	if _, err := netip.ParseAddr(host); err != nil && host != "" && !hostName.MatchString(host) {
+	if _, err := netip.ParseAddr(host); err != nil && host != "" && !isHostName(host) {
 		p.fail(name, "want a host name or an address before the port, got %q", value)
 		return ""
 	}
@@ -572,7 +583,7 @@ func (p *parser) dns(c *config) {
 	if config.PropagationTimeout, err = time.ParseDuration(p.DNSTimeout); err != nil || config.PropagationTimeout < 0 {
 		p.fail("DERP_DNS_PROPAGATION_TIMEOUT", "want a duration such as 2m or 90s, got %q", p.DNSTimeout)
 	}
-	if config.Delegate != "" && !recordName.MatchString(config.Delegate) {
+	if config.Delegate != "" && !isRecordName(config.Delegate) {
 		p.fail("DERP_DNS_DELEGATE", "want the DNS name to which _acme-challenge of each domain is a CNAME, got %q", p.DNSDelegate)
 	}
 	if c.acmeDNS {
@@ -580,8 +591,11 @@ func (p *parser) dns(c *config) {
 	}
 }
 
-// recordName is hostName with the underscores that names of records may have.
-var recordName = regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?$`)
+// isRecordName reports whether s is a name of several labels, which may have
+// the underscores of names of records.
+func isRecordName(s string) bool {
+	return strings.Contains(s, ".") && !strings.HasSuffix(s, ".") && isHostName(strings.ReplaceAll(s, "_", "x"))
+}
 
 // dnsProvider makes the provider, or nil if something is missing. Credentials
 // of another one are refused: whoever set them expects that one to be used.
@@ -785,7 +799,7 @@ func (p *parser) proxies(c *config) {
 
 func (p *parser) rest(c *config) {
 	for _, name := range p.list("DERP_BOOTSTRAP_DNS", p.Bootstrap) {
-		if !hostName.MatchString(name) {
+		if !isHostName(name) {
 			p.fail("DERP_BOOTSTRAP_DNS", "want DNS names, got %q", name)
 		}
 		c.bootstrap = append(c.bootstrap, name)

@@ -107,7 +107,7 @@ func nodeAddress(s string, defaultPort int) (host string, port int, ok bool) {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return addr.Unmap().String(), port, addr.Zone() == "" && !addr.IsUnspecified()
 	}
-	return strings.ToLower(strings.TrimSuffix(host, ".")), port, hostName.MatchString(host) && !numeric.MatchString(host)
+	return strings.ToLower(strings.TrimSuffix(host, ".")), port, isHostName(host) && !numeric.MatchString(host)
 }
 
 // meshed reports whether this node is one of several.

@@ -69,44 +69,6 @@ func (l *breakable) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// diverting is a listener that loses every second connection while it is
-// broken.
-type diverting struct {
-	net.Listener
-	broken   atomic.Bool
-	diverted chan net.Conn
-	count    int // of the one who accepts
-}
-
-func (l *diverting) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			close(l.diverted)
-			return nil, err
-		}
-		l.count++
-		if !l.broken.Load() || l.count%2 == 0 {
-			return conn, nil
-		}
-		l.diverted <- conn
-	}
-}
-
-// divertedListener accepts what another one has lost.
-type divertedListener struct {
-	net.Listener
-	conns <-chan net.Conn
-}
-
-func (l divertedListener) Accept() (net.Conn, error) {
-	conn, ok := <-l.conns
-	if !ok {
-		return nil, net.ErrClosed
-	}
-	return conn, nil
-}
-
 // Whatever keeps the relay from serving, STUN is silent within seconds, and
 // answers again when it is gone. Who was connected stays so.
 func TestSTUNFollowsDERP(t *testing.T) {
@@ -169,14 +131,17 @@ func TestSTUNFollowsDERP(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = other.Close() })
-			l := &diverting{Listener: n.listeners.https, diverted: make(chan net.Conn)}
-			n.listeners.https = l
-			server := &http.Server{Handler: other.Handler(), ReadHeaderTimeout: patience}
-			t.Cleanup(func() { _ = server.Close() })
-			go func() {
-				_ = server.Serve(tls.NewListener(divertedListener{l.Listener, l.diverted}, other.TLSConfig(n.certs.GetCertificate)))
-			}()
-			return func() { l.broken.Store(true) }, func() { l.broken.Store(false) }
+			var broken atomic.Bool
+			var count atomic.Int64
+			works := n.https.Handler
+			n.https.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if broken.Load() && count.Add(1)%2 == 0 {
+					other.Handler().ServeHTTP(w, r)
+					return
+				}
+				works.ServeHTTP(w, r)
+			})
+			return func() { broken.Store(true) }, func() { broken.Store(false) }
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
