@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,9 +23,9 @@ const (
 	// One that nothing was added to from one look to the next is sent.
 	batchDelay = time.Millisecond
 
-	// closePatience is how many times Close lets others go on before it takes
-	// the write that is under way for stuck.
-	closePatience = 100
+	// closePatience is how long Close waits for a batch that is being sent
+	// late, which nobody else waits for.
+	closePatience = 100 * time.Millisecond
 
 	// deadlineStep is how much later than asked a write may time out.
 	deadlineStep = time.Second
@@ -115,6 +116,9 @@ type batchConn struct {
 	watched bool             // by batches; guarded by mu
 	looked  int              // length at the last look, 0 if that was of another batch; guarded by mu
 
+	looking atomic.Bool                   // while look runs
+	late    atomic.Pointer[chan struct{}] // closed when the batch that is sent late was; nil if there is none
+
 	deadlineMu sync.Mutex
 	asked, set time.Time // the write deadline as asked for, and as it is; guarded by deadlineMu
 }
@@ -169,29 +173,39 @@ func (c *batchConn) flush() error {
 
 // look sends what was left, and reports whether to look again.
 func (c *batchConn) look() bool {
-	if !c.mu.TryLock() {
+	c.looking.Store(true)
+	defer c.looking.Store(false)
+	if c.late.Load() != nil || !c.mu.TryLock() {
 		return true // is being written to
 	}
+	defer c.mu.Unlock()
 	if c.batch != nil && c.length == c.looked {
 		// Not here: this may block, and others wait for their look.
-		go func() {
-			defer c.mu.Unlock()
-			if c.flush() != nil {
-				_ = c.Conn.Close() // as derpserver does after a failed write
-			}
-		}()
+		done := make(chan struct{})
+		c.late.Store(&done)
+		go c.sendLate(done)
 		return true
 	}
-	defer c.mu.Unlock()
 	c.looked = c.length
 	c.watched = c.batch != nil
 	return c.watched
 }
 
+func (c *batchConn) sendLate(done chan struct{}) {
+	defer close(done)
+	defer c.late.Store(nil)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.batch != nil && c.flush() != nil {
+		_ = c.Conn.Close() // as derpserver does after a failed write
+	}
+}
+
 // Close implements [net.Conn]. What is held is sent before, unless a write is
-// stuck, which Close is there to end.
+// under way, which Close is there to end.
 func (c *batchConn) Close() error {
-	for range closePatience {
+	// The second time if a look or a late batch was in the way at first.
+	for range 2 {
 		if c.mu.TryLock() {
 			err := c.flush()
 			if c.err == nil {
@@ -203,7 +217,13 @@ func (c *batchConn) Close() error {
 			}
 			return err
 		}
-		runtime.Gosched() // a write that is not stuck is over at once
+		for c.looking.Load() {
+			runtime.Gosched() // takes no longer than a few instructions
+		}
+		if late := c.late.Load(); late != nil {
+			_ = c.Conn.SetWriteDeadline(time.Now().Add(closePatience))
+			<-*late
+		}
 	}
 	return c.Conn.Close()
 }

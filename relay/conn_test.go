@@ -198,9 +198,10 @@ func TestBatchOfStuckConnection(t *testing.T) {
 		if got := len(below.bytes()); got != chunkSize {
 			t.Errorf("%d bytes were sent, want %d", got, chunkSize)
 		}
-		// And closing it does not wait either.
-		if err := first.Close(); err != nil {
-			t.Error(err)
+		// And closing it does not wait for long, and tells that it was lost.
+		start := time.Now()
+		if err := first.Close(); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) > closePatience {
+			t.Errorf("closed after %s: %v", time.Since(start), err)
 		}
 		if _, err := first.Write(random(1)); err == nil {
 			t.Error("a write after Close succeeded")

@@ -114,7 +114,9 @@ func beginRelay(t testing.TB, cert *tls.Certificate, c relay.Config) (*relay.Rel
 	r := newRelay(t, c)
 	server := &http.Server{Handler: r.Handler(), ReadTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second}
 	config := r.TLSConfig(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert, nil })
-	return r, begin(t, server, func(l net.Listener) error { return server.Serve(relay.TLSListener(relay.ReadAhead(l), config, server.Handler)) })
+	return r, begin(t, server, func(l net.Listener) error {
+		return server.Serve(relay.TLSListener(relay.ReadAhead(l), config, server.Handler))
+	})
 }
 
 // loadVariable makes TestConnectLoad the clients of BenchmarkConnect, which are

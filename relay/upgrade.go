@@ -187,7 +187,7 @@ func derpRequest(p []byte) (r *http.Request, length int) {
 	for field := range strings.SplitSeq(fields, "\r\n") {
 		name, value, ok := strings.Cut(field, ": ")
 		name = knownField(name)
-		if !ok || name == "" || value == "" || value[0] == ' ' || strings.ContainsAny(value, "\r\n") || r.Header[name] != nil {
+		if !ok || name == "" || value == "" || strings.Trim(value, " ") != value || strings.ContainsAny(value, "\r\n") || r.Header[name] != nil {
 			return nil, 0
 		}
 		r.Header[name] = []string{value}

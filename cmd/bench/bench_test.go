@@ -448,7 +448,7 @@ func TestMeasure(t *testing.T) {
 	slow := load{size: 8192, pairs: 3, burst: 2, rate: 200, window: queueDepth, time: moment}
 	add(slow.name(), func(ctx context.Context, s *server) (sample, error) { return measureRelay(ctx, s, slow) },
 		cpuPerPacket, delayMedian, delayP99)
-	add(connectName, newConnects(moment).measure, connectRate, cpuPerConnect)
+	add(connectName, newConnects(4*moment).measure, connectRate, cpuPerConnect)
 	for _, burst := range []int{1, stunBurst} {
 		add(stunName(burst), func(ctx context.Context, s *server) (sample, error) { return measureSTUN(ctx, s, burst, moment) },
 			answerRate, answersPer)

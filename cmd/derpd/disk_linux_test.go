@@ -185,7 +185,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 	pinned := func(t *testing.T, dir string) {
 		t.Helper()
 		nodeKey(t, dir)
-		if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, "certs/pinned.pem")}, time.Now()); err != nil {
+		if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, "certs/pinned.pem"), Names: []string{"127.0.0.1"}}, time.Now()); err != nil {
 			t.Fatal(err)
 		}
 	}

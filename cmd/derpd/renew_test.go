@@ -105,7 +105,7 @@ func TestEndIsAnnounced(t *testing.T) {
 			made := time.Now().AddDate(-10, 0, left) // it is valid for ten years
 			if tt.file == "" {
 				pair("certs/derp.example.com", "derp.example.com", made)(t, dir)
-			} else if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, tt.file)}, made); err != nil {
+			} else if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, tt.file), Names: []string{"127.0.0.1"}}, made); err != nil {
 				t.Fatal(err)
 			}
 			n := begin(t, env)
