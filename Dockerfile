@@ -73,7 +73,8 @@ EXPOSE 443/tcp 80/tcp 3478/udp
 # The first check comes one interval after the start, so the interval is also
 # how long a new container takes to be called healthy. The start period is the
 # time a certificate authority is given; after it, and three checks more, a bad
-# update is called unhealthy.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 CMD ["/derpd", "healthcheck"]
+# update is called unhealthy. A check gives up by itself before the engine does,
+# so that the engine has the cause.
+HEALTHCHECK --interval=10s --timeout=6s --start-period=30s --retries=3 CMD ["/derpd", "healthcheck"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/derpd"]
