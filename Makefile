@@ -86,12 +86,20 @@ image: ## build the image, derpd, and print its size
 	docker build --build-arg VERSION=$(VERSION) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE --build-arg TAILSCALE_VERSION -t $(IMAGE) .
 	@docker image inspect --format '{{.Size}}' $(IMAGE) | numfmt --to=si --suffix=B --format '$(IMAGE): %.1f'
 
-# docker/bases/make first, where no registry can be reached.
-e2e: export DERPD_PEERS := $(PEERS)
-e2e: export DERPD_DERPER := $(DERPER)
+# docker/bases/make first, where no registry can be reached. `make e2e
+# RUN=pinned` runs one scenario.
+e2e e2e-all: export DERPD_PEERS := $(PEERS)
+e2e e2e-all: export DERPD_DERPER := $(DERPER)
+e2e e2e-all: export DERPD_IMAGE := $(IMAGE)
+E2E := go test -tags e2e -count=1 -v -timeout 45m ./docker/e2e
+
 .PHONY: e2e
-e2e: image peers $(DERPER) ## test the image with docker compose; takes ports 443, 80 and 3478
-	DERPD_IMAGE=$(IMAGE) go test -tags e2e -count=1 -v ./docker/e2e
+e2e: image peers $(DERPER) ## test the image with docker compose and real nodes; takes ports 443, 80 and 3478
+	$(E2E) $(if $(RUN),-run 'TestScenarios/$(RUN)',-short)
+
+.PHONY: e2e-all
+e2e-all: image peers $(DERPER) ## the same with the scenarios that take long
+	$(E2E)
 
 # tidy also looks at what only the tests of dependencies need; -e goes on where
 # that cannot be fetched. It tells of each at length, so it is quiet at first.
@@ -152,7 +160,7 @@ $(PEERS)/headscale:
 	rm -rf $(PEERS)/module
 	mkdir -p $(PEERS)/module
 	cd $(PEERS)/module && go mod init tool && go mod edit -require=github.com/juanfont/headscale@$(HEADSCALE) && \
-		go build -mod=mod -trimpath -o headscale github.com/juanfont/headscale/cmd/headscale
+		CGO_ENABLED=0 go build -mod=mod -trimpath -o headscale github.com/juanfont/headscale/cmd/headscale
 	mv $(PEERS)/module/headscale $@
 	rm -r $(PEERS)/module
 

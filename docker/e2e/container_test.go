@@ -44,8 +44,8 @@ const (
 	stopWithin    = time.Second
 )
 
-// TestBridge is compose.yaml with nothing set.
-func TestBridge(t *testing.T) {
+// bridge is compose.yaml with nothing set.
+func bridge(t *testing.T, _ *row) {
 	d := up(t, "-f", "compose.yaml")
 	printed := d.derpMap(t)
 	region := onlyRegion(t, printed)
@@ -187,9 +187,9 @@ func TestBridge(t *testing.T) {
 	})
 }
 
-// TestOtherPorts publishes other ports than the usual ones: one setting moves
+// otherPorts publishes other ports than the usual ones: one setting moves
 // the port and the map with it.
-func TestOtherPorts(t *testing.T) {
+func otherPorts(t *testing.T, _ *row) {
 	derpPort, httpPort, stunPort := freeTCP(t), freeTCP(t), freeUDP(t)
 	file := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", derpPort, httpPort, stunPort))
 	d := up(t, "-f", "compose.yaml", "--env-file", file)
@@ -209,8 +209,8 @@ func TestOtherPorts(t *testing.T) {
 	}
 }
 
-// TestHost is the relay on the host's network, on ports that nobody else has.
-func TestHost(t *testing.T) {
+// host is the relay on the host's network, on ports that nobody else has.
+func host(t *testing.T, _ *row) {
 	derpPort, httpPort, adminPort, stunPort := freeTCP(t), freeTCP(t), freeTCP(t), freeUDP(t)
 	settings := fmt.Sprintf(`services:
   relay:
@@ -248,34 +248,38 @@ type deployment struct {
 	args []string // what comes before the verb
 }
 
-// up starts a project of its own, waits until it is healthy, and removes all
-// of it in the end. The flags are those of docker compose; paths in them are
-// relative to the root of the repository.
+// up starts a project of its own and waits until it is healthy. The flags are
+// those of docker compose; paths in them are relative to the root of the
+// repository.
 func up(t *testing.T, flags ...string) *deployment {
 	t.Helper()
-	if _, err := os.Stat("../../.env"); err == nil {
-		t.Fatal("this tests the relay without settings: move .env out of the way")
-	}
-	d := &deployment{args: slices.Concat([]string{"compose", "-p", "derpd-" + strings.ToLower(t.Name())}, flags)}
-	down := func() {
-		// The test's own context has ended by now.
-		if out, err := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"down", "-v", "--remove-orphans"})...); err != nil {
-			t.Errorf("cleaning up: %v\n%s", err, out)
-		}
-	}
-	down() // what a killed test left
-	t.Cleanup(func() {
-		if t.Failed() {
-			out, _ := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"logs", "--no-color"})...)
-			t.Logf("logs of the relay:\n%s", out)
-		}
-		down()
-	})
+	d := prepare(t, flags...)
 	started := time.Now()
 	if out, err := run(t.Context(), upTimeout, slices.Concat(d.args, []string{"up", "-d", "--wait"})...); err != nil {
 		t.Fatalf("docker compose up: %v\n%s", err, out)
 	}
 	t.Logf("healthy after %v", time.Since(started).Round(time.Millisecond))
+	return d
+}
+
+// prepare is up without the start: in the end all of the project is removed.
+func prepare(t *testing.T, flags ...string) *deployment {
+	t.Helper()
+	if _, err := os.Stat("../../.env"); err == nil {
+		t.Fatal("this tests the relay without settings: move .env out of the way")
+	}
+	d := &deployment{args: slices.Concat([]string{"compose", "-p", project(t)}, flags)}
+	t.Cleanup(func() {
+		// The test's own context has ended by now.
+		if t.Failed() {
+			out, _ := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"logs", "--no-color"})...)
+			t.Logf("logs of the containers:\n%s", out)
+		}
+		// They have nothing to lose.
+		if out, err := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"down", "--volumes", "--remove-orphans", "--timeout", "0"})...); err != nil {
+			t.Errorf("cleaning up: %v\n%s", err, out)
+		}
+	})
 	return d
 }
 
@@ -415,20 +419,37 @@ func docker(t *testing.T, args ...string) string {
 
 // run returns the standard output or, when the command fails, all it printed.
 func run(ctx context.Context, timeout time.Duration, args ...string) (string, error) {
+	docking.RLock()
+	defer docking.RUnlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(interrupted, cancel)()
+	return runEngine(ctx, timeout, args...)
+}
+
+// runEngine is run for who holds docking.
+func runEngine(ctx context.Context, timeout time.Duration, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "docker", args...)
-	cmd.Dir = "../.."
-	// Nothing is set, whatever the one who runs the test has set.
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
-		return strings.HasPrefix(v, "DERP_") || strings.HasPrefix(v, "COMPOSE_")
-	})
+	cmd := command(ctx, args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		return stdout.String() + stderr.String(), err
 	}
 	return stdout.String(), nil
+}
+
+func command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "docker", args...)
+	// Ctrl-C is for the test to handle: what it has begun shall end.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Dir = "../.."
+	// Nothing is set, whatever the one who runs the test has set.
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, "DERP_") || strings.HasPrefix(v, "COMPOSE_")
+	})
+	return cmd
 }
 
 func onlyRegion(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {

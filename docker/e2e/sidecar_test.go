@@ -17,41 +17,11 @@ import (
 	"derpd/internal/peers"
 )
 
-// sidecarImage is the stand-in for Tailscale's image: the same programs.
-const sidecarImage = "derpd-e2e-tailscale"
-
-// sidecar makes the image that compose.yaml's tailscaled runs.
-func sidecar(t *testing.T) {
-	t.Helper()
-	dir := t.TempDir()
-	var file strings.Builder
-	file.WriteString("FROM scratch\nENV PATH=/bin\n")
-	for _, name := range []string{"containerboot", "tailscaled", "tailscale"} {
-		data, err := os.ReadFile(peers.Program(t, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		fmt.Fprintf(&file, "COPY %s /bin/%s\n", name, name)
-	}
-	if err := os.Mkdir(filepath.Join(dir, "tmp"), 0o777); err != nil {
-		t.Fatal(err)
-	}
-	file.WriteString("COPY tmp /tmp\nENTRYPOINT [\"/bin/containerboot\"]\n")
-	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(file.String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	docker(t, "build", "-q", "-t", sidecarImage, dir)
-	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "image", "rm", "-f", sidecarImage) })
-}
-
-// TestTailscaledBeside is the profile tailscaled: a sidecar, a member of a real
+// admitSidecar is the profile tailscaled: a sidecar, a member of a real
 // headscale's network, tells the relay whom to admit. The relay is the only one
 // in that network's map, so the sidecar itself needs it.
-func TestTailscaledBeside(t *testing.T) {
-	sidecar(t)
+func admitSidecar(t *testing.T, r *row) {
+	image := peersImage(t)
 	// The first address of Docker's own bridge is this machine, for every
 	// container.
 	bridge, err := netip.ParsePrefix(docker(t, "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}"))
@@ -70,7 +40,7 @@ DERP_PUBLIC_HTTP_PORT=%d
 DERP_PUBLIC_STUN_PORT=%d
 TAILSCALE_IMAGE=%s
 TS_EXTRA_ARGS=--login-server=%s
-`, derpPort, httpPort, stunPort, sidecarImage, h.URL))
+`, derpPort, httpPort, stunPort, image, h.URL))
 	// What a user writes into .env, which the test must leave alone.
 	settings := writeFile(t, "settings.yaml", fmt.Sprintf(`services:
   relay:
@@ -81,6 +51,7 @@ TS_EXTRA_ARGS=--login-server=%s
       DERP_PUBLIC_IPV6: none
     depends_on: !reset {}
   tailscaled:
+    entrypoint: [/bin/containerboot]
     environment:
       TS_NO_LOGS_NO_SUPPORT: "true"
     volumes: ["%s:/run/secrets:ro"]

@@ -1,0 +1,82 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/types/key"
+)
+
+// admitHeadscale closes the relay to all whom headscale does not know.
+func admitHeadscale(t *testing.T, r *row) {
+	w := newWorld(t, r)
+	w.addRelay(relay{name: "relay", hostName: relayName, env: map[string]string{
+		"DERP_DOMAIN": relayName, "DERP_CERT_MODE": "pinned",
+		"DERP_VERIFY_CLIENT_URL": "http://headscale:8080/verify", "DERP_VERIFY_INTERVAL": "1s",
+	}})
+	w.start("relay")
+	w.startControl(w.headscaleMap("relay"))
+	w.join("a", "b")
+	w.carries(900, "derpd")
+	// Its tailscaled goes on with what it knew, and so does the connection to
+	// the relay, until the relay ends it.
+	removed := w.status("b").Self.PublicKey.String()
+	w.remove("b")
+	w.refused(removed)
+}
+
+// admitKeys closes the relay to all who are not in a file.
+func admitKeys(t *testing.T, r *row) {
+	w := newWorld(t, r)
+	// Somebody else; the keys of the nodes are not known yet.
+	list := filepath.Dir(w.write("certs/keys", key.NewNode().Public().String()+"\n"))
+	w.addNode("stranger", "b")
+	w.addRelay(relay{
+		name: "relay", hostName: relayName,
+		env: map[string]string{
+			"DERP_DOMAIN": relayName, "DERP_CERT_MODE": "pinned",
+			"DERP_ALLOW_KEYS": "/etc/derpd/keys",
+		},
+		volumes: []string{list + ":/etc/derpd:ro"},
+	})
+	w.start("relay")
+	w.startControl(w.headscaleMap("relay"))
+	w.join("a", "b", "stranger")
+	keyOf := func(node string) string { return w.status(node).Self.PublicKey.String() }
+	w.replace("certs/keys", keyOf("a")+" # a\n"+keyOf("b")+"\n")
+	w.carries(900, "derpd")
+	// STUN answers strangers too, DERP does not.
+	w.sees("stranger", 900)
+	w.unreachable("a", "stranger")
+	w.unreachable("stranger", "a")
+
+	w.replace("certs/keys", keyOf("a")+"\n")
+	removed := time.Now()
+	address := w.address("b")
+	w.eventually("b to be cut off", func() error {
+		if _, err := w.ping("a", address); err == nil {
+			return errors.New("a still reaches it")
+		}
+		return nil
+	})
+	w.saw("stranger unreachable, removed node cut off after %.1f s", time.Since(removed).Seconds())
+	w.refused(keyOf("b"))
+	w.refused(keyOf("stranger"))
+}
+
+// refused waits until the relay says that it refuses the node with this key.
+func (w *world) refused(node string) {
+	w.t.Helper()
+	w.eventually("the relay to refuse "+node, func() error {
+		out, _ := w.tryExec("relay", "/derpd", "admit", node)
+		if !strings.Contains(out, "refused: every source says no") {
+			return errors.New(out)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,158 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// prefix begins the name of everything that the tests make in Docker; the
+// number of the process follows, so that two runs are not in each other's way.
+const prefix = "derpd-e2e-"
+
+// brokenVariable makes TestScenarios run a table that is broken on purpose.
+const brokenVariable = "E2E_BROKEN"
+
+// docking guards what is made in Docker: whoever makes something holds it for
+// reading, so that who has it for writing sees all there is, and no more comes.
+var docking sync.RWMutex
+
+// interrupted ends when the run is told to stop.
+var interrupted, interrupt = context.WithCancel(context.Background())
+
+func TestMain(m *testing.M) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		signal.Stop(signals) // a second one kills
+		interrupt()
+		docking.Lock()
+		rows.print(os.Stdout)
+		sweep(os.Getpid())
+		os.Exit(130)
+	}()
+	sweep(0)
+	code := m.Run()
+	sweep(os.Getpid())
+	rows.print(os.Stdout)
+	os.Exit(code)
+}
+
+// project is the name of what the test makes.
+func project(t *testing.T) string {
+	name := strings.TrimPrefix(strings.ToLower(t.Name()), "testscenarios/")
+	return prefix + strconv.Itoa(os.Getpid()) + "-" + strings.NewReplacer("/", "-", "_", "-").Replace(name)
+}
+
+// sweep removes all that the process with the given number made; 0 stands for
+// those that live no more, and were killed before they could.
+func sweep(pid int) {
+	ours := func(name string) bool {
+		rest, ok := strings.CutPrefix(name, prefix)
+		number, _, _ := strings.Cut(rest, "-")
+		owner, err := strconv.Atoi(number)
+		if !ok || err != nil {
+			return false
+		}
+		return owner == pid || pid == 0 && errors.Is(syscall.Kill(owner, 0), syscall.ESRCH)
+	}
+	const labelled = `{{.ID}} {{.Label "com.docker.compose.project"}}`
+	for _, kind := range []struct{ list, remove []string }{
+		{[]string{"ps", "--all", "--format", labelled}, []string{"rm", "--force", "--volumes"}},
+		{[]string{"network", "ls", "--format", labelled}, []string{"network", "rm"}},
+		{[]string{"volume", "ls", "--format", `{{.Name}} {{.Label "com.docker.compose.project"}}`}, []string{"volume", "rm", "--force"}},
+		{[]string{"image", "ls", "--format", "{{.Repository}} {{.Repository}}"}, []string{"image", "rm", "--force"}},
+	} {
+		out, err := runEngine(context.Background(), dockerTimeout, kind.list...)
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "cleaning up: docker %v: %v\n%s", kind.list, err, out)
+			continue
+		}
+		for line := range strings.Lines(out) {
+			fields := strings.Fields(line)
+			if len(fields) != 2 || !ours(fields[1]) {
+				continue
+			}
+			if out, err := runEngine(context.Background(), dockerTimeout, append(kind.remove, fields[0])...); err != nil {
+				fmt.Fprintf(os.Stderr, "cleaning up: docker %v %s: %v\n%s", kind.remove, fields[0], err, out)
+			}
+		}
+	}
+}
+
+// brokenScenarios has one row for each way to fail, and one that does not.
+func brokenScenarios() []scenario {
+	return []scenario{
+		{"fine", false, func(_ *testing.T, r *row) { r.saw("as it should be") }},
+		{"broken", false, func(t *testing.T, r *row) {
+			r.saw("so far so good")
+			t.Fatal("broken on purpose")
+		}},
+		{"panics", false, func(*testing.T, *row) { panic("on purpose") }},
+		{"broken-when-cleaning", false, func(t *testing.T, _ *row) {
+			t.Cleanup(func() { t.Error("broken on purpose") })
+		}},
+		{"missing", false, func(t *testing.T, _ *row) { t.Skip("not here") }},
+		{"long", true, func(t *testing.T, _ *row) { t.Error("-short leaves it out") }},
+		{"last", false, func(_ *testing.T, r *row) { r.saw("reached") }},
+	}
+}
+
+// TestHarness runs a broken table in a process of its own: all rows are run and
+// printed whatever becomes of the others, and the verdict on the whole is what
+// that of its worst row is.
+func TestHarness(t *testing.T) {
+	for _, test := range []struct {
+		filter string
+		code   int
+		want   []string
+	}{
+		{"TestScenarios", 1, []string{
+			"fine passed as it should be", "broken FAILED so far so good", "panics FAILED", "broken-when-cleaning FAILED",
+			"missing skipped", "last passed reached", "6 scenarios, 3 failed",
+		}},
+		{"TestScenarios/^broken$", 1, []string{"broken FAILED so far so good", "1 scenarios, 1 failed"}},
+		{"TestScenarios/^fine$", 0, []string{"fine passed as it should be", "1 scenarios, 0 failed"}},
+	} {
+		t.Run(test.filter, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, os.Args[0], "-test.short", "-test.run="+test.filter)
+			cmd.Env = append(os.Environ(), brokenVariable+"=1")
+			out, err := cmd.Output()
+			if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
+				t.Fatal(err)
+			}
+			if code := cmd.ProcessState.ExitCode(); code != test.code {
+				t.Errorf("exit status %d, want %d", code, test.code)
+			}
+			_, printed, found := strings.Cut(string(out), "SCENARIO")
+			if !found {
+				t.Fatalf("no table in\n%s", out)
+			}
+			var got []string
+			for line := range strings.Lines(printed) {
+				fields := strings.Fields(line)
+				if len(fields) > 2 && strings.Contains(fields[2], ".") {
+					fields = append(fields[:2], fields[3:]...) // less the seconds
+				}
+				got = append(got, strings.Join(fields, " "))
+			}
+			if want := append([]string{"VERDICT SECONDS SEEN"}, test.want...); strings.Join(got, "\n") != strings.Join(want, "\n") {
+				t.Errorf("table is\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+			}
+		})
+	}
+}

@@ -1,0 +1,161 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	longest  = 15.0             // seconds without traffic that are a failure
+	theSame  = 2.0              // how much longer than upstream's is a failure, in seconds
+	settling = 11 * time.Second // after which Docker restarts a container without delay
+)
+
+// outageOnce takes the relay away under a transfer, in each way there is.
+func outageOnce(t *testing.T, r *row) { outage(t, r, 1) }
+
+// outageMedian does it five times.
+func outageMedian(t *testing.T, r *row) { outage(t, r, 5) }
+
+// outage tells how long no traffic flows between two nodes when their only relay
+// is restarted, killed, and replaced by a container with a newer image: derpd
+// and then, for the same nodes by the same map, upstream's derper.
+func outage(t *testing.T, r *row, rounds int) {
+	w := newWorld(t, r)
+	own := newAuthority(t)
+	own.saveRoot(w, "roots/roots.pem")
+	own.issue(w, relayName, relayName, time.Hour)
+	images := map[string][2]string{
+		"relay":  {relayImage(), w.newer(relayImage(), "relay-next")},
+		"derper": {peersImage(t), w.newer(peersImage(t), "derper-next")},
+	}
+	describe := map[string]func(image string){
+		"relay": func(image string) {
+			w.addRelay(manualRelay(w, relay{name: "relay", hostName: relayName, more: "    image: " + image + "\n"}))
+		},
+		"derper": func(image string) { w.services["derper"] = derper(w, image) },
+	}
+	describe["relay"](images["relay"][0])
+	w.start("relay")
+	w.startControl(w.headscaleMap("relay"))
+	w.join("a", "b")
+
+	ways := []string{"restarted", "killed", "recreated"}
+	figures := make(map[string]map[string][]float64)
+	for _, service := range []string{"relay", "derper"} {
+		if service == "derper" {
+			w.must(t, "rm", "--stop", "--force", "relay")
+			describe["derper"](images["derper"][0])
+			w.start("derper")
+		}
+		w.carries(900, "derpd")
+		figures[service] = make(map[string][]float64)
+		for i := range rounds {
+			for _, way := range ways {
+				process := w.process(service)
+				transfer := w.begin("a", "b")
+				switch way {
+				case "restarted":
+					docker(t, "restart", w.container(service))
+				case "killed":
+					// Docker waits with the restart of one that did not run for long.
+					w.ranFor(service, settling)
+					w.kill(process)
+				case "recreated":
+					describe[service](images[service][(i+1)%2])
+					w.start(service)
+				}
+				end := transfer.finish()
+				if w.process(service) == process {
+					t.Errorf("%s was not %s", service, way)
+				}
+				t.Logf("%s %s: no TCP for %.2f s, no UDP for %.2f s", service, way, end.TCPSilence, end.UDPSilence)
+				if service == "relay" && end.TCPSilence > longest {
+					t.Errorf("%s: no traffic for %.1f s", way, end.TCPSilence)
+				}
+				figures[service][way] = append(figures[service][way], end.TCPSilence)
+			}
+		}
+	}
+	for _, way := range ways {
+		ours, upstreams := median(figures["relay"][way]), median(figures["derper"][way])
+		w.saw("%s: %.2f s, derper %.2f s", way, ours, upstreams)
+		if rounds > 1 && ours > upstreams+theSame {
+			t.Errorf("%s: %.2f s without traffic, with derper %.2f s", way, ours, upstreams)
+		}
+	}
+}
+
+func median(list []float64) float64 {
+	slices.Sort(list)
+	return list[len(list)/2]
+}
+
+// derper is upstream's relay with the certificate of the world, where the relay
+// was.
+func derper(w *world, image string) string {
+	w.volumes = append(w.volumes, "data-derper")
+	return fmt.Sprintf(`
+    image: %s
+    entrypoint: [/bin/derper, -hostname=%s, -certmode=manual, -certdir=/etc/certs, -c=/var/lib/derper/derper.key]
+    restart: unless-stopped
+    networks: {a: {aliases: [%[2]s]}, b: {aliases: [%[2]s]}}
+    volumes: ["%s:/etc/certs:ro", "data-derper:/var/lib/derper"]
+`, image, relayName, filepath.Join(w.dir, "certs"))
+}
+
+// relayImage is the image under test.
+func relayImage() string {
+	if name := os.Getenv("DERPD_IMAGE"); name != "" {
+		return name
+	}
+	return "derpd"
+}
+
+// newer makes an image that differs from another one.
+func (w *world) newer(image, name string) string {
+	w.t.Helper()
+	name = fmt.Sprintf("%s%d-%s", prefix, os.Getpid(), name)
+	dir := w.t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM "+image+"\nLABEL e2e=newer\n"), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	docker(w.t, "build", "--quiet", "--tag", name, dir)
+	return name
+}
+
+// process is the number of a container's first process, on this machine.
+func (w *world) process(service string) string {
+	w.t.Helper()
+	return docker(w.t, "inspect", "--format", "{{.State.Pid}}", w.container(service))
+}
+
+// ranFor waits until a container has run that long.
+func (w *world) ranFor(service string, long time.Duration) {
+	w.t.Helper()
+	started, err := time.Parse(time.RFC3339Nano, docker(w.t, "inspect", "--format", "{{.State.StartedAt}}", w.container(service)))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	select {
+	case <-time.After(time.Until(started.Add(long))):
+	case <-interrupted.Done():
+		w.t.Fatal("interrupted")
+	}
+}
+
+// kill kills a process as the kernel does when memory runs out. `docker kill`
+// would not do: the container would count as stopped by somebody. It returns
+// when the container runs again.
+func (w *world) kill(process string) {
+	w.t.Helper()
+	docker(w.t, "run", "--rm", "--label", "com.docker.compose.project="+project(w.t), "--pid=host", "--cap-drop=ALL", "--cap-add=KILL",
+		"--network=none", peersImage(w.t), "/bin/agent", "kill", strings.TrimSpace(process))
+}
