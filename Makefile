@@ -16,7 +16,7 @@ ACTIONLINT    := $(TOOLS)/actionlint-v1.7.12
 # The tailscaled may be older than the relay, as other people's are; not newer.
 TAILSCALE := v1.102.5
 HEADSCALE := v0.29.0
-PEERS     := $(TOOLS)/peers-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
+PEERS     := $(TOOLS)/peers-static-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
 
 # Upstream's own server at the version in go.mod, to measure derpd beside it.
 UPSTREAM := $(shell sed -n 's/^\ttailscale\.com //p' go.mod)

@@ -21,6 +21,9 @@ import (
 // number of the process follows, so that two runs are not in each other's way.
 const prefix = "derpd-e2e-"
 
+// ownerLabel is by which docker compose knows what is of a project.
+const ownerLabel = "com.docker.compose.project"
+
 // brokenVariable makes TestScenarios run a table that is broken on purpose.
 const brokenVariable = "E2E_BROKEN"
 
@@ -68,12 +71,12 @@ func sweep(pid int) {
 		}
 		return owner == pid || pid == 0 && errors.Is(syscall.Kill(owner, 0), syscall.ESRCH)
 	}
-	const labelled = `{{.ID}} {{.Label "com.docker.compose.project"}}`
+	const labelled = `{{.ID}} {{.Label "` + ownerLabel + `"}}`
 	for _, kind := range []struct{ list, remove []string }{
 		{[]string{"ps", "--all", "--format", labelled}, []string{"rm", "--force", "--volumes"}},
 		{[]string{"network", "ls", "--format", labelled}, []string{"network", "rm"}},
-		{[]string{"volume", "ls", "--format", `{{.Name}} {{.Label "com.docker.compose.project"}}`}, []string{"volume", "rm", "--force"}},
-		{[]string{"image", "ls", "--format", "{{.Repository}} {{.Repository}}"}, []string{"image", "rm", "--force"}},
+		{[]string{"volume", "ls", "--format", `{{.Name}} {{.Label "` + ownerLabel + `"}}`}, []string{"volume", "rm", "--force"}},
+		{[]string{"image", "ls", "--format", "{{.Repository}}:{{.Tag}} {{.Repository}}"}, []string{"image", "rm", "--force"}},
 	} {
 		out, err := runEngine(context.Background(), dockerTimeout, kind.list...)
 		if err != nil {

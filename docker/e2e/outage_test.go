@@ -3,10 +3,12 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -33,14 +35,14 @@ func outage(t *testing.T, r *row, rounds int) {
 	own.saveRoot(w, "roots/roots.pem")
 	own.issue(w, relayName, relayName, time.Hour)
 	images := map[string][2]string{
-		"relay":  {relayImage(), w.newer(relayImage(), "relay-next")},
+		"relay":  {image(), w.newer(image(), "relay-next")},
 		"derper": {peersImage(t), w.newer(peersImage(t), "derper-next")},
 	}
-	describe := map[string]func(image string){
-		"relay": func(image string) {
-			w.addRelay(manualRelay(w, relay{name: "relay", hostName: relayName, more: "    image: " + image + "\n"}))
+	describe := map[string]func(tag string){
+		"relay": func(tag string) {
+			w.addRelay(manualRelay(w, relay{name: "relay", hostName: relayName, more: "    image: " + tag + "\n"}))
 		},
-		"derper": func(image string) { w.services["derper"] = derper(w, image) },
+		"derper": func(tag string) { w.services["derper"] = derper(w, tag) },
 	}
 	describe["relay"](images["relay"][0])
 	w.start("relay")
@@ -100,7 +102,7 @@ func median(list []float64) float64 {
 
 // derper is upstream's relay with the certificate of the world, where the relay
 // was.
-func derper(w *world, image string) string {
+func derper(w *world, tag string) string {
 	w.volumes = append(w.volumes, "data-derper")
 	return fmt.Sprintf(`
     image: %s
@@ -108,26 +110,15 @@ func derper(w *world, image string) string {
     restart: unless-stopped
     networks: {a: {aliases: [%[2]s]}, b: {aliases: [%[2]s]}}
     volumes: ["%s:/etc/certs:ro", "data-derper:/var/lib/derper"]
-`, image, relayName, filepath.Join(w.dir, "certs"))
-}
-
-// relayImage is the image under test.
-func relayImage() string {
-	if name := os.Getenv("DERPD_IMAGE"); name != "" {
-		return name
-	}
-	return "derpd"
+`, tag, relayName, filepath.Join(w.dir, "certs"))
 }
 
 // newer makes an image that differs from another one.
-func (w *world) newer(image, name string) string {
+func (w *world) newer(tag, name string) string {
 	w.t.Helper()
-	name = fmt.Sprintf("%s%d-%s", prefix, os.Getpid(), name)
-	dir := w.t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM "+image+"\nLABEL e2e=newer\n"), 0o600); err != nil {
-		w.t.Fatal(err)
-	}
-	docker(w.t, "build", "--quiet", "--tag", name, dir)
+	name = prefix + strconv.Itoa(os.Getpid()) + "-" + name
+	docker(w.t, "tag", derived(w.t, tag, "LABEL e2e=newer"), name)
+	w.t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", name) })
 	return name
 }
 
@@ -156,6 +147,6 @@ func (w *world) ranFor(service string, long time.Duration) {
 // when the container runs again.
 func (w *world) kill(process string) {
 	w.t.Helper()
-	docker(w.t, "run", "--rm", "--label", "com.docker.compose.project="+project(w.t), "--pid=host", "--cap-drop=ALL", "--cap-add=KILL",
+	docker(w.t, "run", "--rm", "--label", ownerLabel+"="+project(w.t), "--pid=host", "--cap-drop=ALL", "--cap-add=KILL",
 		"--network=none", peersImage(w.t), "/bin/agent", "kill", strings.TrimSpace(process))
 }

@@ -45,6 +45,8 @@ func scenarios() []scenario {
 		{"mesh", false, mesh},
 		{"outage", false, outageOnce},
 		{"outage-median", true, outageMedian},
+		{"update", true, update},
+		{"bad-update", true, badUpdate},
 	}
 }
 

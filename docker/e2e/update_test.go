@@ -50,12 +50,12 @@ const (
 	unhealthyWithin = 90 * time.Second
 )
 
-// TestUpdate updates a running relay as Watchtower does, with clients connected,
+// update updates a running relay as Watchtower does, with clients connected,
 // and measures for how long they are without it. Upstream's derper is updated in
 // turn with it: the two are compared, since a number alone tells of the machine.
 // Most of it is the engine's own time, which varies: on a busy machine more
 // updates are needed to tell them apart.
-func TestUpdate(t *testing.T) {
+func update(t *testing.T, r *row) {
 	derpd, derper := startDerpd(t), startDerper(t)
 	for range series {
 		for range updates {
@@ -64,17 +64,18 @@ func TestUpdate(t *testing.T) {
 		}
 		t.Logf("no packet for %v (derpd) and %v (derper), medians of %v and %v", derpd.median(), derper.median(), derpd.outages, derper.outages)
 		if derpd.median() <= derper.median() {
+			r.saw("no packet for %v, derper %v, medians of %d", derpd.median().Round(time.Millisecond), derper.median().Round(time.Millisecond), len(derpd.outages))
 			return
 		}
 	}
 	t.Errorf("an update of derpd interrupts clients for %v, one of derper for %v", derpd.median(), derper.median())
 }
 
-// TestBadUpdate is what the README says of one: it can be seen, and taken back by
+// badUpdate is what the README says of one: it can be seen, and taken back by
 // naming the release that worked.
-func TestBadUpdate(t *testing.T) {
+func badUpdate(t *testing.T, r *row) {
 	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
-	const followed, worked = "derpd-e2e:followed", "derpd-e2e:worked"
+	followed, worked := project(t)+":followed", project(t)+":worked"
 	for _, tag := range []string{followed, worked} {
 		docker(t, "tag", good, tag)
 		t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", tag) })
@@ -128,7 +129,7 @@ func TestBadUpdate(t *testing.T) {
 		await(t, "it is unhealthy", unhealthyWithin, func() bool {
 			return d.inspect(t, "{{.State.Health.Status}}") == "unhealthy"
 		})
-		t.Logf("unhealthy after %v", time.Since(begun).Round(time.Second))
+		r.saw("unhealthy after %v, and back by naming the release", time.Since(begun).Round(time.Second))
 		if why := d.inspect(t, "{{json .State.Health.Log}}"); !strings.Contains(why, "not ready") {
 			t.Errorf("the health check does not say why: %s", why)
 		}
@@ -274,30 +275,26 @@ func (u *updated) begin(t *testing.T, flags []string, command ...string) {
 	t.Helper()
 	docker(t, "tag", u.images[0], u.tag)
 	u.images[1] = derived(t, u.tag, "LABEL update=true")
-	remove := func() {
-		_, _ = run(context.Background(), dockerTimeout, "rm", "--force", "--volumes", u.name)
-	}
-	remove() // what a killed test left
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := run(context.Background(), dockerTimeout, "logs", u.name)
 			t.Logf("log of %s:\n%s", u.name, out)
 		}
-		remove()
+		_, _ = run(context.Background(), dockerTimeout, "rm", "--force", "--volumes", u.name)
 		_, _ = run(context.Background(), dockerTimeout, "rmi", u.tag)
 	})
 	docker(t, slices.Concat([]string{
-		"run", "--detach", "--name", u.name, "--user", "65532:65532", "--restart", "unless-stopped",
+		"run", "--detach", "--name", u.name, "--label", ownerLabel + "=" + project(t), "--user", "65532:65532", "--restart", "unless-stopped",
 		"--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", "5",
 	}, flags, []string{u.tag}, command)...)
 }
 
 func startDerpd(t *testing.T) *updated {
 	t.Helper()
-	u := &updated{name: "derpd-e2e-derpd", tag: "derpd-e2e:derpd"}
+	u := &updated{name: project(t) + "-derpd", tag: project(t) + ":derpd"}
 	u.images[0] = docker(t, "image", "inspect", "--format", "{{.Id}}", image())
 	port := freeTCP(t)
-	docker(t, "volume", "create", u.name)
+	docker(t, "volume", "create", "--label", ownerLabel+"="+project(t), u.name)
 	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "volume", "rm", u.name) })
 	u.begin(t, []string{
 		"--publish", fmt.Sprintf("127.0.0.1:%d:443", port), "--volume", u.name + ":/data",
@@ -333,7 +330,7 @@ func startDerper(t *testing.T) *updated {
 			t.Fatal(err)
 		}
 	}
-	u := &updated{name: "derpd-e2e-derper", tag: "derpd-e2e:derper"}
+	u := &updated{name: project(t) + "-derper", tag: project(t) + ":derper"}
 	u.images[0] = built(t, dir)
 
 	data := t.TempDir() // readable by the container's user
