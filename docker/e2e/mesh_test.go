@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"regexp"
@@ -37,7 +38,7 @@ func mesh(t *testing.T, r *row) {
 		t.Helper()
 		w.eventually(service+" to be connected to the other", func() error {
 			if out, err := w.tryExec(service, "/derpd", "healthcheck"); err != nil || !strings.Contains(out, "1 of 1 nodes connected") {
-				return fmt.Errorf("health: %v\n%s", err, out)
+				return errors.Join(err, errors.New(out))
 			}
 			return nil
 		})
@@ -71,8 +72,10 @@ func mesh(t *testing.T, r *row) {
 
 	// The key is changed as the README says, and the nodes forward at each step.
 	for _, step := range []struct{ service, keys string }{
-		{"relay", newKey + "," + oldKey}, {"relay-two", newKey + "," + oldKey},
-		{"relay", newKey}, {"relay-two", newKey},
+		{"relay", newKey + "," + oldKey},
+		{"relay-two", newKey + "," + oldKey},
+		{"relay", newKey},
+		{"relay-two", newKey},
 	} {
 		describe(step.service, step.keys)
 		w.start(step.service)

@@ -93,6 +93,7 @@ TS_EXTRA_ARGS=--login-server=%s
 
 	h.Delete(t, memberKey)
 	says(memberKey, "refused: every source says no")
+	r.saw("member in, stranger out, also after a restart; removed member out")
 
 	id := d.must(t, "ps", "--quiet", "tailscaled")
 	for format, want := range map[string]string{
