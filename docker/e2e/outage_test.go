@@ -143,8 +143,8 @@ func (w *world) ranFor(service string, long time.Duration) {
 }
 
 // kill kills a process as the kernel does when memory runs out. `docker kill`
-// would not do: the container would count as stopped by somebody. It returns
-// when the container runs again.
+// would not do: the container would count as stopped by somebody, and would not
+// be started again.
 func (w *world) kill(process string) {
 	w.t.Helper()
 	docker(w.t, "run", "--rm", "--label", ownerLabel+"="+project(w.t), "--pid=host", "--cap-drop=ALL", "--cap-add=KILL",

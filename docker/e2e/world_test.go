@@ -252,8 +252,8 @@ func (w *world) exec(service string, args ...string) string {
 	return docker(w.t, slices.Concat([]string{"exec", w.container(service)}, args)...)
 }
 
-// agent runs a verb of the agent beside a service, in its network and with its
-// processes, for the relay's image has no program but the relay.
+// agent runs a verb of the agent in the container of a service, which must not
+// be the relay: its image has no program but the relay.
 func (w *world) agent(service string, v any, args ...string) error {
 	w.t.Helper()
 	out, err := w.tryExec(service, append([]string{"/bin/agent"}, args...)...)
