@@ -23,11 +23,20 @@ func admitHeadscale(t *testing.T, r *row) {
 	w.startControl(w.headscaleMap("relay"))
 	w.join("a", "b")
 	w.carries(900, "derpd")
-	// Its tailscaled goes on with what it knew, and so does the connection to
-	// the relay, until the relay ends it.
-	removed := w.status("b").Self.PublicKey.String()
+	// b itself does not mind: it is the relay that ends the connection.
+	gone := w.status("b").Self.PublicKey.String()
 	w.remove("b")
-	w.refused(removed)
+	removed := time.Now()
+	w.eventually("b to be disconnected", func() error {
+		if log := w.must(t, "logs", "--no-color", "relay"); !strings.Contains(log, "node disconnected: no source admits it any longer") {
+			return errors.New("the relay does not say so")
+		}
+		return nil
+	})
+	w.saw("removed node disconnected after %.1f s", time.Since(removed).Seconds())
+	w.refused(gone)
+	// One that never was in.
+	w.refused(key.NewNode().Public().String())
 }
 
 // admitKeys closes the relay to all who are not in a file.

@@ -98,18 +98,18 @@ func sweep(pid int) {
 // brokenScenarios has one row for each way to fail, and one that does not.
 func brokenScenarios() []scenario {
 	return []scenario{
-		{"fine", false, func(_ *testing.T, r *row) { r.saw("as it should be") }},
-		{"broken", false, func(t *testing.T, r *row) {
+		{"fine", beside, func(_ *testing.T, r *row) { r.saw("as it should be") }},
+		{"broken", alone, func(t *testing.T, r *row) {
 			r.saw("so far so good")
 			t.Fatal("broken on purpose")
 		}},
-		{"panics", false, func(*testing.T, *row) { panic("on purpose") }},
-		{"broken-when-cleaning", false, func(t *testing.T, _ *row) {
+		{"panics", beside, func(*testing.T, *row) { panic("on purpose") }},
+		{"broken-when-cleaning", beside, func(t *testing.T, _ *row) {
 			t.Cleanup(func() { t.Error("broken on purpose") })
 		}},
-		{"missing", false, func(t *testing.T, _ *row) { t.Skip("not here") }},
-		{"long", true, func(t *testing.T, _ *row) { t.Error("-short leaves it out") }},
-		{"last", false, func(_ *testing.T, r *row) { r.saw("reached") }},
+		{"missing", beside, func(t *testing.T, _ *row) { t.Skip("not here") }},
+		{"long", long, func(t *testing.T, _ *row) { t.Error("-short leaves it out") }},
+		{"last", beside, func(_ *testing.T, r *row) { r.saw("reached") }},
 	}
 }
 

@@ -18,35 +18,44 @@ import (
 // scenario is a row of the table: what derpd promises, as its peers see it.
 type scenario struct {
 	name string
-	long bool // left out by -short
+	when when
 	run  func(*testing.T, *row)
 }
+
+// when says how a scenario gets on with others.
+type when int
+
+const (
+	beside when = iota // another one may run at the same time
+	alone              // it measures time, or takes ports of this machine
+	long               // alone, and left out by -short
+)
 
 // scenarios are all there are, in the order of the table.
 func scenarios() []scenario {
 	return []scenario{
-		{"bridge", false, bridge},
-		{"other-ports", false, otherPorts},
-		{"host", false, host},
-		{"pinned", false, pinned},
-		{"acme-http", false, acmeHTTP},
-		{"acme-tls-alpn", false, acmeTLSALPN},
-		{"manual-replaced", false, manualReplaced},
-		{"stun-follows-tls", false, stunFollowsTLS},
-		{"admit-headscale", false, admitHeadscale},
-		{"admit-keys", false, admitKeys},
-		{"admit-sidecar", false, admitSidecar},
-		{"dual-stack", false, dualStack},
-		{"ipv6-only", false, ipv6Only},
-		{"wrong-stun", false, wrongSTUN},
-		{"captive-portal", false, captivePortal},
-		{"haproxy", false, behindHAProxy},
-		{"nginx", false, behindNginx},
-		{"mesh", false, mesh},
-		{"outage", false, outageOnce},
-		{"outage-median", true, outageMedian},
-		{"update", true, update},
-		{"bad-update", true, badUpdate},
+		{"bridge", alone, bridge},
+		{"other-ports", alone, otherPorts},
+		{"host", alone, host},
+		{"pinned", beside, pinned},
+		{"acme-http", beside, acmeHTTP},
+		{"acme-tls-alpn", beside, acmeTLSALPN},
+		{"manual-replaced", alone, manualReplaced},
+		{"stun-follows-tls", beside, stunFollowsTLS},
+		{"admit-headscale", beside, admitHeadscale},
+		{"admit-keys", beside, admitKeys},
+		{"admit-sidecar", alone, admitSidecar},
+		{"dual-stack", beside, dualStack},
+		{"ipv6-only", beside, ipv6Only},
+		{"wrong-stun", beside, wrongSTUN},
+		{"captive-portal", beside, captivePortal},
+		{"haproxy", beside, behindHAProxy},
+		{"nginx", beside, behindNginx},
+		{"mesh", beside, mesh},
+		{"outage", alone, outageOnce},
+		{"outage-median", long, outageMedian},
+		{"update", long, update},
+		{"bad-update", long, badUpdate},
 	}
 }
 
@@ -56,12 +65,15 @@ func TestScenarios(t *testing.T) {
 	if os.Getenv(brokenVariable) != "" {
 		list = brokenScenarios()
 	}
-	for _, s := range list {
+	for i, s := range list {
 		t.Run(s.name, func(t *testing.T) {
-			if s.long && testing.Short() {
+			if s.when == long && testing.Short() {
 				t.Skip("a long one: make e2e-all")
 			}
-			r := rows.add(s.name)
+			if s.when == beside {
+				t.Parallel()
+			}
+			r := rows.add(s.name, i)
 			// The first to be registered, so that it comes after all that the
 			// scenario itself cleans up.
 			t.Cleanup(func() { r.end(t) })
@@ -78,6 +90,7 @@ func TestScenarios(t *testing.T) {
 // row is the outcome of a scenario.
 type row struct {
 	name    string
+	place   int // in the table
 	started time.Time
 
 	mu      sync.Mutex
@@ -115,8 +128,8 @@ type table struct {
 
 var rows table
 
-func (t *table) add(name string) *row {
-	r := &row{name: name, started: time.Now()}
+func (t *table) add(name string, place int) *row {
+	r := &row{name: name, place: place, started: time.Now()}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.rows = append(t.rows, r)
@@ -133,6 +146,7 @@ func (t *table) print(w io.Writer) {
 	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	_, _ = fmt.Fprintln(out, "\nSCENARIO\tVERDICT\tSECONDS\tSEEN")
 	failed := 0
+	slices.SortFunc(t.rows, func(a, b *row) int { return a.place - b.place })
 	for _, r := range t.rows {
 		r.mu.Lock()
 		verdict, seen := r.verdict, slices.Clone(r.seen)
