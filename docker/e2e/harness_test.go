@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,6 +36,13 @@ var docking sync.RWMutex
 var interrupted, interrupt = context.WithCancel(context.Background())
 
 func TestMain(m *testing.M) {
+	// All files of the run in one place, so that they can be removed at once.
+	files := filepath.Join(os.TempDir(), prefix+strconv.Itoa(os.Getpid()))
+	if err := os.Mkdir(files, 0o755); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	_ = os.Setenv("TMPDIR", files) // fails only for names that are none
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
@@ -44,11 +52,13 @@ func TestMain(m *testing.M) {
 		docking.Lock()
 		rows.print(os.Stdout)
 		sweep(os.Getpid())
+		_ = os.RemoveAll(files)
 		os.Exit(130)
 	}()
 	sweep(0)
 	code := m.Run()
 	sweep(os.Getpid())
+	_ = os.RemoveAll(files)
 	rows.print(os.Stdout)
 	os.Exit(code)
 }
@@ -59,8 +69,8 @@ func project(t *testing.T) string {
 	return prefix + strconv.Itoa(os.Getpid()) + "-" + strings.NewReplacer("/", "-", "_", "-").Replace(name)
 }
 
-// sweep removes all that the process with the given number made; 0 stands for
-// those that live no more, and were killed before they could.
+// sweep removes all that the process with the given number made in Docker; 0
+// stands for those that live no more, and were killed before they could.
 func sweep(pid int) {
 	ours := func(name string) bool {
 		rest, ok := strings.CutPrefix(name, prefix)
