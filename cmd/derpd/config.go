@@ -250,16 +250,23 @@ func (p *parser) distinct(name, addr, otherName, other string) {
 
 // isHostName reports whether s is labels of letters, digits and hyphens (RFC
 // 1123 §2.1).
-func isHostName(s string) bool {
-	for label := range strings.SplitSeq(strings.TrimSuffix(s, "."), ".") {
-		if len(label) > 63 || !hostLabel.MatchString(label) {
+func isHostName(s string) bool { return isLabels(strings.TrimSuffix(s, "."), hostLabel) }
+
+// isLabels reports whether s is labels of one kind, none longer than 63 bytes.
+// To have that in the expressions made them the most of a start's work here.
+func isLabels(s string, kind *regexp.Regexp) bool {
+	for label := range strings.SplitSeq(s, ".") {
+		if len(label) > 63 || !kind.MatchString(label) {
 			return false
 		}
 	}
 	return true
 }
 
-var hostLabel = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$`)
+var (
+	hostLabel   = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$`)
+	recordLabel = regexp.MustCompile(`^[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9])?$`)
+)
 
 // numeric matches what looks like an address that lacks a part: no top-level
 // domain is a number (RFC 3696 §2).
@@ -592,9 +599,10 @@ func (p *parser) dns(c *config) {
 }
 
 // isRecordName reports whether s is a name of several labels, which may have
-// the underscores of names of records.
+// the underscores of names of records, but for the last.
 func isRecordName(s string) bool {
-	return strings.Contains(s, ".") && !strings.HasSuffix(s, ".") && isHostName(strings.ReplaceAll(s, "_", "x"))
+	last := strings.LastIndex(s, ".")
+	return last >= 0 && isLabels(s[:last], recordLabel) && isLabels(s[last+1:], hostLabel)
 }
 
 // dnsProvider makes the provider, or nil if something is missing. Credentials

@@ -178,6 +178,8 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_PROPAGATION_TIMEOUT=120", want: []string{`DERP_DNS_PROPAGATION_TIMEOUT: want a duration such as 2m or 90s, got "120"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_PROPAGATION_TIMEOUT=-1s", want: []string{`DERP_DNS_PROPAGATION_TIMEOUT: want a duration such as 2m or 90s, got "-1s"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_DELEGATE=https://example.net", want: []string{`DERP_DNS_DELEGATE: want the DNS name to which _acme-challenge of each domain is a CNAME, got "https://example.net"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_DELEGATE=acme_.example.net", want: []string{`DERP_DNS_DELEGATE: want the DNS name to which _acme-challenge of each domain is a CNAME, got "acme_.example.net"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_DELEGATE=acme.example_", want: []string{`DERP_DNS_DELEGATE: want the DNS name to which _acme-challenge of each domain is a CNAME, got "acme.example_"`}},
 	{env: "DERP_DOMAIN=a.example.com,203.0.113.7 DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{`DERP_DOMAIN: want names alone, since DNS cannot prove an address (RFC 8738), got "203.0.113.7"; add http or tls-alpn to DERP_ACME_CHALLENGES, or leave the address out`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=rfc2136 DERP_DNS_RFC2136_SERVER=192.0.2.1 DERP_DNS_RFC2136_KEY_NAME=k DERP_DNS_RFC2136_KEY_ALG=md5 DERP_DNS_RFC2136_KEY=s!cret", want: []string{
 		`DERP_DNS_RFC2136_SERVER: want HOST:PORT, got "192.0.2.1"`,

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -95,9 +96,8 @@ func outage(t *testing.T, r *row, rounds int) {
 	}
 }
 
-func median(list []float64) float64 {
-	slices.Sort(list)
-	return list[len(list)/2]
+func median[T cmp.Ordered](list []T) T {
+	return slices.Sorted(slices.Values(list))[len(list)/2]
 }
 
 // derper is upstream's relay with the certificate of the world, where the relay

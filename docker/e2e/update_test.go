@@ -60,7 +60,7 @@ func update(t *testing.T, r *row) {
 		derpd.update(t)
 		derper.update(t)
 	}
-	ours, upstreams := derpd.median(), derper.median()
+	ours, upstreams := median(derpd.outages), median(derper.outages)
 	r.saw("no packet for %v, derper %v, medians of %d", ours.Round(time.Millisecond), upstreams.Round(time.Millisecond), updates)
 	t.Logf("no packet for %v (derpd) and %v (derper)", derpd.outages, derper.outages)
 	if ours.Seconds() > noLonger*upstreams.Seconds() {
@@ -371,10 +371,6 @@ func selfSigned(t *testing.T) (certificate, private []byte, hash string) {
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
 		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), fmt.Sprintf("%x", sha256.Sum256(der))
-}
-
-func (u *updated) median() time.Duration {
-	return slices.Sorted(slices.Values(u.outages))[len(u.outages)/2]
 }
 
 // update gives the tag to the other image, replaces the container, and notes the
