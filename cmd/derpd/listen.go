@@ -14,18 +14,14 @@ import (
 
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
-	"tailscale.com/net/ktimeout"
 )
 
 const (
 	// tcpUserTimeout and tcpKeepAlive are derper's defaults: a client that
 	// acknowledges nothing for this long is gone, and one that is silent is
 	// asked this often (derpserver sends its own keepalives more often).
-	// The interval and the count are those of package net.
-	tcpUserTimeout       = 15 * time.Second
-	tcpKeepAlive         = 10 * time.Minute
-	tcpKeepAliveInterval = 15 * time.Second
-	tcpKeepAliveCount    = 9
+	tcpUserTimeout = 15 * time.Second
+	tcpKeepAlive   = 10 * time.Minute
 
 	// requestTimeout bounds TLS handshake and HTTP request; a DERP client
 	// is free of it once the connection was handed over.
@@ -52,9 +48,7 @@ func listen(ctx context.Context, c *config) (*listeners, error) {
 		if addr == "" {
 			return nil
 		}
-		// A negative KeepAlive keeps package net from setting what
-		// connections inherit already.
-		lc := net.ListenConfig{Control: tcpOptions(""), KeepAlive: -1}
+		lc := net.ListenConfig{Control: tcpOptions(""), KeepAlive: keepAlive}
 		if variable == "DERP_ADDR" {
 			lc.Control = tcpOptions(c.congestion)
 		}
@@ -84,39 +78,6 @@ func listen(ctx context.Context, c *config) (*listeners, error) {
 		return nil, errors.Join(errs...)
 	}
 	return &l, nil
-}
-
-// tcpOptions sets the options of a listener, which its connections inherit: so
-// they cost no system calls with each of them.
-func tcpOptions(congestion string) func(network, address string, c syscall.RawConn) error {
-	userTimeout := ktimeout.UserTimeout(tcpUserTimeout)
-	return func(network, address string, c syscall.RawConn) error {
-		if err := userTimeout(network, address, c); err != nil {
-			return err
-		}
-		var optionErr error
-		if err := c.Control(func(fd uintptr) {
-			for _, option := range []struct{ level, name, value int }{
-				{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-				{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(tcpKeepAlive / time.Second)},
-				{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(tcpKeepAliveInterval / time.Second)},
-				{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, tcpKeepAliveCount},
-			} {
-				if err := unix.SetsockoptInt(int(fd), option.level, option.name, option.value); err != nil && optionErr == nil {
-					optionErr = os.NewSyscallError("setsockopt", err)
-				}
-			}
-			if congestion == "" {
-				return
-			}
-			if err := unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion); err != nil {
-				optionErr = fmt.Errorf("DERP_TCP_CONGESTION: using %s: %w; allow it on the host with sysctl net.ipv4.tcp_allowed_congestion_control", congestion, err)
-			}
-		}); err != nil {
-			return err
-		}
-		return optionErr
-	}
 }
 
 // leastFiles is what a relay for a few thousand clients needs: one open file
