@@ -249,15 +249,16 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 		receivers.Go(func() { p.endedBy = p.receive() })
 	}
 
-	// A write that waits for a server that reads no more has to end too.
-	stop := context.AfterFunc(ctx, func() {
+	g, gctx := errgroup.WithContext(ctx)
+	// A write that waits for a server that reads no more has to end too. It
+	// fails, and by then gctx must have ended: of two children of ctx, either
+	// may end first.
+	stop := context.AfterFunc(gctx, func() {
 		for _, p := range pairs {
 			p.close()
 		}
 	})
 	defer stop()
-
-	g, gctx := errgroup.WithContext(ctx)
 	if l.rate > 0 {
 		g.Go(func() error { return pace(gctx, pairs, l) })
 	} else {
