@@ -374,9 +374,9 @@ func pair(t testing.TB, wrap func(net.Listener) net.Listener) (accepted net.Conn
 
 func plain(l net.Listener) net.Listener { return l }
 
-func TestReadAheadHoldsNothing(t *testing.T) {
-	conn, far := pair(t, ReadAhead)
-	c := conn.(*readAheadConn)
+func TestSocketHoldsNothing(t *testing.T) {
+	conn, far := pair(t, Sockets)
+	c := conn.(*socketConn)
 	holds := func(want bool) {
 		t.Helper()
 		if got := c.buffer != nil; got != want {
@@ -418,8 +418,8 @@ func TestReadAheadHoldsNothing(t *testing.T) {
 }
 
 // Errors are those of a connection that is not wrapped.
-func TestReadAheadErrors(t *testing.T) {
-	c, far := pair(t, ReadAhead)
+func TestSocketErrors(t *testing.T) {
+	c, far := pair(t, Sockets)
 	if err := c.SetReadDeadline(time.Now()); err != nil {
 		t.Fatal(err)
 	}
@@ -448,10 +448,80 @@ func TestReadAheadErrors(t *testing.T) {
 	}
 }
 
+// What does not fit into the socket is sent when there is room, whole writes
+// one after the other.
+func TestSocketWrites(t *testing.T) {
+	conn, far := pair(t, Sockets)
+	const writers, each = 4, 3 << 20 // more than the buffers of both sides
+	var wg sync.WaitGroup
+	for i := range writers {
+		wg.Go(func() {
+			if n, err := conn.Write(bytes.Repeat([]byte{byte(i)}, each)); n != each || err != nil {
+				t.Errorf("%d of %d bytes, %v", n, each, err)
+			}
+		})
+	}
+	got := make([]byte, writers*each)
+	if _, err := io.ReadFull(far, got); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	for of := range slices.Chunk(got, each) {
+		if !bytes.Equal(of, bytes.Repeat(of[:1], each)) {
+			t.Fatal("a write has another one in it")
+		}
+	}
+	if n, err := conn.Write(nil); n != 0 || err != nil {
+		t.Errorf("nothing: %d, %v", n, err)
+	}
+}
+
+// A write that fails says how much was sent, and why as one that is not wrapped.
+func TestSocketWriteErrors(t *testing.T) {
+	conn, far := pair(t, Sockets)
+	tooMuch := make([]byte, 64<<20)
+	if err := conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	sent, err := conn.Write(tooMuch) // nobody reads
+	if sent == 0 || sent == len(tooMuch) || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("after the deadline: %d, %v", sent, err)
+	}
+	if e, ok := errors.AsType[*net.OpError](err); !ok || e.Op != "write" {
+		t.Errorf("%#v, want a *net.OpError of a write", err)
+	}
+	if _, err := io.ReadFull(far, make([]byte, sent)); err != nil {
+		t.Error(err)
+	}
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := far.SetLinger(0); err != nil {
+		t.Fatal(err)
+	}
+	if err := far.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("after a reset: %v", err)
+	}
+	if _, err := conn.Write([]byte{1}); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("after a reset: %v", err)
+	} else if e, ok := errors.AsType[*net.OpError](err); !ok || e.Op != "write" {
+		t.Errorf("%#v, want a *net.OpError of a write", err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write([]byte{1}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
 // derpserver finds the TCP connection through all that is wrapped around it,
 // to ask the kernel for its round trip time.
 func TestRTT(t *testing.T) {
-	conn, _ := pair(t, ReadAhead)
+	conn, _ := pair(t, Sockets)
 	server := tls.Server(conn, new(tls.Config))
 	hijacked := httptest.NewRecorder()
 	for name, w := range map[string]http.ResponseWriter{
@@ -574,7 +644,7 @@ func FuzzConn(f *testing.F) {
 			return
 		}
 		received := random(int(receive))
-		conn, far := pair(t, ReadAhead)
+		conn, far := pair(t, Sockets)
 		gotNear, gotFar := script(t, ops, received, &batchConn{Conn: conn, batches: new(batches)}, far)
 		conn, far = pair(t, plain)
 		wantNear, wantFar := script(t, ops, received, conn, far)

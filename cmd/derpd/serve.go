@@ -114,7 +114,7 @@ func (n *node) build(ctx context.Context) error {
 	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
 	mesh := c.mesh
 	mesh.Describe = n.describe
-	n.listeners.https = relay.ReadAhead(n.listeners.https)
+	n.listeners.https = relay.Sockets(n.listeners.https)
 	var forwarders []netip.Prefix
 	if c.proxyProtocol {
 		n.listeners.https = relay.ProxyProtocol(n.listeners.https, c.trustedProxies, n.log)
