@@ -1,10 +1,12 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
 	"unsafe"
 
@@ -26,93 +28,103 @@ const (
 )
 
 // serveBatches answers requests until ctx ends. One system call receives all
-// requests that wait, and one sends all replies. Between them the thread sleeps
-// in the first one, not in Go's poller: that would cost two more calls for each
-// time it wakes.
+// requests that wait, and one sends all replies.
 func (s *STUN) serveBatches(ctx context.Context) error {
-	fd, err := s.blockingSocket()
+	raw, err := s.conn.SyscallConn()
 	if err != nil {
 		return err
 	}
-	defer func() { _ = unix.Close(fd) }()
-	done := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(done)
-		// It fails, since the socket is not connected, and yet wakes the thread.
-		_ = unix.Shutdown(fd, unix.SHUT_RD)
-	})
-	// By the time the descriptor is closed, nobody may be using it: its number
-	// could be another file's already.
-	defer func() {
-		if !stop() {
-			<-done
-		}
-	}()
+	if err := batchesSupported(raw); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = s.conn.Close() })
+	defer stop()
 
 	b := newBatch()
-	for ctx.Err() == nil {
-		n, err := b.receive(fd)
+	for {
+		var failed error
+		err := raw.Read(func(fd uintptr) bool {
+			failed = s.serveWaiting(ctx, raw, fd, b)
+			return failed != nil
+		})
 		if err != nil {
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			// An ICMP error of an earlier reply; the socket is fine.
-			s.log.Debug().Err(err).Msg("stun read failed")
-			if !pause(ctx, readPause) {
-				break
-			}
-			continue
+			return err // closed
 		}
-		replies := s.answer(b, n)
-		for sent := 0; sent < replies; {
-			n, err := b.send(fd, sent, replies)
-			switch {
-			case errors.Is(err, unix.EINTR):
-			case err != nil:
-				s.log.Debug().Err(err).Msg("stun reply failed")
-				sent++ // that one is lost, the others are not
-			default:
-				sent += n
-			}
+		// An ICMP error of an earlier reply; the socket is fine.
+		s.log.Debug().Err(failed).Msg("stun read failed")
+		if !pause(ctx, readPause) {
+			return nil
 		}
 	}
-	return nil
 }
 
-// blockingSocket is the same socket under a descriptor of its own, out of the
-// hands of Go's poller. The error is [errors.ErrUnsupported] where the kernel,
-// or a filter of system calls, knows no batches.
-func (s *STUN) blockingSocket() (int, error) {
-	raw, err := s.conn.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	fd := -1
-	control := func(c uintptr) {
-		if fd, err = unix.FcntlInt(c, unix.F_DUPFD_CLOEXEC, 0); err != nil {
-			err = os.NewSyscallError("fcntl", err)
-			return
+// serveWaiting answers what waits. It returns nil for Go's poller to say when
+// there is more. That is called for each datagram that arrives, so one that is
+// alone need not be followed by a look whether another one is there: this way a
+// request costs a system call less than with reads of Go's own.
+func (s *STUN) serveWaiting(ctx context.Context, raw syscall.RawConn, fd uintptr, b *batch) error {
+	for {
+		n, errno := b.receive(fd)
+		switch errno {
+		case 0:
+		case unix.EAGAIN:
+			return nil
+		case unix.EINTR:
+			continue
+		default:
+			return os.NewSyscallError("recvmmsg", errno)
 		}
-		for _, call := range []uintptr{unix.SYS_RECVMMSG, unix.SYS_SENDMMSG} {
-			if _, _, errno := unix.Syscall6(call, uintptr(fd), 0, 0, 0, 0, 0); errno == unix.ENOSYS || errno == unix.EPERM {
-				err = errors.ErrUnsupported
+		s.send(ctx, raw, fd, b, s.answer(b, n))
+		if n == 1 {
+			return nil
+		}
+	}
+}
+
+// send sends the first n replies. One that cannot be sent is lost, the others
+// are not.
+func (s *STUN) send(ctx context.Context, raw syscall.RawConn, fd uintptr, b *batch, n int) {
+	for sent := 0; sent < n; {
+		done, errno := b.send(fd, sent, n)
+		switch errno {
+		case 0:
+			sent += done
+		case unix.EINTR:
+		case unix.EAGAIN:
+			if err := s.awaitRoom(raw); err != nil {
+				s.log.Debug().Err(err).Msg("stun reply failed")
 				return
 			}
+		default:
+			s.log.Debug().Err(os.NewSyscallError("sendmmsg", errno)).Msg("stun reply failed")
+			sent++
 		}
-		timeout := unix.NsecToTimeval(stunSendTimeout.Nanoseconds())
-		if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
-			err = os.NewSyscallError("setsockopt", err)
-			return
+	}
+}
+
+// awaitRoom waits until the socket can be written to.
+func (s *STUN) awaitRoom(raw syscall.RawConn) error {
+	if err := s.conn.SetWriteDeadline(time.Now().Add(stunSendTimeout)); err != nil {
+		return err
+	}
+	first := true
+	return raw.Write(func(uintptr) bool {
+		defer func() { first = false }()
+		return !first
+	})
+}
+
+// batchesSupported is [errors.ErrUnsupported] where the kernel, or a filter of
+// system calls, knows no batches.
+func batchesSupported(raw syscall.RawConn) (err error) {
+	controlErr := raw.Control(func(fd uintptr) {
+		for _, call := range []uintptr{unix.SYS_RECVMMSG, unix.SYS_SENDMMSG} {
+			if _, _, errno := unix.Syscall6(call, fd, 0, 0, unix.MSG_DONTWAIT, 0, 0); errno == unix.ENOSYS || errno == unix.EPERM {
+				err = errors.ErrUnsupported
+			}
 		}
-		err = os.NewSyscallError("fcntl", unix.SetNonblock(fd, false))
-	}
-	if controlErr := raw.Control(control); controlErr != nil {
-		err = controlErr
-	}
-	if err != nil && fd >= 0 {
-		_ = unix.Close(fd)
-	}
-	return fd, err
+	})
+	return cmp.Or(controlErr, err)
 }
 
 // batch is the memory of requests and their replies. It is made once; each
@@ -155,29 +167,26 @@ func newBatch() *batch {
 	return b
 }
 
-// receive waits for a request, and takes all that are there by then.
-func (b *batch) receive(fd int) (int, error) {
+// receive takes all requests that are there. Neither this nor send is a call
+// that the scheduler is told of, for the reason that [Sockets] has.
+func (b *batch) receive(fd uintptr) (int, syscall.Errno) {
 	for i := range b.in[:b.dirty] {
 		h := &b.in[i].Hdr
 		h.Namelen = unix.SizeofSockaddrInet6
 		h.SetControllen(stunControl)
 	}
-	b.dirty = stunBatch
-	n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.in)), stunBatch, unix.MSG_WAITFORONE, 0, 0)
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.in)), stunBatch, unix.MSG_DONTWAIT, 0, 0)
 	if errno != 0 {
-		return 0, os.NewSyscallError("recvmmsg", errno)
+		n = 0
 	}
 	b.dirty = int(n)
-	return int(n), nil
+	return int(n), errno
 }
 
 // send sends the replies from..to, and returns how many it could.
-func (b *batch) send(fd, from, to int) (int, error) {
-	n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.out[from])), uintptr(to-from), 0, 0, 0)
-	if errno != 0 {
-		return 0, os.NewSyscallError("sendmmsg", errno)
-	}
-	return int(n), nil
+func (b *batch) send(fd uintptr, from, to int) (int, syscall.Errno) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&b.out[from])), uintptr(to-from), unix.MSG_DONTWAIT, 0, 0)
+	return int(n), errno
 }
 
 // answer makes the replies to the first n requests, and returns how many there
