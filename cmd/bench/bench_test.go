@@ -261,14 +261,17 @@ func TestVerdicts(t *testing.T) {
 
 func TestNotes(t *testing.T) {
 	r := &report{Rounds: 2, Pinned: true}
+	packets := load{size: 64, pairs: 8, burst: 1}.name()
 	r.add(connectName, derper, sample{connectRate: 1, serverBusy: 0.5, loadBusy: 0.99, othersBusy: 0.3})
 	r.add(connectName, derpd, sample{connectRate: 1, serverBusy: 0.95, loadBusy: 0.8, othersBusy: 0})
-	r.add(stunName(stunBurst), derpd, sample{answerRate: 1, serverBusy: 0.95, loadBusy: 0.93})
+	r.add(packets, derpd, sample{packetRate: 1, serverBusy: 0.95, loadBusy: 0.93})
+	r.add(stunName(stunBurst), derpd, sample{answerRate: 1, serverBusy: 0.85})
 	r.add(stunName(1), derpd, sample{answerRate: 1, serverBusy: 0.5, loadBusy: 0.5, lostPackets: 3})
 	r.conclude()
 	want := []string{
 		"connect: derper used 50% of its CPUs, the load 99%: the load may have been the limit",
-		"STUN, bursts of 16: derpd used 95% of its CPUs, the load 93%",
+		packets + ": derpd used 95% of its CPUs, the load 93%",
+		"STUN, bursts of 16: derpd used 85% of its CPUs: the load was the limit",
 		"STUN, one at a time: with derpd, up to 3 were lost in a round",
 		"others used up to 30% of the CPUs",
 		"2 rounds are too few",

@@ -40,6 +40,9 @@ type result struct {
 
 // of is the values of one of the two.
 func (r *result) of(server string) []float64 {
+	if r == nil {
+		return nil
+	}
 	if server == derper {
 		return r.Derper
 	}
@@ -121,9 +124,13 @@ func notes(r *report) []string {
 			case found.Metric == lostPackets && s.Max > 0:
 				add("%s: with %s, up to %.0f were lost in a round", found.Measurement, name, s.Max)
 			case found.Metric == serverBusy && saturates(r, found.Measurement):
-				if loaded := spreadOf(load.of(name)).Median; s.Median < enough || loaded >= enough {
+				loaded := load.of(name)
+				switch {
+				case loaded == nil && s.Median < enough:
+					add("%s: %s used %.0f%% of its CPUs: the load was the limit of the rate", found.Measurement, name, s.Median*100)
+				case loaded != nil && (s.Median < enough || spreadOf(loaded).Median >= enough):
 					add("%s: %s used %.0f%% of its CPUs, the load %.0f%%: the load may have been the limit, of the rate above all",
-						found.Measurement, name, s.Median*100, loaded*100)
+						found.Measurement, name, s.Median*100, spreadOf(loaded).Median*100)
 				}
 			}
 		}

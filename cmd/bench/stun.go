@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -42,7 +41,12 @@ type asker struct {
 
 	answers  [][]byte
 	messages []message // of answers
-	answered []bool    // of the burst
+
+	// The burst that is under way.
+	asked    []stun.TxID
+	answered []bool
+	missing  int // answers
+	at       time.Time
 }
 
 // message is the kernel's struct mmsghdr.
@@ -90,54 +94,64 @@ func (a *asker) requestLen() int { return len(a.requests) / len(a.ids) }
 
 func (a *asker) close() { _ = a.conn.Close() }
 
-// ask sends one burst and returns when every request of it was answered.
+// ask sends one burst.
 func (a *asker) ask() error {
 	if a.next+a.burst > len(a.ids) {
 		a.next = 0
 	}
-	ids := a.ids[a.next : a.next+a.burst]
+	a.asked = a.ids[a.next : a.next+a.burst]
 	requests := a.requests[a.next*a.requestLen() : (a.next+a.burst)*a.requestLen()]
 	a.next += a.burst
+	a.missing = a.burst
 	clear(a.answered)
-	if _, err := a.conn.Write(requests); err != nil {
+	a.at = time.Now()
+	_, err := a.conn.Write(requests)
+	return err
+}
+
+// take takes the answers that are there; with wait, it waits until there are
+// some. What comes late belongs to a burst that was given up.
+func (a *asker) take(wait bool) error {
+	n, err := a.receive(wait)
+	if err != nil {
 		return err
 	}
-	if err := a.conn.SetReadDeadline(time.Now().Add(answerWithin)); err != nil {
-		return err
-	}
-	for missing := a.burst; missing > 0; {
-		n, err := a.receive()
+	for i := range n {
+		id, err := answerTo(a.answers[i][:a.messages[i].length])
 		if err != nil {
-			return fmt.Errorf("%d of %d requests were not answered: %w", missing, a.burst, err)
+			return err
 		}
-		for i := range n {
-			id, err := answerTo(a.answers[i][:a.messages[i].length])
-			if err != nil {
-				return err
-			}
-			// What comes late belongs to a burst that was given up.
-			if at := slices.Index(ids, id); at >= 0 && !a.answered[at] {
-				a.answered[at] = true
-				missing--
-			}
+		if at := slices.Index(a.asked, id); at >= 0 && !a.answered[at] {
+			a.answered[at] = true
+			a.missing--
 		}
 	}
 	return nil
 }
 
-// receive takes all answers that are there, and waits for the first.
-func (a *asker) receive() (n int, err error) {
+// receive takes all answers that are there, and with wait it waits for the first.
+func (a *asker) receive(wait bool) (n int, err error) {
+	if wait {
+		if err := a.conn.SetReadDeadline(a.at.Add(answerWithin)); err != nil {
+			return 0, err
+		}
+	}
 	var number syscall.Errno
 	err = a.raw.Read(func(fd uintptr) bool {
 		var r uintptr
 		r, _, number = unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&a.messages[0])), uintptr(len(a.messages)), unix.MSG_DONTWAIT, 0, 0)
 		n = int(r)
-		return number != unix.EAGAIN
+		return number != unix.EAGAIN || !wait
 	})
-	if err == nil && number != 0 {
-		err = os.NewSyscallError("recvmmsg", number)
+	switch {
+	case err != nil:
+		return 0, err
+	case number == unix.EAGAIN:
+		return 0, nil
+	case number != 0:
+		return 0, os.NewSyscallError("recvmmsg", number)
 	}
-	return n, err
+	return n, nil
 }
 
 // answerTo is which request an answer belongs to. What is in it is looked at by
@@ -154,44 +168,35 @@ func answerTo(b []byte) (stun.TxID, error) {
 func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sample, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	askers := 1
+	count := 1
 	if burst > 1 {
-		askers = burstAskers
+		count = burstAskers
 	}
-	var answers, lost atomic.Uint64
-	var timed atomic.Bool
-	var delays []time.Duration // of the only asker
-	g, gctx := errgroup.WithContext(ctx)
-	for range askers {
+	askers := make([]*asker, count)
+	for i := range askers {
 		a, err := newAsker(s.stun, burst)
 		if err != nil {
 			return nil, err
 		}
 		defer a.close()
-		g.Go(func() error {
-			for gctx.Err() == nil {
-				begin := time.Now()
-				switch err := a.ask(); {
-				case errors.Is(err, context.DeadlineExceeded), isTimeout(err):
-					lost.Add(1)
-				case err != nil:
-					return ended(gctx, err)
-				default:
-					answers.Add(uint64(burst))
-					if askers == 1 && timed.Load() {
-						delays = append(delays, time.Since(begin))
-					}
-				}
-			}
-			return nil
-		})
+		askers[i] = a
+	}
+	t := &tally{burst: burst, single: count == 1}
+	g, gctx := errgroup.WithContext(ctx)
+	spins := len(s.cpus) > 0
+	if spins {
+		g.Go(func() error { return t.spin(gctx, askers) })
+	} else {
+		for _, a := range askers {
+			g.Go(func() error { return t.wait(gctx, a) })
+		}
 	}
 	var u interval
 	g.Go(func() (err error) {
 		defer cancel()
 		u, err = observe(gctx, s, d, func() uint64 {
-			timed.Store(true) // after the warming up
-			return answers.Load()
+			t.timed.Store(true) // after the warming up
+			return t.answers.Load()
 		})
 		return err
 	})
@@ -202,15 +207,77 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 	if err != nil {
 		return nil, err
 	}
+	if spins {
+		delete(out, loadBusy) // whatever there is to do, it is all of the time
+	}
 	out[answerRate] = u.count / u.span
 	out[answersPer] = u.count / u.server
-	out[lostPackets] = float64(lost.Load())
-	if len(delays) > 0 {
-		slices.Sort(delays)
-		out[delayMedian] = quantile(delays, 0.50).Seconds() * 1e3
-		out[delayP99] = quantile(delays, 0.99).Seconds() * 1e3
+	out[lostPackets] = float64(t.lost.Load())
+	if len(t.delays) > 0 {
+		slices.Sort(t.delays)
+		out[delayMedian] = quantile(t.delays, 0.50).Seconds() * 1e3
+		out[delayP99] = quantile(t.delays, 0.99).Seconds() * 1e3
 	}
 	return out, nil
+}
+
+// tally is what came of all requests.
+type tally struct {
+	burst         int
+	answers, lost atomic.Uint64
+	single        bool // whether there is one asker
+	timed         atomic.Bool
+	delays        []time.Duration // of the only asker
+}
+
+// spin is the load on CPUs of its own. It never sleeps: a load that does has to
+// be woken by the server, by an answer or more of each burst, and that is what
+// most of the server's time would go to.
+func (t *tally) spin(ctx context.Context, askers []*asker) error {
+	for ctx.Err() == nil {
+		for _, a := range askers {
+			if a.missing == 0 {
+				if err := a.ask(); err != nil {
+					return err
+				}
+			}
+			if err := a.take(false); err != nil {
+				return err
+			}
+			t.count(a)
+		}
+	}
+	return nil
+}
+
+// wait is one asker of a load that shares its CPUs with the server, and must
+// leave them to it.
+func (t *tally) wait(ctx context.Context, a *asker) error {
+	for ctx.Err() == nil {
+		if err := a.ask(); err != nil {
+			return ended(ctx, err)
+		}
+		for a.missing > 0 {
+			if err := a.take(true); err != nil && !isTimeout(err) {
+				return ended(ctx, err)
+			}
+			t.count(a)
+		}
+	}
+	return nil
+}
+
+// count looks whether a burst is through, or has to be given up.
+func (t *tally) count(a *asker) {
+	if a.missing == 0 {
+		t.answers.Add(uint64(t.burst))
+		if t.single && t.timed.Load() {
+			t.delays = append(t.delays, time.Since(a.at))
+		}
+	} else if time.Since(a.at) > answerWithin {
+		t.lost.Add(uint64(a.missing))
+		a.missing = 0
+	}
 }
 
 func isTimeout(err error) bool {
