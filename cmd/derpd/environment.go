@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/url"
@@ -11,8 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/sethvargo/go-envconfig"
+	"sync"
 
 	"derpd/certs"
 )
@@ -148,6 +146,18 @@ func (e environment) variables() []variable {
 	return list
 }
 
+// fill sets every field to its value, or to the default.
+func (e *environment) fill(values map[string]string) {
+	fields := reflect.ValueOf(e).Elem()
+	for i, v := range e.variables() {
+		value, given := values[v.name]
+		if !given {
+			value = v.fallback
+		}
+		fields.Field(i).SetString(value)
+	}
+}
+
 // shown is the value without its secrets.
 func (v variable) shown() string {
 	switch {
@@ -185,12 +195,20 @@ func redactURL(target string) string {
 // derperDebug are variables with our prefix that upstream's own code reads.
 var derperDebug = []string{"DERP_DEBUG_LOGS", "DERP_PROBER_DEBUG_LOGS"}
 
-// injected matches what Docker links and Kubernetes put into the environment
+// injected recognises what Docker links and Kubernetes put into the environment
 // of a container that has a service called derp, or derp-something, beside it.
-var (
-	injectedValue = regexp.MustCompile(`^(tcp|udp|sctp)://`)
-	injectedName  = regexp.MustCompile(`^DERP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?|ENV_\w+|NAME)$`)
-)
+func injected(name, value string, known bool) bool {
+	for _, scheme := range []string{"tcp://", "udp://", "sctp://"} {
+		if strings.HasPrefix(value, scheme) {
+			return true
+		}
+	}
+	return !known && injectedName().MatchString(name)
+}
+
+var injectedName = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^DERP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?|ENV_\w+|NAME)$`)
+})
 
 // loaded is the environment as it was found.
 type loaded struct {
@@ -234,7 +252,7 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 		}
 		target, isFile := strings.CutSuffix(name, "_FILE")
 		switch {
-		case injectedValue.MatchString(value) || !known[name] && injectedName.MatchString(name):
+		case injected(name, value, known[name]):
 			l.ignored = append(l.ignored, name)
 		case known[name]:
 			values[name] = value
@@ -271,12 +289,7 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 	if l.platform = detect(outside, values); l.platform != nil {
 		l.assumed = l.platform.assume(values)
 	}
-	if err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
-		Target:   &l.environment,
-		Lookuper: envconfig.MapLookuper(values),
-	}); err != nil {
-		errs = append(errs, err)
-	}
+	l.fill(values)
 	// Maps have no order; messages should.
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return l, errors.Join(errs...)

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"tailscale.com/metrics"
 
@@ -59,7 +60,7 @@ func (c *config) isSelf(n relay.MeshNode) bool {
 	return n.Dial == "" && n.Port == c.publicHTTPSPort(portOf(c.addr)) && slices.Contains(names, n.Host)
 }
 
-var certHash = regexp.MustCompile(`^sha256-raw:([0-9a-fA-F]{64})$`)
+var certHash = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^sha256-raw:([0-9a-fA-F]{64})$`) })
 
 // parseMeshNode reads HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH].
 func parseMeshNode(entry string) (n relay.MeshNode, err error) {
@@ -71,7 +72,7 @@ func parseMeshNode(entry string) (n relay.MeshNode, err error) {
 	}
 	address, hash, pinned := strings.Cut(entry, "=")
 	if pinned {
-		match := certHash.FindStringSubmatch(hash)
+		match := certHash().FindStringSubmatch(hash)
 		if match == nil {
 			return wrong("sha256-raw: and 64 hex digits after =, as the map of that node has it under CertName")
 		}
