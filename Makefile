@@ -75,6 +75,10 @@ reproducible: ## build twice, the second time elsewhere and from nothing, and co
 bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstream's derper, in twelve minutes
 	go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) $(BENCH)
 
+.PHONY: bench-path
+bench-path: $(if $(DERPD),,build) $(DERPER) ## measure congestion control for a client far away; as root, in four minutes
+	unshare --net go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) --path $(BENCH)
+
 .PHONY: bench-docs
 bench-docs: BENCH = --json docker/bench.json --docs
 bench-docs: bench ## the same, and put the numbers into the READMEs

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -17,6 +19,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -490,5 +493,67 @@ func TestMeasure(t *testing.T) {
 		if lost := r.find(name, lostPackets); lost != nil && strings.HasPrefix(name, "relay") && slices.Max(append(lost.Derper, lost.Derpd...)) > 0 {
 			t.Errorf("%s: packets were lost: %+v", name, lost)
 		}
+	}
+}
+
+// The long path brings everything, in order, and late: in a process of its own,
+// in a network namespace of its own.
+func TestLongPath(t *testing.T) {
+	const inside = "DERPD_TEST_OWN_NETWORK"
+	if os.Getenv(inside) == "" {
+		if _, err := os.Stat("/dev/net/tun"); err != nil || os.Getuid() != 0 {
+			t.Skip("needs root and /dev/net/tun")
+		}
+		command := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestLongPath$")
+		command.Env = append(os.Environ(), inside+"=1")
+		command.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+		if out, err := command.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	ctx := t.Context()
+	if err := ownNetwork(ctx); err != nil {
+		t.Fatal(err)
+	}
+	path, err := newPath(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	carried := make(chan error, 1)
+	go func() { carried <- path.carry() }()
+	if ownNetwork(ctx) == nil {
+		t.Error("a network with a device is taken for one of its own")
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", netip.AddrPortFrom(pathNear, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := bytes.Repeat([]byte("derpd\n"), 40000) // of some hundred packets, a few get lost
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		_, _ = conn.Write(sent)
+		_ = conn.Close()
+	}()
+	var conn net.Conn
+	began := time.Now()
+	if err := path.inFar(func() (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took < 2*pathDelay {
+		t.Errorf("there and back in %v, want %v at least", took, 2*pathDelay)
+	}
+	if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, sent) {
+		t.Errorf("%d bytes arrived as they were sent: %v, %v", len(got), bytes.Equal(got, sent), err)
+	}
+	path.close()
+	if err := <-carried; err == nil {
+		t.Error("no error of a device that is closed")
 	}
 }

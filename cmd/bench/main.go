@@ -39,6 +39,8 @@ const usage = `usage: bench [flags]
   --derpd-env X=Y a variable for derpd, to measure a setting; may be repeated
   --quick         three minutes: what the targets need, in short measurements
   --full          half an hour: every size, burst and number of pairs
+  --path          instead, what arrives at a client behind a long path with
+                  losses; in a network namespace of its own: unshare --net
   --only REGEXP   only measurements whose name matches
   --rounds N      how often both are measured, 5 at least for ratios to believe
   --window N      packets under way from one sender, when it sends all it can
@@ -76,6 +78,7 @@ type options struct {
 	derper, derpd   string
 	derpdEnv        []string
 	quick, full     bool
+	path            bool
 	only            *regexp.Regexp
 	rounds, window  int
 	pin             bool
@@ -99,6 +102,7 @@ func parse(args []string) (options, error) {
 	})
 	flags.BoolVar(&o.quick, "quick", false, "")
 	flags.BoolVar(&o.full, "full", false, "")
+	flags.BoolVar(&o.path, "path", false, "")
 	flags.StringVar(&only, "only", "", "")
 	flags.IntVar(&o.rounds, "rounds", 5, "")
 	flags.IntVar(&o.window, "window", queueDepth, "")
@@ -177,6 +181,11 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 	if len(list) == 0 {
 		return nil, usageError{fmt.Errorf("--only %s: no measurement has such a name", o.only)}
 	}
+	if o.path {
+		if err := ownNetwork(ctx); err != nil {
+			return nil, err
+		}
+	}
 	serverCPUs, err := share(o.pin)
 	if err != nil {
 		return nil, err
@@ -208,6 +217,9 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 	r := &report{
 		Date: time.Now().UTC().Truncate(time.Second), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Rounds: o.rounds, ServerCPUs: len(serverCPUs), Pinned: len(serverCPUs) > 0,
+	}
+	if o.path {
+		r.Congestion = systemCongestion()
 	}
 	for round := range o.rounds {
 		if err := measureRound(ctx, list, programs, round, r, progress); err != nil {

@@ -100,10 +100,14 @@ func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool) (*pair,
 			return nil, err
 		}
 	}
+	p.makeFrames(l)
+	return p, nil
+}
+
+func (p *pair) makeFrames(l load) {
 	for range l.burst {
 		p.frames = appendFrame(p.frames, p.to.public, l.size)
 	}
-	return p, nil
 }
 
 func (p *pair) close() {

@@ -22,6 +22,7 @@ type report struct {
 	Rounds     int       `json:"rounds"`
 	ServerCPUs int       `json:"server_cpus,omitempty"` // 0 is all of them
 	Pinned     bool      `json:"pinned"`
+	Congestion string    `json:"congestion,omitempty"` // congestion control of the system, where it matters
 	Results    []*result `json:"results"`
 	Targets    []verdict `json:"targets,omitempty"`
 	Notes      []string  `json:"notes,omitempty"`
@@ -140,6 +141,9 @@ func notes(r *report) []string {
 	}
 	if r.Rounds < 5 {
 		add("%d rounds are too few for a spread to mean much", r.Rounds)
+	}
+	if r.Congestion != "" {
+		add("derper has no choice of congestion control: it had the system's, %s", r.Congestion)
 	}
 	if !r.Pinned {
 		add("servers and load shared all CPUs: rates depend on both")

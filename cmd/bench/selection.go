@@ -26,6 +26,7 @@ type sample map[metric]float64
 
 const (
 	packetRate      metric = "packets/s"
+	arrivedRate     metric = "Mbit/s that arrive"
 	cpuPerPacket    metric = "CPU s per million packets"
 	cpuPerByte      metric = "CPU s per GB"
 	callsPer        metric = "reads and writes per packet"
@@ -54,6 +55,7 @@ var metrics = []struct {
 	more bool
 }{
 	{packetRate, true},
+	{arrivedRate, true},
 	{cpuPerPacket, false},
 	{cpuPerByte, false},
 	{callsPer, false},
@@ -149,6 +151,12 @@ func selection(o options) []measurement {
 		if o.only == nil || o.only.MatchString(name) {
 			list = append(list, measurement{name, run, again})
 		}
+	}
+	if o.path {
+		for _, congestion := range congestionControls {
+			add(pathName(congestion), false, func(ctx context.Context, s *server) (sample, error) { return measurePath(ctx, s.program, congestion) })
+		}
+		return list
 	}
 	for _, l := range loads {
 		l.window, l.time = o.window, span

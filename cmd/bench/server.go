@@ -49,22 +49,31 @@ const (
 type program struct {
 	name, path string
 	env        []string
-	dir        string // where the certificate is, and where keys are kept
-	cpus       []int  // where it may run; nil is anywhere
+	dir        string     // where the certificate is, and where keys are kept
+	address    netip.Addr // where it listens; 127.0.0.1 if it is not set
+	cpus       []int      // where it may run; nil is anywhere
 
 	certificate *x509.Certificate // what it must show
 
 	describe func(program, ports) (args, env []string)
 }
 
-// ports are where a server listens, on 127.0.0.1.
+// listen is the address on which it listens.
+func (p program) listen() netip.Addr {
+	if p.address.IsValid() {
+		return p.address
+	}
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+}
+
+// ports are where a server listens.
 type ports struct{ https, stun, admin int }
 
 // derperCommand is derper as it is run by hand, without what only needs time:
 // plain HTTP, and the mesh key that it looks for by default.
 func derperCommand(p program, at ports) (args, env []string) {
 	return []string{
-		"-a", net.JoinHostPort("127.0.0.1", strconv.Itoa(at.https)), "-http-port", "-1",
+		"-a", net.JoinHostPort(p.listen().String(), strconv.Itoa(at.https)), "-http-port", "-1",
 		"-stun-port", strconv.Itoa(at.stun), "-c", filepath.Join(p.dir, "derper.key"),
 		"-certmode", "manual", "-certdir", p.dir, "-hostname", hostname,
 		"-mesh-psk-file", "", "-verify-clients=false",
@@ -74,7 +83,7 @@ func derperCommand(p program, at ports) (args, env []string) {
 // derpdCommand is derpd doing the same.
 func derpdCommand(p program, at ports) (args, env []string) {
 	return nil, []string{
-		"DERP_ADDR=" + net.JoinHostPort("127.0.0.1", strconv.Itoa(at.https)), "DERP_HTTP_PORT=-1",
+		"DERP_ADDR=" + net.JoinHostPort(p.listen().String(), strconv.Itoa(at.https)), "DERP_HTTP_PORT=-1",
 		"DERP_STUN_PORT=" + strconv.Itoa(at.stun), "DERP_DATA_DIR=" + p.dir,
 		"DERP_ADMIN_ADDR=" + net.JoinHostPort("127.0.0.1", strconv.Itoa(at.admin)),
 		"DERP_CERT_MODE=manual", "DERP_CERT_DIR=" + p.dir, "DERP_DOMAIN=" + hostname,
@@ -118,10 +127,9 @@ func (p *program) launch(ctx context.Context) (*server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("starting %s: %w", p.name, err)
 	}
-	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
 	return &server{
 		program: p, pid: command.Process.Pid, log: log.Name(), command: command, ended: ended,
-		https: netip.AddrPortFrom(loopback, uint16(at.https)), stun: netip.AddrPortFrom(loopback, uint16(at.stun)),
+		https: netip.AddrPortFrom(p.listen(), uint16(at.https)), stun: netip.AddrPortFrom(p.listen(), uint16(at.stun)),
 	}, nil
 }
 

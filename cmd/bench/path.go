@@ -1,0 +1,288 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"tailscale.com/types/key"
+)
+
+// The path between a relay and one of its clients, as it may be from one side
+// of the world to the other.
+const (
+	pathDelay = 50 * time.Millisecond  // one way
+	pathLoss  = 0.01                   // of the packets to the client, which get lost on their way
+	pathRate  = 50e6 / 8               // bytes per second
+	pathQueue = 100 * time.Millisecond // how long packets wait for each other at most, before they are dropped
+
+	pathLoad   = 2000            // packets per second that the relay is given for the client
+	pathSize   = 1280            // of each, bytes
+	pathWarmup = 3 * time.Second // until congestion control has found its rate
+	pathTime   = 5 * time.Second
+)
+
+// congestionControls are measured with derpd. derper has what the system has.
+var congestionControls = []string{"cubic", "bbr"}
+
+func pathName(congestion string) string { return "a client far away, " + congestion }
+
+// measurePath measures what arrives at a client at the other end of the path.
+// It needs a network namespace that nobody else uses, and makes another one for
+// the client. Between them, packets pass through this process.
+func measurePath(ctx context.Context, p *program, congestion string) (sample, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	path, err := newPath(ctx)
+	if err != nil {
+		return nil, err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	stop := context.AfterFunc(gctx, path.close)
+	defer stop()
+	defer path.close()
+	g.Go(func() error { return ended(gctx, path.carry()) })
+
+	near := *p
+	near.address = pathNear
+	near.env = append(slices.Clip(p.env), "DERP_TCP_CONGESTION="+congestion)
+	s, err := near.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer s.stop()
+	l := load{size: pathSize, burst: 1, rate: pathLoad}
+	var timed atomic.Bool
+	ends := &pair{size: l.size, wake: make(chan struct{}, 1), timed: &timed}
+	if ends.from, err = dial(ctx, s, key.NewNode(), netip.Addr{}, true); err != nil {
+		return nil, err
+	}
+	defer ends.from.close()
+	if ends.to, err = path.dial(ctx, s); err != nil {
+		return nil, err
+	}
+	defer ends.to.close()
+	ends.makeFrames(l)
+
+	stopEnds := context.AfterFunc(gctx, ends.close)
+	defer stopEnds()
+	g.Go(func() error { return ended(gctx, ends.receive()) })
+	g.Go(func() error { return pace(gctx, []*pair{ends}, l) })
+	var u interval
+	g.Go(func() error {
+		defer cancel()
+		if err := waitFor(gctx, pathWarmup); err != nil {
+			return err
+		}
+		var err error
+		u, err = observe(gctx, s, pathTime, ends.received.Load)
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	out, err := u.sample(s)
+	if err != nil {
+		return nil, err
+	}
+	out[arrivedRate] = u.count * pathSize * 8 / 1e6 / u.span
+	return out, nil
+}
+
+// ownNetwork makes the network namespace of this process ready, which must not be
+// the machine's.
+func ownNetwork(ctx context.Context) error {
+	devices, err := net.Interfaces()
+	if err != nil {
+		return err
+	}
+	for _, device := range devices {
+		if device.Flags&net.FlagLoopback == 0 {
+			return fmt.Errorf("this network has a device, %s: the long path is measured in a network namespace of its own, as root: unshare --net", device.Name)
+		}
+	}
+	return ip(ctx, "link", "set", "lo", "up")
+}
+
+// systemCongestion is what connections have that nobody has set another for.
+func systemCongestion() string {
+	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
+	if err != nil {
+		return "unknown"
+	}
+	return strings.TrimSpace(string(b))
+}
+
+func ip(ctx context.Context, args ...string) error {
+	if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("ip %q: %w: %s", args, err, out)
+	}
+	return nil
+}
+
+// The addresses of both ends are of a network that is there for measurements
+// (RFC 2544).
+var (
+	pathNear = netip.MustParseAddr("198.18.0.1")
+	pathFar  = netip.MustParseAddr("198.18.0.2")
+)
+
+// path is a network device in each of two namespaces, whose packets this process
+// carries from one to the other.
+type path struct {
+	near, far *os.File
+	work      chan func() // for the thread in the far namespace
+}
+
+func newPath(ctx context.Context) (*path, error) {
+	p := &path{work: make(chan func())}
+	var err error
+	if p.near, err = openDevice(ctx, pathNear); err != nil {
+		return nil, err
+	}
+	context.AfterFunc(ctx, func() { close(p.work) })
+	go func() {
+		// Never unlocked: the thread ends with this, and its namespace too.
+		runtime.LockOSThread()
+		for f := range p.work {
+			f()
+		}
+	}()
+	err = p.inFar(func() (err error) {
+		if err := os.NewSyscallError("unshare", unix.Unshare(unix.CLONE_NEWNET)); err != nil {
+			return err
+		}
+		p.far, err = openDevice(ctx, pathFar)
+		return err
+	})
+	if err != nil {
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// inFar runs f in the far namespace.
+func (p *path) inFar(f func() error) error {
+	done := make(chan error)
+	p.work <- func() { done <- f() }
+	return <-done
+}
+
+// dial connects from the far end.
+func (p *path) dial(ctx context.Context, s *server) (c *client, err error) {
+	err = p.inFar(func() (err error) {
+		// A socket stays in the namespace of the thread that makes it, and
+		// that is this one: nothing is done beside it for one address.
+		c, err = dial(ctx, s, key.NewNode(), pathFar, true)
+		return err
+	})
+	return c, err
+}
+
+func (p *path) close() {
+	_ = p.near.Close()
+	if p.far != nil {
+		_ = p.far.Close()
+	}
+}
+
+// openDevice makes a network device in this thread's namespace whose packets are
+// read and written by us.
+func openDevice(ctx context.Context, addr netip.Addr) (*os.File, error) {
+	const name = "path"
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: "/dev/net/tun", Err: err}
+	}
+	request, err := unix.NewIfreq(name)
+	if err == nil {
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+		err = os.NewSyscallError("making a network device", unix.IoctlIfreq(fd, unix.TUNSETIFF, request))
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	file := os.NewFile(uintptr(fd), name)
+	for _, args := range [][]string{
+		{"address", "add", netip.PrefixFrom(addr, 30).String(), "dev", name},
+		{"link", "set", name, "up"},
+	} {
+		if err := ip(ctx, args...); err != nil {
+			_ = file.Close()
+			return nil, err
+		}
+	}
+	return file, nil
+}
+
+// carry carries packets both ways until the devices are closed.
+func (p *path) carry() error {
+	var g errgroup.Group
+	g.Go(func() error { return carry(p.near, p.far, pathLoss) })
+	g.Go(func() error { return carry(p.far, p.near, 0) })
+	return g.Wait()
+}
+
+// parcel is a packet that is under way.
+type parcel struct {
+	packet []byte
+	due    time.Time
+}
+
+// carry carries what one device sends to the other, with this share of losses.
+func carry(from io.Reader, to io.Writer, loss float64) error {
+	const longest = 64 << 10
+	under := make(chan parcel, int(pathRate*(pathDelay+pathQueue).Seconds())/20) // as many as there can be
+	var g errgroup.Group
+	g.Go(func() error {
+		defer close(under)
+		random := rand.New(rand.NewPCG(1, 2)) // the same losses for both servers
+		buffer := make([]byte, longest)
+		var free time.Time // when the one before has left
+		for {
+			n, err := from.Read(buffer)
+			if err != nil {
+				return err
+			}
+			now := time.Now()
+			if free.Before(now) {
+				free = now
+			}
+			if free.Sub(now) > pathQueue || random.Float64() < loss {
+				continue
+			}
+			free = free.Add(time.Duration(float64(n) / pathRate * float64(time.Second)))
+			under <- parcel{append([]byte(nil), buffer[:n]...), free.Add(pathDelay)}
+		}
+	})
+	g.Go(func() error {
+		for p := range under {
+			if wait := time.Until(p.due); wait > 0 {
+				pause(wait)
+			}
+			// A device that is not up yet, or any more.
+			if _, err := to.Write(p.packet); err != nil && !errors.Is(err, unix.EIO) {
+				return err
+			}
+		}
+		return nil
+	})
+	return g.Wait()
+}
