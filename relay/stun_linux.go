@@ -63,7 +63,7 @@ func (s *STUN) serveBatches(ctx context.Context) error {
 // alone need not be followed by a look whether another one is there: this way a
 // request costs a system call less than with reads of Go's own.
 func (s *STUN) serveWaiting(ctx context.Context, raw syscall.RawConn, fd uintptr, b *batch) error {
-	for {
+	for ctx.Err() == nil {
 		n, errno := b.receive(fd)
 		switch errno {
 		case 0:
@@ -74,27 +74,30 @@ func (s *STUN) serveWaiting(ctx context.Context, raw syscall.RawConn, fd uintptr
 		default:
 			return os.NewSyscallError("recvmmsg", errno)
 		}
-		s.send(ctx, raw, fd, b, s.answer(b, n))
+		s.send(raw, fd, b, s.answer(b, n))
 		if n == 1 {
 			return nil
 		}
 	}
+	return nil
 }
 
 // send sends the first n replies. One that cannot be sent is lost, the others
 // are not.
-func (s *STUN) send(ctx context.Context, raw syscall.RawConn, fd uintptr, b *batch, n int) {
+func (s *STUN) send(raw syscall.RawConn, fd uintptr, b *batch, n int) {
 	for sent := 0; sent < n; {
 		done, errno := b.send(fd, sent, n)
+		if errno == unix.EAGAIN {
+			var err error
+			if done, errno, err = s.sendWhenThereIsRoom(raw, b, sent, n); err != nil {
+				s.log.Debug().Err(err).Msg("stun reply failed")
+				return
+			}
+		}
 		switch errno {
 		case 0:
 			sent += done
 		case unix.EINTR:
-		case unix.EAGAIN:
-			if err := s.awaitRoom(raw); err != nil {
-				s.log.Debug().Err(err).Msg("stun reply failed")
-				return
-			}
 		default:
 			s.log.Debug().Err(os.NewSyscallError("sendmmsg", errno)).Msg("stun reply failed")
 			sent++
@@ -102,16 +105,16 @@ func (s *STUN) send(ctx context.Context, raw syscall.RawConn, fd uintptr, b *bat
 	}
 }
 
-// awaitRoom waits until the socket can be written to.
-func (s *STUN) awaitRoom(raw syscall.RawConn) error {
+// sendWhenThereIsRoom is [batch.send], but waits while a device does not send.
+func (s *STUN) sendWhenThereIsRoom(raw syscall.RawConn, b *batch, from, to int) (done int, errno syscall.Errno, err error) {
 	if err := s.conn.SetWriteDeadline(time.Now().Add(stunSendTimeout)); err != nil {
-		return err
+		return 0, 0, err
 	}
-	first := true
-	return raw.Write(func(uintptr) bool {
-		defer func() { first = false }()
-		return !first
+	err = raw.Write(func(fd uintptr) bool {
+		done, errno = b.send(fd, from, to)
+		return errno != unix.EAGAIN
 	})
+	return done, errno, err
 }
 
 // batchesSupported is [errors.ErrUnsupported] where the kernel, or a filter of

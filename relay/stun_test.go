@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -255,5 +256,56 @@ func TestSTUNEnds(t *testing.T) {
 			continue
 		}
 		_ = again.Close()
+	}
+}
+
+// Nor does it wait for a pause between the requests.
+func TestSTUNEndsUnderFlood(t *testing.T) {
+	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := relay.NewSTUN(relay.STUNConfig{Conn: conn, Log: zerolog.Nop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.SetOpen(true)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	var senders sync.WaitGroup
+	defer senders.Wait()
+	ended, flowing := make(chan struct{}), make(chan struct{})
+	defer close(ended)
+	const clients = 3
+	for range clients {
+		client := dialSTUN(t, "127.0.0.1:0", conn.LocalAddr().(*net.UDPAddr))
+		senders.Go(func() {
+			request := stun.Request(stun.NewTxID())
+			for i := range 1_000_000 { // far more than are needed
+				if i == 1000 {
+					flowing <- struct{}{}
+				}
+				select {
+				case <-ended:
+					return
+				default:
+					_, _ = client.Write(request) // refused after the end
+				}
+			}
+		})
+	}
+	for range clients {
+		<-flowing
+	}
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("the server does not end")
 	}
 }
