@@ -2,7 +2,9 @@ package relay
 
 import (
 	"bytes"
+	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 	"unsafe"
 
@@ -29,14 +31,16 @@ func (b *batch) put(i int, packet []byte, from netip.AddrPort, control []byte) {
 	in.Hdr.SetControllen(copy(all[:], control))
 }
 
-// reply is the i-th reply and its control message.
-func (b *batch) reply(i int) (packet, control []byte) {
+// reply is the i-th message of replies and its control message.
+func (b *batch) reply(i int) (packets [][]byte, control []byte) {
 	h := &b.out[i].Hdr
-	packet = b.replies[i].packet[:b.replies[i].iov.Len]
+	for _, v := range unsafe.Slice(h.Iov, int(h.Iovlen)) {
+		packets = append(packets, unsafe.Slice(v.Base, int(v.Len)))
+	}
 	if h.Control != nil {
 		control = unsafe.Slice(h.Control, int(h.Controllen))
 	}
-	return packet, control
+	return packets, control
 }
 
 func openSTUN(gateways ...netip.Addr) *STUN {
@@ -48,7 +52,7 @@ func openSTUN(gateways ...netip.Addr) *STUN {
 
 // FuzzSTUN gives the server a batch with a stranger's packet in it: it is
 // answered if and only if upstream's parser accepts it, with upstream's answer,
-// and so are the requests around it.
+// and so are the requests around it, whose answers are together if it is not.
 func FuzzSTUN(f *testing.F) {
 	for _, seed := range stunSeeds() {
 		f.Add(seed, []byte{})
@@ -56,7 +60,7 @@ func FuzzSTUN(f *testing.F) {
 	}
 	b, s := newBatch(), openSTUN()
 	from := [3]netip.AddrPort{
-		netip.MustParseAddrPort("192.0.2.1:1024"), netip.MustParseAddrPort("[2001:db8::1]:65535"), netip.MustParseAddrPort("[::ffff:192.0.2.3]:1"),
+		netip.MustParseAddrPort("192.0.2.1:1024"), netip.MustParseAddrPort("[2001:db8::1]:65535"), netip.MustParseAddrPort("[::ffff:192.0.2.1]:1024"),
 	}
 	f.Fuzz(func(t *testing.T, packet, control []byte) {
 		if len(packet) > maxSTUNPacket {
@@ -70,13 +74,16 @@ func FuzzSTUN(f *testing.F) {
 				want = append(want, stun.Response(tx, netip.AddrPortFrom(from[i].Addr().Unmap(), from[i].Port())))
 			}
 		}
-		if n := s.answer(b, len(packets)); n != len(want) {
-			t.Fatalf("%d answers, want %d", n, len(want))
-		}
-		for i := range want {
-			if got, _ := b.reply(i); !bytes.Equal(got, want[i]) {
-				t.Errorf("answer %d is %x, want %x", i, got, want[i])
+		var got [][]byte
+		for i := range s.answer(b, len(packets)) {
+			replies, control := b.reply(i)
+			if segment := segmentOf(control); len(replies) > 1 && segment != len(replies[0]) {
+				t.Errorf("%d replies of %d bytes are cut by %d", len(replies), len(replies[0]), segment)
 			}
+			got = append(got, replies...)
+		}
+		if !slices.EqualFunc(got, want, bytes.Equal) {
+			t.Errorf("answers %x, want %x", got, want)
 		}
 	})
 }
@@ -134,6 +141,83 @@ func withoutAddr(control []byte) []byte {
 	return out
 }
 
+// Replies to one socket are one message, in the order of the requests; one to
+// another socket, or from another address, is not among them.
+func TestSTUNJoinsReplies(t *testing.T) {
+	a, b := netip.MustParseAddrPort("192.0.2.1:1024"), netip.MustParseAddrPort("[2001:db8::1]:1024")
+	info := func(asked string) []byte { return pktinfo.AppendSrc(nil, netip.MustParseAddr(asked)) }
+	timestamps := bytes.Repeat(cmsg(unix.SOL_SOCKET, unix.SO_TIMESTAMP, make([]byte, 16)), 3)
+	type asked struct {
+		from    netip.AddrPort
+		control []byte
+	}
+	plain, other, v6 := info("192.0.2.7"), info("192.0.2.8"), info("2001:db8::7")
+	far := append(bytes.Clone(timestamps), plain...) // no room for another one behind it
+	for _, tt := range []struct {
+		name  string
+		asked []asked
+		whole bool
+		want  []int // replies of each message
+	}{
+		{"one socket", []asked{{a, plain}, {a, plain}, {a, plain}}, false, []int{3}},
+		{"one over IPv6", []asked{{b, v6}, {b, v6}}, false, []int{2}},
+		{"no address", []asked{{a, nil}, {a, nil}}, false, []int{2}},
+		{"two sockets", []asked{{a, plain}, {a, plain}, {b, v6}, {a, plain}}, false, []int{2, 1, 1}},
+		{"two addresses", []asked{{a, plain}, {a, other}, {a, other}}, false, []int{1, 2}},
+		{"no room", []asked{{a, far}, {a, far}}, false, []int{1, 1}},
+		{"not possible", []asked{{a, plain}, {a, plain}}, true, []int{1, 1}},
+	} {
+		memory, s := newBatch(), openSTUN()
+		memory.whole = tt.whole
+		var want [][]byte
+		for i, q := range tt.asked {
+			tx := stun.TxID{byte(i)}
+			memory.put(i, stun.Request(tx), q.from, q.control)
+			want = append(want, stun.Response(tx, q.from))
+		}
+		var sizes []int
+		var got [][]byte
+		for i := range s.answer(memory, len(tt.asked)) {
+			packets, control := memory.reply(i)
+			sizes = append(sizes, len(packets))
+			got = append(got, packets...)
+			if segment := segmentOf(control); len(packets) > 1 && segment != len(packets[0]) || len(packets) == 1 && segment != 0 {
+				t.Errorf("%s: %d replies of %d bytes are cut by %d", tt.name, len(packets), len(packets[0]), segment)
+			}
+			if from := pktinfo.Dst(control); from != pktinfo.Dst(tt.asked[len(got)-1].control) {
+				t.Errorf("%s: message %d leaves from %s", tt.name, i, from)
+			}
+		}
+		if !slices.Equal(sizes, tt.want) || !slices.EqualFunc(got, want, bytes.Equal) {
+			t.Errorf("%s: messages of %d replies, want %d, or other replies: %x", tt.name, sizes, tt.want, got)
+		}
+	}
+}
+
+// cmsg is a control message, padded.
+func cmsg(level, kind int, data []byte) []byte {
+	b := make([]byte, unix.CmsgSpace(len(data)))
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.SetLen(unix.CmsgLen(len(data)))
+	h.Level, h.Type = int32(level), int32(kind)
+	copy(b[unix.CmsgLen(0):], data)
+	return b
+}
+
+// segmentOf is the size by which a message is cut, 0 if it is not.
+func segmentOf(control []byte) int {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return 0
+	}
+	for _, m := range messages {
+		if m.Header.Level == unix.IPPROTO_UDP && m.Header.Type == unix.UDP_SEGMENT {
+			return int(binary.NativeEndian.Uint16(m.Data))
+		}
+	}
+	return 0
+}
+
 func TestSTUNAllocatesNothing(t *testing.T) {
 	b, s := newBatch(), openSTUN(netip.MustParseAddr("172.17.0.1"), netip.MustParseAddr("fd00::1"))
 	control := pktinfo.AppendSrc(nil, netip.MustParseAddr("2001:db8::7"))
@@ -142,7 +226,7 @@ func TestSTUNAllocatesNothing(t *testing.T) {
 	allocs := testing.AllocsPerRun(100, func() {
 		for i := range stunBatch {
 			from := netip.MustParseAddrPort("[2001:db8::1]:1024")
-			if i%2 == 0 {
+			if i%4 < 2 {
 				from = netip.MustParseAddrPort("192.0.2.1:1024")
 			}
 			b.put(i, seeds[i%len(seeds)], from, control)

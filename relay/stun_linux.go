@@ -1,8 +1,10 @@
 package relay
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"net/netip"
 	"os"
@@ -82,7 +84,7 @@ func (s *STUN) serveWaiting(ctx context.Context, raw syscall.RawConn, fd uintptr
 	return nil
 }
 
-// send sends the first n replies. One that cannot be sent is lost, the others
+// send sends the first n messages. One that cannot be sent is lost, the others
 // are not.
 func (s *STUN) send(raw syscall.RawConn, fd uintptr, b *batch, n int) {
 	for sent := 0; sent < n; {
@@ -99,6 +101,8 @@ func (s *STUN) send(raw syscall.RawConn, fd uintptr, b *batch, n int) {
 			sent += done
 		case unix.EINTR:
 		default:
+			// Such a message is lost once; clients ask again.
+			b.whole = b.whole || b.out[sent].Hdr.Iovlen > 1
 			s.log.Debug().Err(os.NewSyscallError("sendmmsg", errno)).Msg("stun reply failed")
 			sent++
 		}
@@ -131,12 +135,20 @@ func batchesSupported(raw syscall.RawConn) (err error) {
 }
 
 // batch is the memory of requests and their replies. It is made once; each
-// reply uses its request's address and control message where they lie.
+// message of replies uses its request's address and control messages where they
+// lie.
 type batch struct {
-	in, out  [stunBatch]unix.Mmsghdr
+	in       [stunBatch]unix.Mmsghdr
 	requests [stunBatch]request
-	replies  [stunBatch]reply
 	dirty    int // how many of in the kernel has changed
+
+	out     [stunBatch]unix.Mmsghdr
+	vectors [stunBatch]unix.Iovec // of out: a message has one for each reply
+	replies [stunBatch][maxSTUNResponse]byte
+
+	// whole is set where the kernel, or a device, cannot cut a message into
+	// replies.
+	whole bool
 }
 
 type request struct {
@@ -144,11 +156,6 @@ type request struct {
 	name    unix.RawSockaddrInet6   // the kernel writes the one of IPv4 too
 	control [stunControl / 8]uint64 // in units that align it
 	packet  [maxSTUNPacket]byte
-}
-
-type reply struct {
-	iov    unix.Iovec
-	packet [maxSTUNResponse]byte
 }
 
 func newBatch() *batch {
@@ -163,9 +170,7 @@ func newBatch() *batch {
 		h.SetIovlen(1)
 		h.Control = (*byte)(unsafe.Pointer(&r.control))
 
-		b.replies[i].iov.Base = &b.replies[i].packet[0]
-		b.out[i].Hdr.Iov = &b.replies[i].iov
-		b.out[i].Hdr.SetIovlen(1)
+		b.vectors[i].Base = &b.replies[i][0]
 	}
 	return b
 }
@@ -186,19 +191,29 @@ func (b *batch) receive(fd uintptr) (int, syscall.Errno) {
 	return int(n), errno
 }
 
-// send sends the replies from..to, and returns how many it could.
+// send sends the messages from..to, and returns how many it could.
 func (b *batch) send(fd uintptr, from, to int) (int, syscall.Errno) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&b.out[from])), uintptr(to-from), unix.MSG_DONTWAIT, 0, 0)
 	return int(n), errno
 }
 
-// answer makes the replies to the first n requests, and returns how many there
-// are. It allocates nothing.
+// answer makes the replies to the first n requests, and returns how many
+// messages they are. It allocates nothing.
+//
+// Replies to requests that came from one socket to one address, one right after
+// the other, are one message, which the kernel cuts (UDP_SEGMENT in udp(7)): a
+// flood costs the less the faster it comes.
 func (s *STUN) answer(b *batch, n int) int {
 	if !s.open.Load() {
 		return 0
 	}
-	replies := 0
+	var last struct { // message
+		request *request // the first
+		from    netip.AddrPort
+		control []byte
+		replies int
+	}
+	messages, replies := 0, 0
 	for i := range n {
 		in, r := &b.in[i], &b.requests[i]
 		packet := r.packet[:in.Len]
@@ -213,18 +228,56 @@ func (s *STUN) answer(b *batch, n int) int {
 		if !from.IsValid() || s.gateways.refuse(from.Addr()) {
 			continue
 		}
-		out := &b.out[replies].Hdr
-		b.replies[replies].iov.SetLen(putResponse(&b.replies[replies].packet, tx, from))
-		out.Name, out.Namelen = in.Hdr.Name, in.Hdr.Namelen
-		out.Control = nil
-		out.SetControllen(0)
-		if control := r.source(int(in.Hdr.Controllen)); control != nil {
-			out.Control = &control[0]
-			out.SetControllen(len(control))
+		size := putResponse(&b.replies[replies], tx, from)
+		b.vectors[replies].SetLen(size)
+		control := r.source(int(in.Hdr.Controllen))
+		same := last.replies > 0 && from == last.from && bytes.Equal(control, last.control)
+		if same && last.replies == 1 {
+			segmented := last.request.segmented(last.control, size)
+			if same = segmented != nil && !b.whole; same {
+				setControl(&b.out[messages-1].Hdr, segmented)
+			}
+		}
+		if same {
+			last.replies++
+			b.out[messages-1].Hdr.SetIovlen(last.replies)
+		} else {
+			out := &b.out[messages].Hdr
+			out.Name, out.Namelen = in.Hdr.Name, in.Hdr.Namelen
+			out.Iov = &b.vectors[replies]
+			out.SetIovlen(1)
+			setControl(out, control)
+			last.request, last.from, last.control, last.replies = r, from, control, 1
+			messages++
 		}
 		replies++
 	}
-	return replies
+	return messages
+}
+
+func setControl(h *unix.Msghdr, control []byte) {
+	h.Control = unsafe.SliceData(control)
+	h.SetControllen(len(control))
+}
+
+// segmented is control, the message that r has from source or nothing, and after
+// it the one by which the kernel cuts what is sent into packets of this size. It
+// is nil if there is no room for that.
+func (r *request) segmented(control []byte, size int) []byte {
+	all := (*[stunControl]byte)(unsafe.Pointer(&r.control))[:]
+	begin, end := 0, 0
+	if control != nil {
+		begin = len(all) - cap(control)
+		end = begin + unix.CmsgSpace(len(control)-unix.CmsgLen(0))
+	}
+	if end+unix.CmsgSpace(2) > len(all) {
+		return nil
+	}
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&all[end]))
+	h.Level, h.Type = unix.IPPROTO_UDP, unix.UDP_SEGMENT
+	h.SetLen(unix.CmsgLen(2))
+	binary.NativeEndian.PutUint16(all[end+unix.CmsgLen(0):], uint16(size))
+	return all[begin : end+unix.CmsgSpace(2)]
 }
 
 // from is the client's address; not valid when it is of another kind.

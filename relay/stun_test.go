@@ -20,6 +20,14 @@ import (
 // ended.
 func serveSTUN(t *testing.T, listen string, c relay.STUNConfig, ended ...func(*relay.STUN)) (*relay.STUN, *net.UDPAddr) {
 	t.Helper()
+	s, addr := listenSTUN(t, listen, c)
+	runSTUN(t, s, ended...)
+	return s, addr
+}
+
+// listenSTUN makes an open server that does not run yet.
+func listenSTUN(t *testing.T, listen string, c relay.STUNConfig) (*relay.STUN, *net.UDPAddr) {
+	t.Helper()
 	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(listen)))
 	if err != nil {
 		t.Fatal(err)
@@ -30,6 +38,11 @@ func serveSTUN(t *testing.T, listen string, c relay.STUNConfig, ended ...func(*r
 		t.Fatal(err)
 	}
 	s.SetOpen(true)
+	return s, conn.LocalAddr().(*net.UDPAddr)
+}
+
+func runSTUN(t *testing.T, s *relay.STUN, ended ...func(*relay.STUN)) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
@@ -47,7 +60,6 @@ func serveSTUN(t *testing.T, listen string, c relay.STUNConfig, ended ...func(*r
 			f(s)
 		}
 	})
-	return s, conn.LocalAddr().(*net.UDPAddr)
 }
 
 // STUN is closed until it is opened, and again when it is closed.
@@ -218,22 +230,59 @@ func TestSTUNBurst(t *testing.T) {
 	}
 }
 
+// What waits at the start is answered at once, much of it by one message for
+// many: each client gets every answer as a packet of its own, from the address
+// that it asked.
+func TestSTUNAnswersTogether(t *testing.T) {
+	for _, listen := range []string{"[::]:0", "0.0.0.0:0"} {
+		s, addr := listenSTUN(t, listen, relay.STUNConfig{Log: zerolog.Nop()})
+		asked := []string{"127.0.0.1", "127.0.0.2"}
+		if listen == "[::]:0" {
+			asked = append(asked, "::1")
+		}
+		const requests = 40
+		clients, want := make([]*net.UDPConn, len(asked)), make([][]stun.TxID, len(asked))
+		for i, ip := range asked {
+			from := "127.0.0.1:0"
+			if ip == "::1" {
+				from = "[::1]:0"
+			}
+			clients[i] = dialSTUN(t, from, &net.UDPAddr{IP: net.ParseIP(ip), Port: addr.Port})
+			for range requests {
+				tx := stun.NewTxID()
+				want[i] = append(want[i], tx)
+				if _, err := clients[i].Write(stun.Request(tx)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		runSTUN(t, s)
+		for i, client := range clients {
+			if err := client.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
+			buf := make([]byte, 1500)
+			for k, tx := range want[i] {
+				n, err := client.Read(buf)
+				if err != nil {
+					t.Fatalf("%s, %s: answer %d: %v", listen, asked[i], k, err)
+				}
+				got, seen, err := stun.ParseResponse(buf[:n])
+				if err != nil || got != tx || seen != client.LocalAddr().(*net.UDPAddr).AddrPort() {
+					t.Fatalf("%s, %s: answer %d is for %v, %s, %v", listen, asked[i], k, got, seen, err)
+				}
+			}
+		}
+	}
+}
+
 // The end comes at once, also while no request does.
 func TestSTUNEnds(t *testing.T) {
 	for _, listen := range []string{"127.0.0.1:0", "[::1]:0", "[::]:0", "0.0.0.0:0"} {
-		conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(listen)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		s, err := relay.NewSTUN(relay.STUNConfig{Conn: conn, Log: zerolog.Nop()})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.SetOpen(true)
+		s, addr := listenSTUN(t, listen, relay.STUNConfig{Log: zerolog.Nop()})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- s.Run(ctx) }()
-		addr := conn.LocalAddr().(*net.UDPAddr)
 		client, err := net.DialUDP("udp", nil, addr)
 		if err != nil {
 			t.Fatal(err)
@@ -261,15 +310,7 @@ func TestSTUNEnds(t *testing.T) {
 
 // Nor does it wait for a pause between the requests.
 func TestSTUNEndsUnderFlood(t *testing.T) {
-	conn, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := relay.NewSTUN(relay.STUNConfig{Conn: conn, Log: zerolog.Nop()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.SetOpen(true)
+	s, addr := listenSTUN(t, "127.0.0.1:0", relay.STUNConfig{Log: zerolog.Nop()})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	done := make(chan error, 1)
@@ -280,7 +321,7 @@ func TestSTUNEndsUnderFlood(t *testing.T) {
 	defer close(ended)
 	const clients = 3
 	for range clients {
-		client := dialSTUN(t, "127.0.0.1:0", conn.LocalAddr().(*net.UDPAddr))
+		client := dialSTUN(t, "127.0.0.1:0", addr)
 		senders.Go(func() {
 			request := stun.Request(stun.NewTxID())
 			for i := range 1_000_000 { // far more than are needed
