@@ -67,16 +67,9 @@ func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
 			return nil
 		})
 	}
-	var u interval
-	g.Go(func() (err error) {
-		defer cancel()
-		u, err = observe(gctx, s, c.time, done.Load)
-		return err
+	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
+		return observe(gctx, s, c.time, done.Load)
 	})
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	out, err := u.sample(s)
 	if err != nil {
 		return nil, err
 	}

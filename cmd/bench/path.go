@@ -68,35 +68,22 @@ func measurePath(ctx context.Context, p *program, congestion string) (sample, er
 	defer s.stop()
 	l := load{size: pathSize, burst: 1, rate: pathLoad}
 	var timed atomic.Bool
-	ends := &pair{size: l.size, wake: make(chan struct{}, 1), timed: &timed}
-	if ends.from, err = dial(ctx, s, key.NewNode(), netip.Addr{}, true); err != nil {
+	ends, err := newPair(ctx, s, l, &timed, path.dial)
+	if err != nil {
 		return nil, err
 	}
-	defer ends.from.close()
-	if ends.to, err = path.dial(ctx, s); err != nil {
-		return nil, err
-	}
-	defer ends.to.close()
-	ends.makeFrames(l)
+	defer ends.close()
 
 	stopEnds := context.AfterFunc(gctx, ends.close)
 	defer stopEnds()
 	g.Go(func() error { return ended(gctx, ends.receive()) })
 	g.Go(func() error { return pace(gctx, []*pair{ends}, l) })
-	var u interval
-	g.Go(func() error {
-		defer cancel()
+	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
 		if err := waitFor(gctx, pathWarmup); err != nil {
-			return err
+			return interval{}, err
 		}
-		var err error
-		u, err = observe(gctx, s, pathTime, ends.received.Load)
-		return err
+		return observe(gctx, s, pathTime, ends.received.Load)
 	})
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	out, err := u.sample(s)
 	if err != nil {
 		return nil, err
 	}

@@ -83,13 +83,19 @@ type pair struct {
 	endedBy error // of the receiver
 }
 
-func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool) (*pair, error) {
+// dialBusy connects a client of either kind.
+func dialBusy(ctx context.Context, s *server) (*client, error) {
+	return dial(ctx, s, key.NewNode(), netip.Addr{}, true)
+}
+
+// newPair connects both clients, the one that receives by dialTo.
+func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool, dialTo func(context.Context, *server) (*client, error)) (*pair, error) {
 	p := &pair{size: l.size, wake: make(chan struct{}, 1), timed: timed}
 	var err error
-	if p.from, err = dial(ctx, s, key.NewNode(), netip.Addr{}, true); err != nil {
+	if p.from, err = dialBusy(ctx, s); err != nil {
 		return nil, err
 	}
-	if p.to, err = dial(ctx, s, key.NewNode(), netip.Addr{}, true); err != nil {
+	if p.to, err = dialTo(ctx, s); err != nil {
 		p.from.close()
 		return nil, err
 	}
@@ -100,14 +106,10 @@ func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool) (*pair,
 			return nil, err
 		}
 	}
-	p.makeFrames(l)
-	return p, nil
-}
-
-func (p *pair) makeFrames(l load) {
 	for range l.burst {
 		p.frames = appendFrame(p.frames, p.to.public, l.size)
 	}
+	return p, nil
 }
 
 func (p *pair) close() {
@@ -245,7 +247,7 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 		}
 	}()
 	for range l.pairs {
-		p, err := newPair(ctx, s, l, &timed)
+		p, err := newPair(ctx, s, l, &timed, dialBusy)
 		if err != nil {
 			return nil, err
 		}

@@ -181,7 +181,7 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 		defer a.close()
 		askers[i] = a
 	}
-	t := &tally{burst: burst, single: count == 1}
+	t := new(tally)
 	g, gctx := errgroup.WithContext(ctx)
 	spins := len(s.cpus) > 0
 	if spins {
@@ -191,19 +191,12 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 			g.Go(func() error { return t.wait(gctx, a) })
 		}
 	}
-	var u interval
-	g.Go(func() (err error) {
-		defer cancel()
-		u, err = observe(gctx, s, d, func() uint64 {
+	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
+		return observe(gctx, s, d, func() uint64 {
 			t.timed.Store(true) // after the warming up
 			return t.answers.Load()
 		})
-		return err
 	})
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	out, err := u.sample(s)
 	if err != nil {
 		return nil, err
 	}
@@ -223,11 +216,9 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 
 // tally is what came of all requests.
 type tally struct {
-	burst         int
 	answers, lost atomic.Uint64
-	single        bool // whether there is one asker
 	timed         atomic.Bool
-	delays        []time.Duration // of the only asker
+	delays        []time.Duration // of single requests, which have one asker
 }
 
 // spin is the load on CPUs of its own. It never sleeps: a load that does has to
@@ -270,8 +261,8 @@ func (t *tally) wait(ctx context.Context, a *asker) error {
 // count looks whether a burst is through, or has to be given up.
 func (t *tally) count(a *asker) {
 	if a.missing == 0 {
-		t.answers.Add(uint64(t.burst))
-		if t.single && t.timed.Load() {
+		t.answers.Add(uint64(a.burst))
+		if a.burst == 1 && t.timed.Load() {
 			t.delays = append(t.delays, time.Since(a.at))
 		}
 	} else if time.Since(a.at) > answerWithin {

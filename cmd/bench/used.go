@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"runtime"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // used is what was used up to one moment.
@@ -45,6 +47,22 @@ func observe(ctx context.Context, s *server, d time.Duration, count func() uint6
 	}
 	after, err := usedBy(s, count())
 	return after.since(before), err
+}
+
+// observeWith runs look beside the load of g, which cancel ends, and begins the
+// sample with what it saw.
+func observeWith(g *errgroup.Group, cancel func(), s *server, look func() (interval, error)) (interval, sample, error) {
+	var u interval
+	g.Go(func() (err error) {
+		defer cancel()
+		u, err = look()
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return interval{}, nil, err
+	}
+	out, err := u.sample(s)
+	return u, out, err
 }
 
 func (u used) since(before used) interval {
