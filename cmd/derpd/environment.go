@@ -146,10 +146,10 @@ func (e environment) variables() []variable {
 	return list
 }
 
-// fill sets every field to its value, or to the default.
-func (e *environment) fill(values map[string]string) {
+// fill sets every field, which variables has listed, to its value or the default.
+func (e *environment) fill(variables []variable, values map[string]string) {
 	fields := reflect.ValueOf(e).Elem()
-	for i, v := range e.variables() {
+	for i, v := range variables {
 		value, given := values[v.name]
 		if !given {
 			value = v.fallback
@@ -235,8 +235,9 @@ type loaded struct {
 // loadEnvironment reads "NAME=value" pairs. A variable that is set but empty
 // counts as unset, since compose files pass variables on that way.
 func loadEnvironment(pairs []string) (*loaded, error) {
+	variables, credentials := (environment{}).variables(), credentialVariables()
 	known := make(map[string]bool)
-	for _, v := range slices.Concat((environment{}).variables(), credentialVariables()) {
+	for _, v := range slices.Concat(variables, credentials) {
 		known[v.name] = true
 	}
 	l := &loaded{fromFile: make(map[string]string), given: make(map[string]bool), credentials: make(map[string]string)}
@@ -281,7 +282,7 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 	for name := range values {
 		l.given[name] = true
 	}
-	for _, v := range credentialVariables() {
+	for _, v := range credentials {
 		if l.given[v.name] {
 			l.credentials[v.name] = values[v.name]
 		}
@@ -289,7 +290,7 @@ func loadEnvironment(pairs []string) (*loaded, error) {
 	if l.platform = detect(outside, values); l.platform != nil {
 		l.assumed = l.platform.assume(values)
 	}
-	l.fill(values)
+	l.fill(variables, values)
 	// Maps have no order; messages should.
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return l, errors.Join(errs...)
