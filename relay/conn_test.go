@@ -417,6 +417,14 @@ func TestSocketHoldsNothing(t *testing.T) {
 	holds(false)
 }
 
+// reset ends a connection as one does that has crashed.
+func reset(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	if err := errors.Join(c.SetLinger(0), c.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Errors are those of a connection that is not wrapped.
 func TestSocketErrors(t *testing.T) {
 	c, far := pair(t, Sockets)
@@ -429,12 +437,7 @@ func TestSocketErrors(t *testing.T) {
 	if err := c.SetReadDeadline(time.Time{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := far.SetLinger(0); err != nil {
-		t.Fatal(err)
-	}
-	if err := far.Close(); err != nil {
-		t.Fatal(err)
-	}
+	reset(t, far)
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("after a reset: %v", err)
 	} else if _, ok := errors.AsType[*net.OpError](err); !ok {
@@ -496,12 +499,7 @@ func TestSocketWriteErrors(t *testing.T) {
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := far.SetLinger(0); err != nil {
-		t.Fatal(err)
-	}
-	if err := far.Close(); err != nil {
-		t.Fatal(err)
-	}
+	reset(t, far)
 	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Fatalf("after a reset: %v", err)
 	}

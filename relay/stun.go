@@ -91,6 +91,8 @@ func (s *STUN) Open() bool { return s.open.Load() }
 // Run answers requests until ctx ends, and closes the socket.
 func (s *STUN) Run(ctx context.Context) error {
 	defer func() { _ = s.conn.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = s.conn.Close() })
+	defer stop()
 	err := s.serveBatches(ctx)
 	if errors.Is(err, errors.ErrUnsupported) {
 		err = s.serveSingly(ctx)
@@ -103,9 +105,6 @@ func (s *STUN) Run(ctx context.Context) error {
 
 // serveSingly is for systems that cannot do it in batches.
 func (s *STUN) serveSingly(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { _ = s.conn.Close() })
-	defer stop()
-
 	var buf [maxSTUNPacket]byte
 	var response [maxSTUNResponse]byte
 	var oob, oobOut [256]byte

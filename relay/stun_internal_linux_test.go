@@ -60,7 +60,7 @@ func FuzzSTUN(f *testing.F) {
 	}
 	b, s := newBatch(), openSTUN()
 	from := [3]netip.AddrPort{
-		netip.MustParseAddrPort("192.0.2.1:1024"), netip.MustParseAddrPort("[2001:db8::1]:65535"), netip.MustParseAddrPort("[::ffff:192.0.2.1]:1024"),
+		netip.MustParseAddrPort("192.0.2.3:1"), netip.MustParseAddrPort("[2001:db8::1]:65535"), netip.MustParseAddrPort("[::ffff:192.0.2.3]:1"),
 	}
 	f.Fuzz(func(t *testing.T, packet, control []byte) {
 		if len(packet) > maxSTUNPacket {

@@ -39,9 +39,6 @@ func (s *STUN) serveBatches(ctx context.Context) error {
 	if err := batchesSupported(raw); err != nil {
 		return err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = s.conn.Close() })
-	defer stop()
-
 	b := newBatch()
 	for {
 		var failed error
@@ -231,10 +228,10 @@ func (s *STUN) answer(b *batch, n int) int {
 		size := putResponse(&b.replies[replies], tx, from)
 		b.vectors[replies].SetLen(size)
 		control := r.source(int(in.Hdr.Controllen))
-		same := last.replies > 0 && from == last.from && bytes.Equal(control, last.control)
+		same := !b.whole && last.replies > 0 && from == last.from && bytes.Equal(control, last.control)
 		if same && last.replies == 1 {
 			segmented := last.request.segmented(last.control, size)
-			if same = segmented != nil && !b.whole; same {
+			if same = segmented != nil; same {
 				setControl(&b.out[messages-1].Hdr, segmented)
 			}
 		}

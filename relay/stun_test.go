@@ -41,12 +41,26 @@ func listenSTUN(t *testing.T, listen string, c relay.STUNConfig) (*relay.STUN, *
 	return s, conn.LocalAddr().(*net.UDPAddr)
 }
 
+// runSTUN runs a server until the test has ended.
 func runSTUN(t *testing.T, s *relay.STUN, ended ...func(*relay.STUN)) {
+	t.Helper()
+	end := beginSTUN(t, s)
+	t.Cleanup(func() {
+		end()
+		for _, f := range ended {
+			f(s)
+		}
+	})
+}
+
+// beginSTUN runs a server until end, which fails the test if that takes long.
+func beginSTUN(t *testing.T, s *relay.STUN) (end func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	t.Cleanup(func() {
+	return func() {
+		t.Helper()
 		cancel()
 		select {
 		case err := <-done:
@@ -56,10 +70,7 @@ func runSTUN(t *testing.T, s *relay.STUN, ended ...func(*relay.STUN)) {
 		case <-time.After(patience):
 			t.Fatal("the server does not end")
 		}
-		for _, f := range ended {
-			f(s)
-		}
-	})
+	}
 }
 
 // STUN is closed until it is opened, and again when it is closed.
@@ -280,24 +291,15 @@ func TestSTUNAnswersTogether(t *testing.T) {
 func TestSTUNEnds(t *testing.T) {
 	for _, listen := range []string{"127.0.0.1:0", "[::1]:0", "[::]:0", "0.0.0.0:0"} {
 		s, addr := listenSTUN(t, listen, relay.STUNConfig{Log: zerolog.Nop()})
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- s.Run(ctx) }()
+		end := beginSTUN(t, s)
 		client, err := net.DialUDP("udp", nil, addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = client.Close() })
 		askSTUN(t, client)
-		cancel()
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Errorf("%s: %v", listen, err)
-			}
-		case <-time.After(patience):
-			t.Fatalf("%s: the server does not end", listen)
-		}
+		t.Log(listen)
+		end()
 		// The port is free again.
 		again, err := net.ListenUDP("udp", addr)
 		if err != nil {
@@ -311,10 +313,7 @@ func TestSTUNEnds(t *testing.T) {
 // Nor does it wait for a pause between the requests.
 func TestSTUNEndsUnderFlood(t *testing.T) {
 	s, addr := listenSTUN(t, "127.0.0.1:0", relay.STUNConfig{Log: zerolog.Nop()})
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
+	end := beginSTUN(t, s)
 	var senders sync.WaitGroup
 	defer senders.Wait()
 	ended, flowing := make(chan struct{}), make(chan struct{})
@@ -340,13 +339,5 @@ func TestSTUNEndsUnderFlood(t *testing.T) {
 	for range clients {
 		<-flowing
 	}
-	cancel()
-	select {
-	case err := <-done:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(patience):
-		t.Fatal("the server does not end")
-	}
+	end()
 }
