@@ -14,6 +14,8 @@ import (
 
 	"github.com/BurntSushi/toml"
 	"go.yaml.in/yaml/v3"
+
+	"derpd/cmd/derpd/internal/host"
 )
 
 // repository is the path of a file of this repository.
@@ -124,7 +126,7 @@ func TestFlyTOML(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := asConfigured(c)
-	n, _ := publicNode(c, at, "", found{})
+	n, _ := publicNode(c, at, "", host.Addresses{})
 	want := map[string][2]int{"tcp 443": {n.Port, at.https}, "tcp 80": {n.HTTPPort, at.http}, "udp 3478": {n.STUNPort, at.stun}}
 	if len(f.Services) != len(want) {
 		t.Errorf("%d services, want %d", len(f.Services), len(want))

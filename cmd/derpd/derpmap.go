@@ -13,6 +13,7 @@ import (
 	"strconv"
 
 	"derpd/certs"
+	"derpd/cmd/derpd/internal/host"
 	"derpd/relay/derpmap"
 )
 
@@ -45,7 +46,7 @@ func (c *config) publicHTTPSPort(listening int) int {
 
 // publicNode describes the relay as clients see it, and what the person who
 // pastes the map should know. pin is the CertName of a pinned certificate.
-func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []string) {
+func publicNode(c *config, at ports, pin string, f host.Addresses) (derpmap.Node, []string) {
 	n := c.node
 	n.CertName = pin
 	n.Port = c.publicHTTPSPort(at.https)
@@ -54,7 +55,7 @@ func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []strin
 
 	for _, d := range c.domains {
 		if addr, err := netip.ParseAddr(d); err == nil {
-			f.fill(addr)
+			f = withAddress(f, addr)
 		}
 	}
 	var notes []string
@@ -62,15 +63,15 @@ func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []strin
 	if named {
 		n.HostName = c.domains[0]
 	}
-	if named && net.ParseIP(n.HostName) == nil && !f.v4.IsValid() && !f.v6.IsValid() {
+	if named && net.ParseIP(n.HostName) == nil && !f.V4.IsValid() && !f.V6.IsValid() {
 		// A name: DNS knows the addresses, and follows when they change.
 		if n.IPv4 == "" && n.IPv6 == "" {
 			notes = append(notes, "Clients look "+n.HostName+" up in DNS. Set DERP_PUBLIC_IPV4 and DERP_PUBLIC_IPV6 to",
 				"write the addresses here, so that they need no DNS to reach the relay.")
 		}
 	} else {
-		n.IPv4 = known(n.IPv4, f.v4)
-		n.IPv6 = known(n.IPv6, f.v6)
+		n.IPv4 = known(n.IPv4, f.V4)
+		n.IPv6 = known(n.IPv6, f.V6)
 	}
 	if !named {
 		n.HostName = n.IPv4
@@ -82,7 +83,7 @@ func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []strin
 		}
 	}
 	for _, a := range []struct{ value, variable string }{{n.IPv4, "DERP_PUBLIC_IPV4"}, {n.IPv6, "DERP_PUBLIC_IPV6"}} {
-		if addr, err := netip.ParseAddr(a.value); err == nil && !isPublic(addr) {
+		if addr, err := netip.ParseAddr(a.value); err == nil && !host.IsPublic(addr) {
 			notes = append(notes, fmt.Sprintf("%s is a private address: only its own network reaches it.", addr),
 				fmt.Sprintf("Set %s (or DERP_DOMAIN) to what clients can dial.", a.variable))
 		}
@@ -101,14 +102,15 @@ func publicNode(c *config, at ports, pin string, f found) (derpmap.Node, []strin
 	return n, notes
 }
 
-// fill sets the address of addr's family, if it is not known yet.
-func (f *found) fill(addr netip.Addr) {
+// withAddress sets the address of addr's family, unless it is known.
+func withAddress(f host.Addresses, addr netip.Addr) host.Addresses {
 	switch {
-	case addr.Is4() && !f.v4.IsValid():
-		f.v4 = addr
-	case addr.Is6() && !f.v6.IsValid():
-		f.v6 = addr
+	case addr.Is4() && !f.V4.IsValid():
+		f.V4 = addr
+	case addr.Is6() && !f.V6.IsValid():
+		f.V6 = addr
 	}
+	return f
 }
 
 // known is the configured address, else the one found, else none.
@@ -181,9 +183,9 @@ func mapOfStopped(ctx context.Context, c *config, format string) ([]byte, error)
 		}
 		pin = m.Status().Pin
 	}
-	var f found
+	var f host.Addresses
 	if c.needsDiscovery() {
-		f = discover(ctx, c.discovery)
+		f = host.PublicAddresses(ctx, c.discovery)
 	}
 	n, notes := publicNode(c, asConfigured(c), pin, f)
 	if c.meshed() {

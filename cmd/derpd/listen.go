@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -78,20 +77,6 @@ func listen(ctx context.Context, c *config) (*listeners, error) {
 		return nil, errors.Join(errs...)
 	}
 	return &l, nil
-}
-
-// leastFiles is what a relay for a few thousand clients needs: one open file
-// for each.
-const leastFiles = 4096
-
-// filesWarning says what the host allows too little of; empty if nothing. Go
-// has raised the limit as far as it may.
-func filesWarning() string {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Max >= leastFiles {
-		return ""
-	}
-	return fmt.Sprintf("only %d files may be open, and each client is one: raise it with --ulimit nofile=65536:65536 (docker), ulimits (compose), LimitNOFILE=65536 (systemd) or ulimit -Hn", limit.Max)
 }
 
 // close closes what is open; closing twice is harmless.

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"derpd/certs"
+	"derpd/cmd/derpd/internal/host"
 )
 
 // pin is the command `derpd pin`.
@@ -40,9 +41,9 @@ func pin(ctx context.Context, args, env []string, stdout, stderr io.Writer) erro
 // prints the map that clients need from now on.
 func rotatePin(ctx context.Context, c *config, format string, stdout io.Writer) error {
 	pinned := c.pinned
-	var f found
+	var f host.Addresses
 	if c.needsDiscovery() {
-		f = discover(ctx, c.discovery)
+		f = host.PublicAddresses(ctx, c.discovery)
 	}
 	pinned.Names = c.names(f)
 	if len(pinned.Names) == 0 {

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"derpd/relay/derpmap"
+
+	"derpd/cmd/derpd/internal/host"
 )
 
 // What the platforms put into the environment.
@@ -82,7 +84,7 @@ func TestPlatforms(t *testing.T) {
 			if want := []string{tt.mode, tt.addr, tt.http, tt.stun, tt.health, strings.ReplaceAll(tt.dir, "$D", dir)}; !slices.Equal(got, want) {
 				t.Errorf("got %q, want %q", got, want)
 			}
-			if n, _ := publicNode(c, asConfigured(c), "", found{}); n != tt.node {
+			if n, _ := publicNode(c, asConfigured(c), "", host.Addresses{}); n != tt.node {
 				t.Errorf("map %+v, want %+v", n, tt.node)
 			}
 			if len(c.warnings) != tt.warnings {

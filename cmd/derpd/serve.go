@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"derpd/certs"
+	"derpd/cmd/derpd/internal/host"
 	"derpd/healthz"
 	"derpd/relay"
 	"derpd/relay/admit"
@@ -36,9 +37,11 @@ func serve(ctx context.Context, start time.Time, args, env []string, stdout, std
 	if err != nil {
 		return configError(err)
 	}
-	c.gateways = containerGateways("/", driverOf)
+	c.gateways = host.ContainerGateways()
 	log := newLogger(c, stderr)
-	limitMemory(log)
+	if limit := host.LimitMemory(); limit > 0 {
+		log.Debug().Int64("bytes", limit).Msg("memory limit set below the container's")
+	}
 	n, err := newNode(ctx, start, c, log, stdout)
 	if err != nil {
 		return err
@@ -70,7 +73,7 @@ type node struct {
 
 	// address is closed when found is set.
 	address chan struct{}
-	found   found
+	found   host.Addresses
 }
 
 // newNode binds everything, then reads or makes what is kept on disk. Until
@@ -226,9 +229,9 @@ var errNoName = errors.New("DERP_DOMAIN: no address of this machine was found, a
 
 // names are all that this node is known by: domains, and addresses given or
 // found.
-func (c *config) names(f found) []string {
+func (c *config) names(f host.Addresses) []string {
 	list := slices.Clone(c.domains)
-	for _, s := range []string{c.node.IPv4, c.node.IPv6, f.v4.String(), f.v6.String()} {
+	for _, s := range []string{c.node.IPv4, c.node.IPv6, f.V4.String(), f.V6.String()} {
 		if _, err := netip.ParseAddr(s); err == nil && !slices.Contains(list, s) {
 			list = append(list, s)
 		}
@@ -244,7 +247,7 @@ func (n *node) findAddress(ctx context.Context) error {
 	default:
 	}
 	if n.config.needsDiscovery() {
-		n.found = discover(ctx, n.config.discovery)
+		n.found = host.PublicAddresses(ctx, n.config.discovery)
 	}
 	close(n.address)
 	return nil
@@ -369,10 +372,10 @@ func (n *node) announceStart() {
 	for _, w := range c.warnings {
 		n.log.Warn().Str("warning", w).Msg("configuration")
 	}
-	if warning := filesWarning(); warning != "" {
+	if warning := host.OpenFilesWarning(); warning != "" {
 		n.log.Warn().Str("warning", warning).Msg("limit of the host")
 	}
-	if lostWithContainer("/", c.dataDir) {
+	if host.LostWithContainer(c.dataDir) {
 		n.log.Warn().Str("dir", c.dataDir).Msg("the data directory is no volume: node key and certificates are lost with this container")
 	}
 	switch {

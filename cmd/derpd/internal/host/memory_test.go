@@ -1,11 +1,11 @@
-package main
+package host
 
 import (
 	"testing"
 	"testing/fstest"
 )
 
-func TestMemoryOfCgroup(t *testing.T) {
+func TestCgroupMemory(t *testing.T) {
 	for name, tt := range map[string]struct {
 		files map[string]string
 		want  int64 // 0: none
@@ -41,7 +41,7 @@ func TestMemoryOfCgroup(t *testing.T) {
 		for path, content := range tt.files {
 			root[path] = &fstest.MapFile{Data: []byte(content)}
 		}
-		got, ok := memoryOfCgroup(root)
+		got, ok := cgroupMemory(root)
 		if ok != (tt.want != 0) || ok && got != tt.want {
 			t.Errorf("%s: %d, %v, want %d", name, got, ok, tt.want)
 		}

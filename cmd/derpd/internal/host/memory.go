@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"io/fs"
@@ -8,31 +8,32 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-
-	"github.com/rs/zerolog"
 )
 
-// memoryShare is the part of the container's memory, in percent, that Go may
-// use: the rest is for the sockets and the binary.
-const memoryShare = 90
+// memoryPercent is the part of the container's memory that Go may use. The rest
+// is for socket buffers and the binary.
+const memoryPercent = 90
 
-// limitMemory makes Go collect garbage more often near the limit of the
-// container, rather than be killed by it. A GOMEMLIMIT that is set stays.
-func limitMemory(log zerolog.Logger) {
+// LimitMemory sets Go's memory limit below the container's limit, so that Go
+// collects garbage more often instead of being killed. It returns the limit in
+// bytes, or 0 where the container has none. A limit set by GOMEMLIMIT stays.
+func LimitMemory() int64 {
 	if debug.SetMemoryLimit(-1) != math.MaxInt64 {
-		return
+		return 0
 	}
-	if limit, ok := memoryOfCgroup(os.DirFS("/")); ok {
-		limit = limit / 100 * memoryShare
-		debug.SetMemoryLimit(limit)
-		log.Debug().Int64("bytes", limit).Msg("memory limit, by the container's")
+	limit, ok := cgroupMemory(os.DirFS("/"))
+	if !ok {
+		return 0
 	}
+	limit = limit / 100 * memoryPercent
+	debug.SetMemoryLimit(limit)
+	return limit
 }
 
-// memoryOfCgroup is the lowest memory limit, in bytes, of this process's cgroup
-// and those around it, of both versions (cgroups(7)). In a container, the
-// cgroup of the container is mounted in place of the root.
-func memoryOfCgroup(root fs.FS) (limit int64, ok bool) {
+// cgroupMemory is the lowest memory limit, in bytes, of this process's cgroup
+// and the cgroups around it. It reads both versions of cgroups(7). A container
+// sees its own cgroup mounted as the root.
+func cgroupMemory(root fs.FS) (limit int64, ok bool) {
 	data, err := fs.ReadFile(root, "proc/self/cgroup")
 	if err != nil {
 		return 0, false
@@ -54,7 +55,8 @@ func memoryOfCgroup(root fs.FS) (limit int64, ok bool) {
 		}
 		for group := path.Clean("/" + fields[2]); ; group = path.Dir(group) {
 			if data, err := fs.ReadFile(root, path.Join(mount, group, file)); err == nil {
-				// None is "max", or in version 1 a number above all memory.
+				// "No limit" is "max", or in version 1 a number above any
+				// real memory.
 				if n, err := strconv.ParseInt(strings.TrimSpace(string(data)), 10, 64); err == nil && n > 0 && n < 1<<60 {
 					limit = min(limit, n)
 				}

@@ -1,9 +1,9 @@
-package main
+package host
 
 import "golang.org/x/sys/unix"
 
-// driverOf names the driver of an interface, as ethtool -i does; empty when it
-// has none.
+// driverOf returns the driver of a network interface, as ethtool -i prints it.
+// It is empty when the interface has none.
 func driverOf(name string) string {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

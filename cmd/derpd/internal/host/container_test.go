@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"os"
@@ -13,16 +13,16 @@ func TestLostWithContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	if lostWithContainer(root, data) {
-		t.Error("no container, and yet the data is lost with it")
+		t.Error("reported as lost outside a container")
 	}
 	if err := os.WriteFile(filepath.Join(root, ".dockerenv"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if !lostWithContainer(root, data) {
-		t.Error("a directory of the container itself is not found out")
+		t.Error("a directory of the container itself is not reported")
 	}
-	// Another file system stands for a volume; every Linux has this one.
+	// /proc is a file system of its own, as a volume is.
 	if lostWithContainer(root, "/proc") {
-		t.Error("a mount is called lost")
+		t.Error("a mounted volume is reported as lost")
 	}
 }
