@@ -20,7 +20,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit/acmetest"
 )
 
 // listeners are where a relay would listen, before it has a certificate.

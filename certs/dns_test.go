@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -19,7 +18,8 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/acmetest"
 )
 
 func dnsProvider(t *testing.T, name string, values map[string]string) certmagic.DNSProvider {
@@ -128,7 +128,7 @@ func startAcmeDNS(t *testing.T) *acmeDNS {
 	t.Cleanup(api.Close)
 	a.url = api.URL
 
-	a.addr = net.JoinHostPort("127.0.0.1", acmetest.FreePort(t))
+	a.addr = testkit.FreeAddr(t)
 	for _, network := range []string{"udp", "tcp"} {
 		started := make(chan struct{})
 		server := &dns.Server{Addr: a.addr, Net: network, Handler: dns.HandlerFunc(a.answer), NotifyStartedFunc: func() { close(started) }}

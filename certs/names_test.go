@@ -14,7 +14,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit/acmetest"
 )
 
 // listenOn is listen with two listeners on given addresses.

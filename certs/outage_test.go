@@ -14,7 +14,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit/acmetest"
 )
 
 // An authority that is down at the start, as the network of a machine that has

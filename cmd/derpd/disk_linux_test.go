@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/acmetest"
 	"derpd/relay"
 )
 
@@ -48,14 +49,10 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			authority := acmetest.Start(t)
 			authority.Validity = 4 * time.Minute // less than certmagic likes, so it is renewed at each start
 			domain := freshName(tt.name)
-			httpPort := acmetest.FreePort(t)
-			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+httpPort,
+			httpPort := testkit.FreePort(t)
+			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+strconv.Itoa(httpPort),
 				"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
-			number, err := strconv.Atoi(httpPort)
-			if err != nil {
-				t.Fatal(err)
-			}
-			authority.Validate(t, number, 1)
+			authority.Validate(t, httpPort, 1)
 			inAnotherProcess(t, env, "there is a certificate", func() bool { return stored(data) != nil })
 			roots, old := authority.Roots(), stored(data)
 			private, err := relay.LoadKey(filepath.Join(data, "node.key"))

@@ -14,7 +14,7 @@ import (
 	"tailscale.com/derp/derphttp"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit/acmetest"
 )
 
 // A relay that can be reached on neither 80 nor 443 gets its certificate by

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,7 +20,8 @@ import (
 	"github.com/caddyserver/certmagic"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/acmetest"
 	"derpd/relay"
 )
 
@@ -48,13 +50,9 @@ func TestKilled(t *testing.T) {
 		authority := acmetest.Start(t)
 		// So near its end, a certificate is renewed at each start.
 		authority.Validity = 4 * time.Minute
-		httpPort := acmetest.FreePort(t)
-		var number int
-		if _, err := fmt.Sscan(httpPort, &number); err != nil {
-			t.Fatal(err)
-		}
-		authority.Validate(t, number, 1)
-		v.env = append(v.env, "DERP_DOMAIN=killed.example.com", "DERP_HTTP_PORT="+httpPort, "DERP_ACME_CHALLENGES=http",
+		httpPort := testkit.FreePort(t)
+		authority.Validate(t, httpPort, 1)
+		v.env = append(v.env, "DERP_DOMAIN=killed.example.com", "DERP_HTTP_PORT="+strconv.Itoa(httpPort), "DERP_ACME_CHALLENGES=http",
 			"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile)
 	}
 	var running sync.WaitGroup

@@ -26,7 +26,8 @@ import (
 	"tailscale.com/types/logger"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/acmetest"
 	"derpd/relay"
 	"derpd/relay/derpmap"
 )
@@ -58,7 +59,7 @@ func meshNodes(t *testing.T, count int, pairs ...string) []meshNode {
 			t.Fatal(err)
 		}
 		list[i] = meshNode{
-			port: acmetest.FreePort(t),
+			port: strconv.Itoa(testkit.FreePort(t)),
 			pin:  m.Status().Pin,
 			env:  append(loopbackEnv(t), "DERP_DATA_DIR="+dir, "DERP_MESH_KEY="+meshSecret),
 		}
@@ -468,7 +469,7 @@ func TestMeshInModeOff(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	behind := acmetest.FreePort(t)
+	behind := strconv.Itoa(testkit.FreePort(t))
 	ln, err := tls.Listen("tcp", "127.0.0.1:"+front, &tls.Config{GetCertificate: pinned.GetCertificate, MinVersion: tls.VersionTLS12})
 	if err != nil {
 		t.Fatal(err)

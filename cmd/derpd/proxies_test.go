@@ -28,8 +28,8 @@ import (
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
-	"derpd/certs/acmetest"
 	"derpd/healthz"
+	"derpd/internal/testkit/acmetest"
 	"derpd/relay"
 )
 

@@ -9,7 +9,8 @@ import (
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
-	"derpd/internal/peers"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/peers"
 )
 
 // The way of a Headscale user: the map that the relay prints, in a real
@@ -34,7 +35,7 @@ func TestRealNodes(t *testing.T) {
 	for _, kind := range []tailcfg.PingType{tailcfg.PingDisco, tailcfg.PingTSMP} { // the latter inside WireGuard
 		for _, way := range [][2]*peers.Tailscaled{{a, b}, {b, a}} {
 			to := way[1].Status(t).TailscaleIPs[0]
-			peers.Wait(t, "an answer to a ping", func(ctx context.Context) error {
+			testkit.Wait(t, "an answer to a ping", func(ctx context.Context) error {
 				// The first ones are lost while the nodes learn of each other.
 				ctx, cancel := context.WithTimeout(ctx, time.Second)
 				defer cancel()

@@ -14,8 +14,8 @@ import (
 	"tailscale.com/derp/derphttp"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
 	"derpd/healthz"
+	"derpd/internal/testkit/acmetest"
 )
 
 // shown is the certificate that a client gets and verifies.

@@ -28,8 +28,8 @@ import (
 	"tailscale.com/types/logger"
 
 	"derpd/certs"
-	"derpd/certs/acmetest"
 	"derpd/healthz"
+	"derpd/internal/testkit/acmetest"
 )
 
 // With no configuration at all but the ports, two clients that know only what

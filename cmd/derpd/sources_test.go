@@ -13,7 +13,7 @@ import (
 
 	"tailscale.com/types/key"
 
-	"derpd/internal/peers"
+	"derpd/internal/testkit/peers"
 )
 
 // authority is a real source of admission, and what can happen to it.

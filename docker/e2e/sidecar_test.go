@@ -14,7 +14,8 @@ import (
 
 	"tailscale.com/types/key"
 
-	"derpd/internal/peers"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/peers"
 )
 
 // admitSidecar is the profile tailscaled: a sidecar, a member of a real
@@ -75,7 +76,7 @@ TS_EXTRA_ARGS=--login-server=%s
 	memberKey := member.NodeKey(t)
 	says := func(node key.NodePublic, want string) {
 		t.Helper()
-		peers.Wait(t, "the relay to say "+want, func(context.Context) error {
+		testkit.Wait(t, "the relay to say "+want, func(context.Context) error {
 			out, _ := d.compose(t, "exec", "-T", "relay", "/derpd", "admit", node.String())
 			if !strings.Contains(out, want) {
 				return errors.New(out)

@@ -23,7 +23,7 @@ import (
 
 	"tailscale.com/types/key"
 
-	"derpd/internal/peers"
+	"derpd/internal/testkit/peers"
 )
 
 const (

@@ -26,8 +26,8 @@ import (
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
-	"derpd/certs/acmetest"
-	"derpd/internal/peers"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/acmetest"
 )
 
 // root is that of the repository.
@@ -65,13 +65,9 @@ func TestBothWays(t *testing.T) {
 				})
 				t.Run("letsencrypt", func(t *testing.T) {
 					authority := acmetest.Start(t)
-					httpPort := acmetest.FreePort(t)
-					number, err := strconv.Atoi(httpPort)
-					if err != nil {
-						t.Fatal(err)
-					}
-					authority.Validate(t, number, 1)
-					ran := serve(t, turns, append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+httpPort,
+					httpPort := testkit.FreePort(t)
+					authority.Validate(t, httpPort, 1)
+					ran := serve(t, turns, append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+strconv.Itoa(httpPort),
 						"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), authority.Roots())
 					// Each obtains a certificate where it finds none in its
 					// own layout, and never a second one: authorities count.
@@ -130,7 +126,7 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 		}
 	}()
 	// It asks the running relay, and so does derpmap.
-	peers.Wait(t, binary+" to be ready", func(ctx context.Context) error {
+	testkit.Wait(t, binary+" to be ready", func(ctx context.Context) error {
 		health := exec.CommandContext(ctx, binary, "healthcheck")
 		health.Env = env
 		out, err := health.CombinedOutput()
@@ -195,7 +191,7 @@ func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) id
 		_ = to.Close()
 	}()
 	// Until it arrives: the relay drops what is for a client it does not know yet.
-	peers.Wait(t, "a packet", func(context.Context) error {
+	testkit.Wait(t, "a packet", func(context.Context) error {
 		if err := from.Send(to.SelfPublicKey(), []byte("packet")); err != nil {
 			return err
 		}
@@ -220,7 +216,7 @@ func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) id
 func environment(t *testing.T) []string {
 	t.Helper()
 	return []string{
-		"DERP_ADDR=127.0.0.1:" + acmetest.FreePort(t), "DERP_ADMIN_ADDR=127.0.0.1:" + acmetest.FreePort(t), "DERP_STUN_PORT=0",
+		"DERP_ADDR=" + testkit.FreeAddr(t), "DERP_ADMIN_ADDR=" + testkit.FreeAddr(t), "DERP_STUN_PORT=0",
 		"DERP_DATA_DIR=" + t.TempDir(), "DERP_DISCOVERY=off", "DERP_TAILSCALED_SOCKET=/nonexistent/tailscaled.sock",
 		"DERP_PUBLIC_IPV4=127.0.0.1", "DERP_PUBLIC_IPV6=none",
 	}

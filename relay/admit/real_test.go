@@ -13,7 +13,8 @@ import (
 
 	"tailscale.com/types/key"
 
-	"derpd/internal/peers"
+	"derpd/internal/testkit"
+	"derpd/internal/testkit/peers"
 	"derpd/relay/admit"
 )
 
@@ -27,7 +28,7 @@ func ask(ctx context.Context, s admit.Source, node key.NodePublic) error {
 // to learn of a change. A no on the way to a yes would have cut the node off.
 func wantYes(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 	t.Helper()
-	peers.Wait(t, what+" to be admitted", func(ctx context.Context) error {
+	testkit.Wait(t, what+" to be admitted", func(ctx context.Context) error {
 		err := ask(ctx, s, node)
 		if errors.Is(err, admit.ErrRefused) {
 			t.Fatalf("%s is refused: %v", what, err)
@@ -38,7 +39,7 @@ func wantYes(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 
 func wantNo(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 	t.Helper()
-	peers.Wait(t, what+" to be refused", func(ctx context.Context) error {
+	testkit.Wait(t, what+" to be refused", func(ctx context.Context) error {
 		if err := ask(ctx, s, node); !errors.Is(err, admit.ErrRefused) {
 			return errors.New("the answer is " + fmt.Sprint(err))
 		}
@@ -49,7 +50,7 @@ func wantNo(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 // wantUnknown wants an error that is not a no, and has one of the reasons.
 func wantUnknown(t *testing.T, s admit.Source, node key.NodePublic, reasons ...string) {
 	t.Helper()
-	peers.Wait(t, fmt.Sprintf("an answer with %q", reasons), func(ctx context.Context) error {
+	testkit.Wait(t, fmt.Sprintf("an answer with %q", reasons), func(ctx context.Context) error {
 		err := ask(ctx, s, node)
 		if errors.Is(err, admit.ErrRefused) {
 			t.Fatalf("refused: %v; want %q", err, reasons)
@@ -141,7 +142,7 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 	wantYes(t, "a member when tailscaled is up again", source, member)
 
 	h.Stop()
-	peers.Wait(t, "tailscaled to lose headscale", func(context.Context) error {
+	testkit.Wait(t, "tailscaled to lose headscale", func(context.Context) error {
 		if local.Status(t).Self.Online {
 			return errors.New("it is online")
 		}
@@ -159,7 +160,7 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 	wantNo(t, "a stranger", source, stranger)
 
 	h.Expire(t, local.NodeKey(t))
-	peers.Wait(t, "tailscaled to learn that it expired", func(context.Context) error {
+	testkit.Wait(t, "tailscaled to learn that it expired", func(context.Context) error {
 		if state := local.Status(t).BackendState; state != "NeedsLogin" {
 			return errors.New(state)
 		}

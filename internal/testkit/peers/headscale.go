@@ -14,10 +14,12 @@ import (
 	"testing"
 
 	"tailscale.com/types/key"
+
+	"derpd/internal/testkit"
 )
 
-// The map comes from the test alone, and neither updates nor versions are
-// asked for.
+// headscaleConfig takes the DERP map from the test alone, and asks no server for
+// updates or versions.
 const headscaleConfig = `
 server_url: URL
 listen_addr: LISTEN
@@ -31,28 +33,28 @@ dns: {magic_dns: false, override_local_dns: false}
 unix_socket: DIR/socket
 `
 
-// Headscale is a headscale of its own for a test.
+// Headscale is a headscale with a database of its own.
 type Headscale struct {
 	*daemon
-	URL string // of the control server
+	URL string // URL of the control server
 
-	config, derpMap string            // paths
-	users           map[string]string // identifiers by name
+	config, derpMap string            // paths of the two files
+	users           map[string]string // headscale's identifiers, by the user's name
 }
 
-// NewHeadscale prepares a headscale. Its URL is known from now on, so that a
-// relay can be told; before Start it needs a map.
-func NewHeadscale(t *testing.T) *Headscale {
+// NewHeadscale prepares a headscale. Its URL is known at once, for the
+// configuration of a relay. Start needs a map: see SetMap.
+func NewHeadscale(t testing.TB) *Headscale {
 	t.Helper()
 	return NewHeadscaleAt(t, "127.0.0.1")
 }
 
-// NewHeadscaleAt is NewHeadscale at another address of this machine, for nodes
-// that cannot reach its loopback.
-func NewHeadscaleAt(t *testing.T, host string) *Headscale {
+// NewHeadscaleAt is NewHeadscale on another address of this machine, for nodes
+// that cannot reach its loopback addresses.
+func NewHeadscaleAt(t testing.TB, host string) *Headscale {
 	t.Helper()
-	program, dir := find(t, "headscale"), shortDir(t)
-	listen := net.JoinHostPort(host, freePort(t))
+	program, dir := Program(t, "headscale"), shortDir(t)
+	listen := net.JoinHostPort(host, strconv.Itoa(testkit.FreePort(t)))
 	h := &Headscale{
 		URL:     "http://" + listen,
 		config:  filepath.Join(dir, "config.yaml"),
@@ -67,17 +69,17 @@ func NewHeadscaleAt(t *testing.T, host string) *Headscale {
 	return h
 }
 
-// SetMap sets the relays of the nodes, and there are no others: a map as
-// `derpd derpmap --format headscale` prints it. Start reads it.
-func (h *Headscale) SetMap(t *testing.T, m []byte) {
+// SetMap sets the DERP map of all nodes, in the format of `derpd derpmap
+// --format headscale`. Start reads the map.
+func (h *Headscale) SetMap(t testing.TB, m []byte) {
 	t.Helper()
 	if err := os.WriteFile(h.derpMap, m, 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// Start starts it, also again after Stop: at the same URL, with the same nodes.
-func (h *Headscale) Start(t *testing.T) {
+// Start starts headscale. After Stop, headscale has the same URL and nodes.
+func (h *Headscale) Start(t testing.TB) {
 	t.Helper()
 	h.start(t, func(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, h.URL+"/health", nil)
@@ -96,11 +98,11 @@ func (h *Headscale) Start(t *testing.T) {
 	})
 }
 
-// VerifyURL is its admission URL.
+// VerifyURL is the admission URL of headscale.
 func (h *Headscale) VerifyURL() string { return h.URL + "/verify" }
 
-// cli runs a command of headscale, and decodes what it prints into v.
-func (h *Headscale) cli(t *testing.T, v any, args ...string) {
+// cli runs a command of headscale, and decodes its output into v.
+func (h *Headscale) cli(t testing.TB, v any, args ...string) {
 	t.Helper()
 	out := run(t, h.env, h.program, append([]string{"--config", h.config, "--output", "json"}, args...)...)
 	if err := json.NewDecoder(bytes.NewReader(out)).Decode(v); err != nil {
@@ -108,8 +110,8 @@ func (h *Headscale) cli(t *testing.T, v any, args ...string) {
 	}
 }
 
-// AuthKey makes a key by which any number of nodes of a user may join.
-func (h *Headscale) AuthKey(t *testing.T, user string) string {
+// AuthKey makes a key with which any number of a user's nodes can join.
+func (h *Headscale) AuthKey(t testing.TB, user string) string {
 	t.Helper()
 	if h.users[user] == "" {
 		var created struct{ ID uint64 }
@@ -122,19 +124,20 @@ func (h *Headscale) AuthKey(t *testing.T, user string) string {
 }
 
 // Delete removes the node with the given key from the network.
-func (h *Headscale) Delete(t *testing.T, node key.NodePublic) {
+func (h *Headscale) Delete(t testing.TB, node key.NodePublic) {
 	t.Helper()
 	h.cli(t, new(any), "nodes", "delete", "--force", "--identifier", h.identifier(t, node))
 }
 
-// Expire logs the node with the given key out, but keeps it.
-func (h *Headscale) Expire(t *testing.T, node key.NodePublic) {
+// Expire ends the login of the node with the given key. The node stays in the
+// network's list.
+func (h *Headscale) Expire(t testing.TB, node key.NodePublic) {
 	t.Helper()
 	h.cli(t, new(any), "nodes", "expire", "--identifier", h.identifier(t, node))
 }
 
-// identifier is how headscale's commands name the node with the given key.
-func (h *Headscale) identifier(t *testing.T, node key.NodePublic) string {
+// identifier is the number of a node in headscale's commands.
+func (h *Headscale) identifier(t testing.TB, node key.NodePublic) string {
 	t.Helper()
 	var nodes []struct {
 		ID  uint64         `json:"id"`

@@ -7,44 +7,24 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/miekg/dns"
+
+	"derpd/internal/testkit"
 )
 
-// FreePort finds a port of 127.0.0.1 that is free for UDP and TCP, for servers
-// that bind for themselves.
-func FreePort(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		tcp, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		udp, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", tcp.Addr().String())
-		_ = tcp.Close()
-		if err != nil {
-			continue
-		}
-		_ = udp.Close()
-		_, port, _ := net.SplitHostPort(tcp.Addr().String())
-		return port
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
-// KeyName and Key are the TSIG key (hmac-sha256) by which the zones of [Named]
-// may be changed.
+// KeyName and Key are the TSIG key (hmac-sha256) that may change the zones of
+// [Named].
 const (
 	KeyName = "derpd"
 	Key     = "ZGVycGQgdGVzdCBrZXksIG5vdCBhIHNlY3JldCBvbmU="
 )
 
-// Recursion is on because BIND follows a CNAME into another of its zones only
-// then; no test asks for a name that it does not hold.
+// namedConfig has recursion on: without it BIND does not follow a CNAME into
+// another of its own zones. No test asks for a name outside the zones.
 const namedConfig = `
 options {
 	directory "DIR"; pid-file none; session-keyfile "DIR/session.key";
@@ -58,15 +38,15 @@ zone "example.org" { type primary; file "example.org.zone"; };
 zone "acme.example.net" { type primary; file "acme.example.net.zone"; allow-update { key KEYNAME.; }; };
 `
 
-// Named is a running BIND. It holds example.com, which may be changed by RFC
-// 2136; example.org, which may not, and where the challenge of derp is a CNAME
-// to derp.acme.example.net; and acme.example.net, which may.
+// Named is a running BIND with three zones. Updates (RFC 2136) may change
+// example.com and acme.example.net, but not example.org. In example.org the
+// challenge of derp is a CNAME to derp.acme.example.net.
 type Named struct {
-	Addr string // UDP and TCP
+	Addr string // address for UDP and TCP
 }
 
-// StartNamed starts a server of its own for a test.
-func StartNamed(t *testing.T) Named {
+// StartNamed starts a server with fresh zones, and waits until it answers.
+func StartNamed(t testing.TB) Named {
 	t.Helper()
 	installed, err := exec.LookPath("named")
 	if err != nil {
@@ -76,7 +56,7 @@ func StartNamed(t *testing.T) Named {
 	if err != nil {
 		t.Fatalf("this test needs BIND's named: install the Debian package bind9 (%v)", err)
 	}
-	dir, port := t.TempDir(), FreePort(t)
+	dir, port := t.TempDir(), strconv.Itoa(testkit.FreePort(t))
 	zone := func(name, records string) {
 		content := "$TTL 60\n@ SOA ns." + name + ". root." + name + ". 1 60 60 600 1\n@ NS ns." + name + ".\nns A 127.0.0.1\n" + records
 		if err := os.WriteFile(filepath.Join(dir, name+".zone"), []byte(content), 0o600); err != nil {
@@ -90,8 +70,8 @@ func StartNamed(t *testing.T) Named {
 	if err := os.WriteFile(filepath.Join(dir, "named.conf"), []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// AppArmor's profile for /usr/sbin/named keeps it from reading
-	// temporary directories; it does not know a copy.
+	// AppArmor's profile for /usr/sbin/named forbids temporary directories. The
+	// profile does not apply to a copy of the program.
 	program := filepath.Join(dir, "named")
 	if err := os.WriteFile(program, binary, 0o700); err != nil {
 		t.Fatal(err)
@@ -112,20 +92,12 @@ func StartNamed(t *testing.T) Named {
 		}
 	})
 	server := Named{net.JoinHostPort("127.0.0.1", port)}
-	deadline, tick := time.After(30*time.Second), time.NewTicker(20*time.Millisecond)
-	defer tick.Stop()
-	for server.Lookup(t, "example.com", dns.TypeSOA) == "" {
-		select {
-		case <-deadline:
-			t.Fatal("named does not answer")
-		case <-tick.C:
-		}
-	}
+	testkit.Until(t, "named answers", func() bool { return server.Lookup(t, "example.com", dns.TypeSOA) != "" })
 	return server
 }
 
-// Lookup gives the answer of the server, or nothing when it has none.
-func (n Named) Lookup(t *testing.T, name string, kind uint16) string {
+// Lookup returns the first record of the server's answer, or an empty string.
+func (n Named) Lookup(t testing.TB, name string, kind uint16) string {
 	t.Helper()
 	question := new(dns.Msg).SetQuestion(dns.Fqdn(name), kind)
 	answer, _, err := (&dns.Client{Net: "tcp"}).ExchangeContext(t.Context(), question, n.Addr)

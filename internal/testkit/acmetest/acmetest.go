@@ -1,6 +1,5 @@
-// Package acmetest runs a real certificate authority in the test process:
-// pebble, which the makers of Let's Encrypt keep for this purpose, and its DNS
-// server.
+// Package acmetest runs a certificate authority in the test process: pebble, the
+// ACME test server of Let's Encrypt, and its DNS server.
 package acmetest
 
 import (
@@ -26,6 +25,8 @@ import (
 	"github.com/letsencrypt/pebble/v2/db"
 	"github.com/letsencrypt/pebble/v2/va"
 	"github.com/letsencrypt/pebble/v2/wfe"
+
+	"derpd/internal/testkit"
 )
 
 // CA is a running authority.
@@ -38,19 +39,20 @@ type CA struct {
 	ServerRoots *x509.CertPool
 	RootsFile   string
 
-	// ExternalAccounts are key IDs and their MAC keys, base64url, without
-	// which no account is opened (RFC 8555 §7.3.4). Set it before Validate;
-	// none means that anybody may.
+	// ExternalAccounts are key IDs and their MAC keys in base64url. The
+	// authority opens an account only for one of them (RFC 8555 §7.3.4), or for
+	// everybody if the map is empty. Set it before Validate.
 	ExternalAccounts map[string]string
 
-	// Validity is that of what is issued; 0 for what is usual. Set it before
-	// Validate, as well as RejectNonces, the percentage of good nonces that
-	// are refused.
-	Validity     time.Duration
+	// Validity is the validity of issued certificates; 0 for pebble's default.
+	// Set it before Validate.
+	Validity time.Duration
+
+	// RejectNonces is the percentage of good nonces that the authority refuses.
+	// Set it before Validate.
 	RejectNonces int
 
-	// Refuse, when it holds a function, answers orders in place of the
-	// authority.
+	// Refuse answers orders in place of the authority while it is set.
 	Refuse atomic.Pointer[http.HandlerFunc]
 
 	front   *httptest.Server
@@ -60,21 +62,21 @@ type CA struct {
 	once    sync.Once
 	serving chan struct{} // closed when handler is set
 
-	// Asked is closed when the first request comes in.
+	// Asked is closed at the first request.
 	Asked   chan struct{}
 	askOnce sync.Once
 }
 
-// Start starts an authority, which answers only after Validate. Every DNS name
-// resolves to 127.0.0.1 for it.
-func Start(t *testing.T) *CA {
+// Start starts an authority that answers only after Validate. The authority
+// resolves every DNS name to 127.0.0.1.
+func Start(t testing.TB) *CA {
 	t.Helper()
 	return StartResolving(t, startDNS(t))
 }
 
-// StartResolving is Start with a DNS server (host:port, UDP and TCP) of the
-// caller's, so that DNS-01 can be tried.
-func StartResolving(t *testing.T, server string) *CA {
+// StartResolving is Start with a DNS server of the caller (host:port, UDP and
+// TCP), for tests of DNS-01.
+func StartResolving(t testing.TB, server string) *CA {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 
@@ -107,8 +109,8 @@ func StartResolving(t *testing.T, server string) *CA {
 // Stop makes the authority refuse connections, until Resume.
 func (c *CA) Stop() { c.front.Close() }
 
-// Resume listens where it listened before.
-func (c *CA) Resume(t *testing.T) {
+// Resume listens on the same address again after Stop.
+func (c *CA) Resume(t testing.TB) {
 	t.Helper()
 	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", c.front.Listener.Addr().String())
 	if err != nil {
@@ -121,16 +123,16 @@ func (c *CA) Resume(t *testing.T) {
 	c.front = front
 }
 
-// Validate lets requests through, and says on which ports the authority finds
-// the challenges. The caller learns them only once its listeners are bound,
-// and its first request may come before that.
-func (c *CA) Validate(t *testing.T, httpPort, tlsPort int) {
+// Validate sets the ports on which the authority looks for the answers to its
+// challenges, and lets requests through. Requests that came before wait: the
+// caller knows its ports only when its listeners are bound.
+func (c *CA) Validate(t testing.TB, httpPort, tlsPort int) {
 	t.Helper()
 	c.once.Do(func() {
 		t.Setenv("PEBBLE_WFE_NONCEREJECT", strconv.Itoa(c.RejectNonces))
 		validity := uint64(c.Validity.Seconds()) // 0 is the authority's default
-		// log does nothing at all for io.Discard itself. Pebble's handlers
-		// and its finalizing are ordered only by the log's lock.
+		// A logger for io.Discard itself skips its lock. Pebble relies on that
+		// lock to order its handlers and its finalizing.
 		quiet := log.New(struct{ io.Writer }{io.Discard}, "", 0)
 		store := db.NewMemoryStore()
 		c.issued = ca.New(quiet, store, "", "ecdsa", 0, 1, map[string]ca.Profile{
@@ -149,7 +151,7 @@ func (c *CA) Validate(t *testing.T, httpPort, tlsPort int) {
 	})
 }
 
-// Root signs what the authority issues. Validate must have been called.
+// Root is the root of issued certificates. Call Validate first.
 func (c *CA) Root() *x509.Certificate { return c.issued.GetRootCert(0).Cert }
 
 // Roots is the pool of Root.
@@ -159,10 +161,10 @@ func (c *CA) Roots() *x509.CertPool {
 	return pool
 }
 
-// startDNS answers 127.0.0.1 for every name.
-func startDNS(t *testing.T) string {
+// startDNS starts a server that answers 127.0.0.1 for every name.
+func startDNS(t testing.TB) string {
 	t.Helper()
-	addr := net.JoinHostPort("127.0.0.1", FreePort(t))
+	addr := testkit.FreeAddr(t)
 	var out bytes.Buffer
 	server, err := challtestsrv.New(challtestsrv.Config{
 		DNSAddrs: []string{addr},
