@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -20,6 +21,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
@@ -61,11 +63,14 @@ func serveChallenges(t *testing.T, m *certs.ACME, l listeners) {
 
 func waitReady(t *testing.T, m certs.Manager) {
 	t.Helper()
-	select {
-	case <-m.Ready():
-	case <-time.After(30 * time.Second):
-		t.Fatalf("no certificate: %v", m.Status().Err)
-	}
+	testkit.Wait(t, "a certificate", func(context.Context) error {
+		select {
+		case <-m.Ready():
+			return nil
+		default:
+			return fmt.Errorf("the status is %v", m.Status().Err)
+		}
+	})
 }
 
 func TestACMEObtains(t *testing.T) {
@@ -259,15 +264,7 @@ func TestACMERefused(t *testing.T) {
 			tt.config(t, authority, &c, l)
 			m := certs.NewACME(c)
 			serveChallenges(t, m, l)
-			deadline, tick := time.After(30*time.Second), time.NewTicker(10*time.Millisecond)
-			defer tick.Stop()
-			for errors.Is(m.Status().Err, certs.ErrNone) {
-				select {
-				case <-deadline:
-					t.Fatal("no failure is reported")
-				case <-tick.C:
-				}
-			}
+			testkit.Until(t, "a failure is reported", func() bool { return !errors.Is(m.Status().Err, certs.ErrNone) })
 			said := m.Status().Err.Error()
 			for _, want := range tt.want {
 				if !strings.Contains(said, want) {

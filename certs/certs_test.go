@@ -4,17 +4,12 @@ import (
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"io/fs"
-	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,6 +19,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
+	"derpd/internal/testkit"
 )
 
 var now = time.Now()
@@ -142,66 +138,12 @@ func TestPinnedRefuses(t *testing.T) {
 // issue signs a certificate; a nil parent makes it self-signed.
 func issue(t *testing.T, name string, isCA bool, notBefore, notAfter time.Time, parent *tls.Certificate) *tls.Certificate {
 	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(now.UnixNano()), Subject: pkix.Name{CommonName: name},
-		NotBefore: notBefore, NotAfter: notAfter, IsCA: isCA, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	if isCA {
-		template.KeyUsage |= x509.KeyUsageCertSign
-		template.ExtKeyUsage = nil
-	} else if ip := net.ParseIP(name); ip != nil {
-		template.IPAddresses = []net.IP{ip}
-	} else {
-		template.DNSNames = []string{name}
-	}
-	signer, signerKey := template, any(private)
-	if parent != nil {
-		signer, signerKey = parent.Leaf, parent.PrivateKey
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, signer, &private.PublicKey, signerKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leaf, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}
+	return testkit.NewCertificate(t, testkit.Certificate{Names: []string{name}, NotBefore: notBefore, NotAfter: notAfter, CA: isCA, Issuer: parent})
 }
 
-func encodePEM(t *testing.T, kind string, ders ...[]byte) []byte {
-	t.Helper()
-	var out bytes.Buffer
-	for _, der := range ders {
-		if err := pem.Encode(&out, &pem.Block{Type: kind, Bytes: der}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return out.Bytes()
-}
+func chainPEM(_ *testing.T, chain ...*tls.Certificate) []byte { return testkit.ChainPEM(chain...) }
 
-func chainPEM(t *testing.T, chain ...*tls.Certificate) []byte {
-	t.Helper()
-	var ders [][]byte
-	for _, c := range chain {
-		ders = append(ders, c.Certificate[0])
-	}
-	return encodePEM(t, "CERTIFICATE", ders...)
-}
-
-func keyPEM(t *testing.T, c *tls.Certificate) []byte {
-	t.Helper()
-	der, err := x509.MarshalPKCS8PrivateKey(c.PrivateKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return encodePEM(t, "PRIVATE KEY", der)
-}
+func keyPEM(t *testing.T, c *tls.Certificate) []byte { return testkit.KeyPEM(t, c) }
 
 func write(t *testing.T, path string, data []byte) {
 	t.Helper()

@@ -14,6 +14,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
@@ -31,27 +32,21 @@ func listenOn(t *testing.T, https, plain string) listeners {
 	return l
 }
 
-// eventually dials until the client is shown a certificate that it accepts: the
-// manager is ready when it has the first one.
+// eventually dials until the client accepts the certificate, and returns it. A
+// manager of several names is ready when it has the first certificate.
 func eventually(t *testing.T, l listeners, host string, config *tls.Config) *x509.Certificate {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
 	addr := net.JoinHostPort(host, strconv.Itoa(portOf(l.https)))
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
+	var leaf *x509.Certificate
+	testkit.Wait(t, "a certificate for "+config.ServerName+" at "+host, func(ctx context.Context) error {
 		conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", addr)
-		if err == nil {
-			_ = conn.Close()
-			return conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
+		if err != nil {
+			return err
 		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("%s at %s: %v", config.ServerName, host, err)
-		case <-tick.C:
-		}
-	}
+		leaf = conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
+		return conn.Close()
+	})
+	return leaf
 }
 
 // Each name has a certificate of its own, and a client gets the one that it can

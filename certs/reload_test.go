@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
+	"derpd/internal/testkit"
 )
 
 // served runs a manager behind a TLS listener.
@@ -82,15 +84,12 @@ func (s served) leaf(t *testing.T) *x509.Certificate {
 // until waits until the status satisfies the condition.
 func (s served) until(t *testing.T, what string, condition func(certs.Status) bool) {
 	t.Helper()
-	deadline, tick := time.After(30*time.Second), time.NewTicker(10*time.Millisecond)
-	defer tick.Stop()
-	for !condition(s.Status()) {
-		select {
-		case <-deadline:
-			t.Fatalf("%s: %+v", what, s.Status())
-		case <-tick.C:
+	testkit.Wait(t, what, func(context.Context) error {
+		if status := s.Status(); !condition(status) {
+			return fmt.Errorf("the status is %+v", status)
 		}
-	}
+		return nil
+	})
 }
 
 // layout is how a program leaves certificate and key, and replaces them.
