@@ -14,27 +14,19 @@ import (
 	"time"
 
 	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
+
+	"derpd/internal/testkit"
 )
 
 // connectAs connects with a given node key, and reports what the relay thinks
 // of it.
 func connectAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) error {
 	t.Helper()
-	c := clientAs(t, r, private)
+	c := testkit.RegionClient(t, r, private)
 	defer func() { _ = c.Close() }()
-	return admitted(t, c)
-}
-
-// clientAs is a client with a given node key.
-func clientAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) *derphttp.Client {
-	t.Helper()
-	c := derphttp.NewRegionClient(private, logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return r })
-	t.Cleanup(func() { _ = c.Close() })
-	return c
+	return testkit.Admitted(t, c)
 }
 
 // serveSocket serves HTTP on a unix socket.
@@ -195,17 +187,17 @@ func TestKeyFileIsReadAgain(t *testing.T) {
 		t.Error("a node that is not in the file is admitted")
 	}
 	write(first.Public().String() + "\n" + second.Public().String() + "\n")
-	eventually(t, "a node that was added is admitted", func() bool { return connectAs(t, r, second) == nil })
+	testkit.Until(t, "a node that was added is admitted", func() bool { return connectAs(t, r, second) == nil })
 	for _, broken := range []string{"", "nodekey:123", "# nothing\n"} {
 		write(broken)
-		eventually(t, "health tells of the broken file", func() bool {
+		testkit.Until(t, "health tells of the broken file", func() bool {
 			return strings.Contains(n.health.Report(t.Context()).String(), "the last good list of 2 keys stays in force")
 		})
 		if err := connectAs(t, r, first); err != nil {
 			t.Errorf("the file became %q, and a known node is refused: %v", broken, err)
 		}
 		write(first.Public().String() + "\n" + second.Public().String() + "\n")
-		eventually(t, "health tells that the file is good again", func() bool {
+		testkit.Until(t, "health tells that the file is good again", func() bool {
 			return strings.Contains(n.health.Report(t.Context()).String(), "ok   admission: keys "+file)
 		})
 	}
@@ -246,14 +238,12 @@ func TestRevocation(t *testing.T) {
 			env, remove := revoke(t)
 			n := begin(t, loopbackEnv(t, env...))
 			r := region(t, parsePolicy(t, n.printed))
-			stays, leaves := clientAs(t, r, member), clientAs(t, r, removed)
+			stays, leaves := testkit.RegionClient(t, r, member), testkit.RegionClient(t, r, removed)
 			for _, c := range []*derphttp.Client{stays, leaves} {
-				if err := admitted(t, c); err != nil {
-					t.Fatal(err)
-				}
+				testkit.MustAdmit(t, c)
 			}
-			exchange(t, stays, leaves, member.Public(), removed.Public())
-			eventually(t, "the relay lists both", func() bool { return len(n.connected()) == 2 })
+			testkit.Exchange(t, stays, leaves)
+			testkit.Until(t, "the relay lists both", func() bool { return len(n.connected()) == 2 })
 			start := time.Now()
 			remove()
 			for {
@@ -265,8 +255,8 @@ func TestRevocation(t *testing.T) {
 			if err := connectAs(t, r, removed); err == nil {
 				t.Error("the node came back")
 			}
-			other := clientAs(t, r, member)
-			if err := admitted(t, other); err != nil {
+			other := testkit.RegionClient(t, r, member)
+			if err := testkit.Admitted(t, other); err != nil {
 				t.Error(err)
 			}
 			if counts := n.gate.Counts(); counts.Disconnected != 1 {
@@ -305,14 +295,12 @@ func TestAdmissionIsTold(t *testing.T) {
 	env := loopbackEnv(t, "DERP_ALLOW_KEYS="+member.Public().String(), "DERP_VERIFY_CLIENT_URL="+down.URL)
 	n := begin(t, env)
 	r := region(t, parsePolicy(t, n.printed))
-	c := clientAs(t, r, member)
-	if err := admitted(t, c); err != nil {
-		t.Fatal(err)
-	}
+	c := testkit.RegionClient(t, r, member)
+	testkit.MustAdmit(t, c)
 	if err := connectAs(t, r, key.NewNode()); err == nil {
 		t.Fatal("a stranger is admitted")
 	}
-	eventually(t, "the member is listed", func() bool { return len(n.connected()) == 1 })
+	testkit.Until(t, "the member is listed", func() bool { return len(n.connected()) == 1 })
 	admin := n.listeners.admin.Addr().String()
 	res, err := askAdmin(t.Context(), admin, "/metrics")
 	if err != nil {

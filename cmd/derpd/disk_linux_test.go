@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -68,7 +69,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 				t.Errorf("warned of %q, want %q", got, want)
 			}
 			want := strings.ReplaceAll(tt.want, "$D", data)
-			eventually(t, "health says the cause", func() bool { return strings.HasSuffix(n.checkCertificate(t.Context()).Detail, want) })
+			testkit.Until(t, "health says the cause", func() bool { return strings.HasSuffix(n.checkCertificate(t.Context()).Detail, want) })
 			if report := n.health.Report(t.Context()); !report.Ready {
 				t.Errorf("not ready: %s", report)
 			}
@@ -101,7 +102,7 @@ func inAnotherProcess(t *testing.T, env []string, what string, holds func() bool
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	eventually(t, what, holds)
+	testkit.Until(t, what, holds)
 }
 
 // stored is the certificate in a data directory, nil if there is none.
@@ -131,18 +132,17 @@ func TestDiskFullAtTheFirstStart(t *testing.T) {
 		}
 		authority.Validate(t, port(n.listeners.http.Addr()), 1)
 		go func() {
-			tick := time.NewTicker(20 * time.Millisecond)
-			defer tick.Stop()
-			for range tick.C {
-				if err := n.certs.Status().Err; err != nil && !errors.Is(err, certs.ErrNone) {
-					said <- err.Error()
-					_ = os.Remove(rubbish)
-					return
+			_ = testkit.Retry(t.Context(), func(context.Context) error {
+				err := n.certs.Status().Err
+				if err == nil || errors.Is(err, certs.ErrNone) {
+					return certs.ErrNone
 				}
-			}
+				said <- err.Error()
+				return os.Remove(rubbish)
+			})
 		}()
 	})
-	if got, want := <-said, "certificates cannot be stored in "+data+"/certs: no space left on device; make room there"; !strings.HasPrefix(got, want) {
+	if got, want := testkit.Receive(t, "the certificate is not stored", said), "certificates cannot be stored in "+data+"/certs: no space left on device; make room there"; !strings.HasPrefix(got, want) {
 		t.Errorf("status %q, want %q", got, want)
 	}
 }

@@ -3,9 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -21,14 +19,14 @@ import (
 	"github.com/rs/zerolog"
 	"github.com/tailscale/hujson"
 	"go.uber.org/goleak"
-	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testkit"
 )
 
-// patience bounds everything that must happen in a test.
-const patience = 30 * time.Second
+const patience = testkit.Patience
 
 func TestMain(m *testing.M) {
 	testscript.Main(leakChecked{m}, map[string]func(){"derpd": main})
@@ -141,20 +139,6 @@ func (w chanWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// eventually waits until a condition holds.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	deadline, tick := time.After(patience), time.NewTicker(20*time.Millisecond)
-	defer tick.Stop()
-	for !holds() {
-		select {
-		case <-deadline:
-			t.Fatalf("not within %s: %s", patience, what)
-		case <-tick.C:
-		}
-	}
-}
-
 // parsePolicy reads a map as Tailscale does: HuJSON first, then tailcfg.
 func parsePolicy(t *testing.T, text []byte) *tailcfg.DERPMap {
 	t.Helper()
@@ -185,91 +169,17 @@ func region(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
 	return nil
 }
 
-// newClient is a client that knows the relay only by the region.
-func newClient(t *testing.T, r *tailcfg.DERPRegion) *derphttp.Client {
-	t.Helper()
-	return clientAs(t, r, key.NewNode())
-}
-
-// receiver is what both kinds of DERP client share.
-type receiver interface {
-	Send(key.NodePublic, []byte) error
-	Recv() (derp.ReceivedMessage, error)
-}
-
-// admitted connects and waits until the relay has registered the client, or
-// has hung up: a refusal shows only after the handshake.
-func admitted(t *testing.T, c *derphttp.Client) error {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if err := c.Connect(ctx); err != nil {
-		return err
-	}
-	message, err := c.Recv()
-	if err != nil {
-		return err
-	}
-	if _, ok := message.(derp.ServerInfoMessage); !ok {
-		return errors.New("no server information")
-	}
-	return nil
-}
-
-// exchange sends a packet each way. Both clients must be admitted already.
-func exchange(t *testing.T, a, b receiver, aKey, bKey key.NodePublic) {
-	t.Helper()
-	for _, way := range []struct {
-		from, to       receiver
-		fromKey, toKey key.NodePublic
-	}{{a, b, aKey, bKey}, {b, a, bKey, aKey}} {
-		payload := make([]byte, 1280)
-		_, _ = rand.Read(payload)
-		if err := way.from.Send(way.toKey, payload); err != nil {
-			t.Fatal(err)
-		}
-		got := make(chan derp.ReceivedPacket, 1)
-		failed := make(chan error, 1)
-		go func() {
-			for {
-				message, err := way.to.Recv()
-				if err != nil {
-					failed <- err
-					return
-				}
-				if p, ok := message.(derp.ReceivedPacket); ok {
-					p.Data = bytes.Clone(p.Data)
-					got <- p
-					return
-				}
-			}
-		}()
-		select {
-		case p := <-got:
-			if p.Source != way.fromKey || !bytes.Equal(p.Data, payload) {
-				t.Fatal("another packet arrived than was sent")
-			}
-		case err := <-failed:
-			t.Fatal(err)
-		case <-time.After(patience):
-			t.Fatal("the packet does not arrive")
-		}
-	}
-}
-
 // exchangeOver connects two clients by the region, and exchanges packets.
 func exchangeOver(t *testing.T, r *tailcfg.DERPRegion, prepare func(*derphttp.Client)) (a, b *derphttp.Client) {
 	t.Helper()
-	a, b = newClient(t, r), newClient(t, r)
+	a, b = testkit.RegionClient(t, r, key.NewNode()), testkit.RegionClient(t, r, key.NewNode())
 	for _, c := range []*derphttp.Client{a, b} {
 		if prepare != nil {
 			prepare(c)
 		}
-		if err := admitted(t, c); err != nil {
-			t.Fatal(err)
-		}
+		testkit.MustAdmit(t, c)
 	}
-	exchange(t, a, b, a.SelfPublicKey(), b.SelfPublicKey())
+	testkit.Exchange(t, a, b)
 	return a, b
 }
 

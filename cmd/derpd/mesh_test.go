@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -20,10 +18,8 @@ import (
 
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 
 	"derpd/certs"
 	"derpd/internal/testkit"
@@ -85,7 +81,7 @@ func beginAll(t *testing.T, list []meshNode) []*testNode {
 func awaitMesh(t *testing.T, nodes ...*testNode) {
 	t.Helper()
 	for _, n := range nodes {
-		eventually(t, n.listeners.https.Addr().String()+" is connected to the others", func() bool {
+		testkit.Until(t, n.listeners.https.Addr().String()+" is connected to the others", func() bool {
 			return !slices.ContainsFunc(n.relay.Mesh().States(), func(s relay.MeshState) bool { return !s.Up && !s.Self })
 		})
 	}
@@ -100,54 +96,15 @@ func alone(n *testNode) *tailcfg.DERPRegion {
 // clientOf is a client of one node.
 func clientOf(t *testing.T, n *testNode, private key.NodePrivate) *derphttp.Client {
 	t.Helper()
-	c := clientAs(t, alone(n), private)
-	if err := admitted(t, c); err != nil {
-		t.Fatal(err)
-	}
+	c := testkit.RegionClient(t, alone(n), private)
+	testkit.MustAdmit(t, c)
 	return c
-}
-
-// reach sends until a packet arrives: what is sent before the other node has
-// heard of the client is dropped, and so is what is sent while it is down.
-func reach(t *testing.T, from, to *derphttp.Client) time.Duration {
-	t.Helper()
-	payload := make([]byte, 1280)
-	_, _ = rand.Read(payload)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	arrived := make(chan struct{})
-	go func() {
-		tick := time.NewTicker(10 * time.Millisecond)
-		defer tick.Stop()
-		for ctx.Err() == nil {
-			message, err := to.Recv()
-			if err != nil {
-				<-tick.C // it connects again by itself
-			}
-			if p, ok := message.(derp.ReceivedPacket); ok && p.Source == from.SelfPublicKey() && bytes.Equal(p.Data, payload) {
-				close(arrived)
-				return
-			}
-		}
-	}()
-	begun, tick := time.Now(), time.NewTicker(10*time.Millisecond)
-	defer tick.Stop()
-	for {
-		_ = from.Send(to.SelfPublicKey(), payload)
-		select {
-		case <-arrived:
-			return time.Since(begun)
-		case <-ctx.Done():
-			t.Fatal("no packet arrives")
-		case <-tick.C:
-		}
-	}
 }
 
 func reachBothWays(t *testing.T, a, b *derphttp.Client) {
 	t.Helper()
-	reach(t, a, b)
-	reach(t, b, a)
+	testkit.Reach(t, a, b)
+	testkit.Reach(t, b, a)
 }
 
 // meshHealth is the line of health about the mesh.
@@ -203,7 +160,7 @@ func TestMesh(t *testing.T) {
 	nodes[2].stop()
 	down := "127.0.0.1:" + list[2].port
 	for _, n := range nodes[:2] {
-		eventually(t, "health misses the node", func() bool {
+		testkit.Until(t, "health misses the node", func() bool {
 			got := meshHealth(n)
 			return strings.HasPrefix(got, "warn 1 of 2 nodes connected; "+down+" is down for ") && strings.HasSuffix(got, "s: connect: connection refused")
 		})
@@ -223,7 +180,7 @@ func TestMesh(t *testing.T) {
 	back := time.Now()
 	awaitMesh(t, nodes...)
 	t.Logf("every mesh connection is back %s after the node is", time.Since(back).Round(time.Millisecond))
-	reach(t, clients[0], clients[2])
+	testkit.Reach(t, clients[0], clients[2])
 	t.Logf("packets arrive %s after the node is back", time.Since(back).Round(time.Millisecond))
 	reachBothWays(t, clients[2], clients[1])
 }
@@ -281,7 +238,7 @@ func TestMeshKeyRotation(t *testing.T) {
 	nodes[0].stop()
 	nodes[0] = begin(t, list[0].env)
 	for i, n := range nodes {
-		eventually(t, "health tells about the key", func() bool {
+		testkit.Until(t, "health tells about the key", func() bool {
 			got := meshHealth(n)
 			return strings.HasPrefix(got, "warn 0 of 1 nodes connected; 127.0.0.1:"+list[1-i].port+" is down for ") &&
 				strings.HasSuffix(got, "s: it hung up on the mesh key: it has another one, or is stopping")
@@ -314,7 +271,7 @@ func TestMeshOfClosedRelays(t *testing.T) {
 	// Another key is refused like any other stranger.
 	nodes[1].stop()
 	nodes[1] = begin(t, append(list[1].env, "DERP_MESH_KEY="+otherSecret))
-	eventually(t, "health tells about the key", func() bool {
+	testkit.Until(t, "health tells about the key", func() bool {
 		return strings.Contains(meshHealth(nodes[0]), ": it hung up on the mesh key: it has another one")
 	})
 }
@@ -329,21 +286,16 @@ func TestStrangersAreNoMeshPeers(t *testing.T) {
 			roots := x509.NewCertPool()
 			roots.AddCert(n.certs.Status().Leaf)
 			dial := func(meshKey string, watch bool) *derphttp.Client {
-				c, err := derphttp.NewClient(key.NewNode(), "https://"+n.listeners.https.Addr().String()+"/derp", logger.Discard, netmon.NewStatic())
-				if err != nil {
-					t.Fatal(err)
-				}
-				t.Cleanup(func() { _ = c.Close() })
-				c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+				c := testkit.URLClient(t, "https://"+n.listeners.https.Addr().String()+"/derp", key.NewNode())
+				c.TLSConfig = testkit.Trust(roots)
 				c.WatchConnectionChanges = watch
 				if meshKey != "" {
+					var err error
 					if c.MeshKey, err = relay.ParseMeshKey(meshKey); err != nil {
 						t.Fatal(err)
 					}
 				}
-				if err := admitted(t, c); err != nil {
-					t.Fatal(err)
-				}
+				testkit.MustAdmit(t, c)
 				return c
 			}
 			// Upstream's own client, as another derper is.
@@ -368,10 +320,10 @@ func TestStrangersAreNoMeshPeers(t *testing.T) {
 			}
 			// What arrives first is what comes after the forged packets.
 			friend := clientOf(t, n, key.NewNode())
-			exchange(t, friend, victim, friend.SelfPublicKey(), victim.SelfPublicKey())
+			testkit.Exchange(t, friend, victim)
 
 			// Nor does it tell about itself.
-			client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true}}
+			client := &http.Client{Transport: &http.Transport{TLSClientConfig: testkit.Trust(roots), DisableKeepAlives: true}}
 			base := "https://" + n.listeners.https.Addr().String()
 			unknown := do(t, client, http.MethodGet, base+"/derp/anything", nil)
 			for _, header := range []http.Header{nil, {"Derpd-Mesh": {""}}, {"Derpd-Mesh": {strings.Repeat("0", 64), meshSecret}}} {
@@ -394,7 +346,7 @@ func TestMeshIgnoresItself(t *testing.T) {
 	}
 	env := append(list[0].env, "DERP_MESH_WITH=127.0.0.1:1/127.0.0.1:"+list[0].port+"="+list[0].pin)
 	n := begin(t, env)
-	eventually(t, "the node finds itself", func() bool { return n.relay.Mesh().States()[0].Self })
+	testkit.Until(t, "the node finds itself", func() bool { return n.relay.Mesh().States()[0].Self })
 	if got := meshHealth(n); got != "ok DERP_MESH_WITH names no other node" {
 		t.Error(got)
 	}
@@ -439,15 +391,13 @@ func TestMeshVerifies(t *testing.T) {
 			n := beginConfig(t, c)
 			defer n.stop()
 			if tt.want != "" {
-				eventually(t, "health has the reason", func() bool { return strings.Contains(meshHealth(n), tt.want) })
+				testkit.Until(t, "health has the reason", func() bool { return strings.Contains(meshHealth(n), tt.want) })
 				return
 			}
 			awaitMesh(t, n, signed)
-			a, b := clientOf(t, n, key.NewNode()), clientAs(t, onLoopback(signed), key.NewNode())
-			b.TLSConfig = &tls.Config{RootCAs: authority.Roots(), MinVersion: tls.VersionTLS12}
-			if err := admitted(t, b); err != nil {
-				t.Fatal(err)
-			}
+			a, b := clientOf(t, n, key.NewNode()), testkit.RegionClient(t, onLoopback(signed), key.NewNode())
+			b.TLSConfig = testkit.Trust(authority.Roots())
+			testkit.MustAdmit(t, b)
 			reachBothWays(t, a, b)
 		})
 	}
@@ -478,14 +428,8 @@ func TestMeshInModeOff(t *testing.T) {
 	off := begin(t, append(list[1].env, "DERP_ADDR=127.0.0.1:"+behind, "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com", "DERP_PUBLIC_PORT="+front))
 	direct := begin(t, list[0].env)
 	awaitMesh(t, off, direct)
-	c, err := derphttp.NewClient(key.NewNode(), "http://127.0.0.1:"+behind+"/derp", logger.Discard, netmon.NewStatic())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Close() })
-	if err := admitted(t, c); err != nil {
-		t.Fatal(err)
-	}
+	c := testkit.URLClient(t, "http://127.0.0.1:"+behind+"/derp", key.NewNode())
+	testkit.MustAdmit(t, c)
 	reachBothWays(t, c, clientOf(t, direct, key.NewNode()))
 }
 
@@ -565,7 +509,7 @@ func TestMeshNoticesSilence(t *testing.T) {
 
 	gate.Lock()
 	begun := time.Now()
-	eventually(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "it does not answer any more") })
+	testkit.Until(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "it does not answer any more") })
 	t.Logf("noticed after %s", time.Since(begun).Round(time.Millisecond))
 	gate.Unlock()
 	awaitMesh(t, n)

@@ -23,12 +23,11 @@ import (
 
 	"github.com/rs/zerolog"
 	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 
 	"derpd/healthz"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 	"derpd/relay"
 )
@@ -80,10 +79,8 @@ func TestBehindProxies(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := program(t, tt.program, "/usr/sbin/"+tt.program)
-			proxyPort, err := freePort(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
+			number := testkit.FreePort(t)
+			proxyPort := strconv.Itoa(number)
 			website := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 				_, _ = w.Write([]byte("website"))
 			}))
@@ -122,11 +119,7 @@ func TestBehindProxies(t *testing.T) {
 				output(t, dir, nil, path, arguments(tt.check)...)
 				background(t, dir, path, arguments(tt.run)...)
 				awaitListener(t, "127.0.0.1:"+proxyPort)
-				port, err := strconv.Atoi(proxyPort)
-				if err != nil {
-					t.Fatal(err)
-				}
-				authority.Validate(t, 0, port)
+				authority.Validate(t, 0, number)
 			})
 
 			r := region(t, parsePolicy(t, n.printed))
@@ -134,10 +127,10 @@ func TestBehindProxies(t *testing.T) {
 				t.Fatalf("node %+v, want %s and the proxy's port %s", r.Nodes[0], proxiedName, proxyPort)
 			}
 			roots := authority.Roots()
-			exchangeOver(t, r, func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} })
+			exchangeOver(t, r, func(c *derphttp.Client) { c.TLSConfig = testkit.Trust(roots) })
 			// A client with an address of its own, and one that claims another.
 			for _, claim := range []string{"", "198.51.100.1"} {
-				c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, claim)
+				c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, testkit.Trust(roots), claim)
 				sources.want(t, n, c.public, tt.sees)
 			}
 			if got := throughProxy(t, proxyPort, website); got != "website" {
@@ -197,7 +190,7 @@ func (s *sources) want(t *testing.T, n *testNode, node key.NodePublic, want stri
 	if asked.String() != want {
 		t.Errorf("admission is asked about a client at %s, want %s", asked, want)
 	}
-	eventually(t, "the client is listed at "+want, func() bool {
+	testkit.Until(t, "the client is listed at "+want, func() bool {
 		listed, ok := n.relay.Clients()[node]
 		return ok && listed.Unmap().String() == want
 	})
@@ -207,10 +200,7 @@ func (s *sources) want(t *testing.T, n *testNode, node key.NodePublic, want stri
 // and nobody else may.
 func TestForwardedByNginx(t *testing.T) {
 	path := program(t, "nginx", "/usr/sbin/nginx")
-	proxyPort, err := freePort(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	proxyPort := strconv.Itoa(testkit.FreePort(t))
 	sources := newSources(t)
 	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=off", "DERP_DOMAIN="+proxiedName, "DERP_ADDR=127.0.0.1:0",
 		"DERP_TRUSTED_PROXIES=127.0.0.1", "DERP_VERIFY_CLIENT_URL="+sources.url))
@@ -251,7 +241,7 @@ http {
 	roots.AppendCertsFromPEM([]byte(readFile(t, filepath.Join(dir, "site.crt"))))
 
 	for _, claim := range []string{"", "198.51.100.1", "127.0.0.1"} {
-		c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, claim)
+		c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, testkit.Trust(roots), claim)
 		sources.want(t, n, c.public, "127.0.0.9")
 	}
 	// Past the proxy.
@@ -261,19 +251,13 @@ http {
 	}
 	// A client that knows no WebSocket.
 	private := key.NewNode()
-	c, err := derphttp.NewClient(private, "https://"+proxiedName+"/derp", logger.Discard, netmon.NewStatic())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Close() })
-	c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+	c := testkit.URLClient(t, "https://"+proxiedName+"/derp", private)
+	c.TLSConfig = testkit.Trust(roots)
 	c.SetURLDialer(func(ctx context.Context, network, _ string) (net.Conn, error) {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.9")}}
 		return d.DialContext(ctx, network, "127.0.0.1:"+proxyPort)
 	})
-	if err := admitted(t, c); err != nil {
-		t.Fatal(err)
-	}
+	testkit.MustAdmit(t, c)
 	sources.want(t, n, private.Public(), "127.0.0.9")
 }
 
@@ -361,22 +345,13 @@ func background(t *testing.T, dir, path string, args ...string) {
 // awaitListener waits until something accepts connections on addr.
 func awaitListener(t *testing.T, addr string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
+	testkit.Wait(t, "a listener on "+addr, func(ctx context.Context) error {
 		conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
-		if err == nil {
-			_ = conn.Close()
-			return
+		if err != nil {
+			return err
 		}
-		select {
-		case <-ctx.Done():
-			t.Fatalf("nothing listens on %s: %v", addr, err)
-		case <-tick.C:
-		}
-	}
+		return conn.Close()
+	})
 }
 
 // throughProxy is what a browser gets for another name.

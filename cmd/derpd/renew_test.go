@@ -12,9 +12,11 @@ import (
 	"time"
 
 	"tailscale.com/derp/derphttp"
+	"tailscale.com/types/key"
 
 	"derpd/certs"
 	"derpd/healthz"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
@@ -56,11 +58,9 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 	list := make([]*derphttp.Client, clients)
 	from := make([]netip.AddrPort, clients)
 	for i := range list {
-		list[i] = newClient(t, r)
-		list[i].TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
-		if err := admitted(t, list[i]); err != nil {
-			t.Fatal(err)
-		}
+		list[i] = testkit.RegionClient(t, r, key.NewNode())
+		list[i].TLSConfig = testkit.Trust(roots)
+		testkit.MustAdmit(t, list[i])
 		if from[i], err = list[i].LocalAddr(); err != nil {
 			t.Fatal(err)
 		}
@@ -68,7 +68,7 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 	before := shown(t, n, domain, roots)
 	renewals := n.certs.Status().Reloads
 
-	eventually(t, "there is another certificate", func() bool {
+	testkit.Until(t, "there is another certificate", func() bool {
 		s := n.certs.Status()
 		return s.Reloads > renewals && !s.Leaf.Equal(before)
 	})
@@ -76,7 +76,7 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 		t.Error("a new connection gets the old certificate")
 	}
 	for pair := range slices.Chunk(list, 2) {
-		exchange(t, pair[0], pair[1], pair[0].SelfPublicKey(), pair[1].SelfPublicKey())
+		testkit.Exchange(t, pair[0], pair[1])
 	}
 	for i, client := range list {
 		// A client that lost its connection dials again by itself.

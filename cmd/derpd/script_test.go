@@ -2,18 +2,20 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"derpd/internal/testkit"
 )
 
 // The scripts in testdata run the whole program, as an operator would.
@@ -24,11 +26,7 @@ func TestScripts(t *testing.T) {
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
 			for i := 1; i <= 4; i++ {
-				port, err := freePort(t.Context())
-				if err != nil {
-					return err
-				}
-				env.Setenv(fmt.Sprintf("PORT%d", i), port)
+				env.Setenv(fmt.Sprintf("PORT%d", i), strconv.Itoa(testkit.FreePort(t)))
 			}
 			return nil
 		},
@@ -36,35 +34,22 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// freePort finds a port that is free for TCP and UDP.
-func freePort(ctx context.Context) (string, error) {
-	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = ln.Close() }()
-	_, port, err := net.SplitHostPort(ln.Addr().String())
-	return port, err
-}
-
 // waitReady waits until the relay of the script says that it is ready.
 func waitReady(ts *testscript.TestScript, _ bool, _ []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if res, err := askAdmin(ctx, ts.Getenv("DERP_ADMIN_ADDR"), "/readyz"); err == nil {
-			_ = res.Body.Close()
-			if res.StatusCode == http.StatusOK {
-				return
-			}
+	if err := testkit.Retry(ctx, func(ctx context.Context) error {
+		res, err := askAdmin(ctx, ts.Getenv("DERP_ADMIN_ADDR"), "/readyz")
+		if err != nil {
+			return err
 		}
-		select {
-		case <-ctx.Done():
-			ts.Fatalf("the relay does not get ready")
-		case <-tick.C:
+		_ = res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			return errors.New(res.Status)
 		}
+		return nil
+	}); err != nil {
+		ts.Fatalf("the relay is not ready after %v: %v", patience, err)
 	}
 }
 

@@ -13,8 +13,10 @@ import (
 	"github.com/rs/zerolog"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/stun"
+	"tailscale.com/types/key"
 
 	"derpd/healthz"
+	"derpd/internal/testkit"
 	"derpd/relay"
 )
 
@@ -50,7 +52,7 @@ func stunGoes(t *testing.T, n *testNode, answers bool, since time.Time) time.Dur
 	if answers {
 		what = "STUN answers"
 	}
-	eventually(t, what, func() bool { return answersSTUN(t, n) == answers })
+	testkit.Until(t, what, func() bool { return answersSTUN(t, n) == answers })
 	return time.Since(since).Round(10 * time.Millisecond)
 }
 
@@ -152,11 +154,9 @@ func TestSTUNFollowsDERP(t *testing.T) {
 				t.Fatal("a relay that is ready does not answer STUN")
 			}
 			r := region(t, parsePolicy(t, n.printed))
-			a, b := newClient(t, r), newClient(t, r)
+			a, b := testkit.RegionClient(t, r, key.NewNode()), testkit.RegionClient(t, r, key.NewNode())
 			for _, c := range []*derphttp.Client{a, b} {
-				if err := admitted(t, c); err != nil {
-					t.Fatal(err)
-				}
+				testkit.MustAdmit(t, c)
 			}
 
 			breaks()
@@ -172,7 +172,7 @@ func TestSTUNFollowsDERP(t *testing.T) {
 			if report := n.health.Report(t.Context()); report.Ready {
 				t.Error("a relay that cannot serve is ready")
 			}
-			exchange(t, a, b, a.SelfPublicKey(), b.SelfPublicKey())
+			testkit.Exchange(t, a, b)
 
 			mends()
 			took = stunGoes(t, n, true, time.Now())

@@ -19,7 +19,6 @@ import (
 	"go.yaml.in/yaml/v3"
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/net/stun"
 	"tailscale.com/net/tlsdial"
 	"tailscale.com/net/wsconn"
@@ -29,6 +28,7 @@ import (
 
 	"derpd/certs"
 	"derpd/healthz"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
@@ -56,12 +56,12 @@ func TestPinnedByThePrintedMap(t *testing.T) {
 		pin := &tls.Config{MinVersion: tls.VersionTLS12}
 		tlsdial.SetConfigExpectedCertHash(pin, strings.TrimPrefix(r.Nodes[0].CertName, "sha256-raw:"))
 		a, b := dialWebSocket(t, n, r.Nodes[0].HostName, pin), dialWebSocket(t, n, r.Nodes[0].HostName, pin)
-		exchange(t, a.Client, b.Client, a.public, b.public)
+		testkit.Exchange(t, a, b)
 	})
 	t.Run("another pin is refused", func(t *testing.T) {
 		wrong := *r.Nodes[0]
 		wrong.CertName = "sha256-raw:" + strings.Repeat("0", 64)
-		if err := admitted(t, newClient(t, &tailcfg.DERPRegion{RegionID: 900, Nodes: []*tailcfg.DERPNode{&wrong}})); err == nil {
+		if err := testkit.Admitted(t, testkit.RegionClient(t, &tailcfg.DERPRegion{RegionID: 900, Nodes: []*tailcfg.DERPNode{&wrong}}, key.NewNode())); err == nil {
 			t.Error("a client with another pin connected")
 		}
 	})
@@ -115,7 +115,7 @@ func TestLetsEncrypt(t *testing.T) {
 				t.Error(report)
 			}
 			roots := authority.Roots()
-			trust := func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} }
+			trust := func(c *derphttp.Client) { c.TLSConfig = testkit.Trust(roots) }
 
 			t.Run("fast start", func(t *testing.T) {
 				a, _ := exchangeOver(t, r, trust)
@@ -129,12 +129,12 @@ func TestLetsEncrypt(t *testing.T) {
 				})
 			})
 			t.Run("WebSocket", func(t *testing.T) {
-				trusted := &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+				trusted := testkit.Trust(roots)
 				a, b := dialWebSocket(t, n, "derp.example.com", trusted), dialWebSocket(t, n, "derp.example.com", trusted)
-				exchange(t, a.Client, b.Client, a.public, b.public)
+				testkit.Exchange(t, a, b)
 			})
 			t.Run("an unknown authority is refused", func(t *testing.T) {
-				if err := admitted(t, newClient(t, r)); err == nil {
+				if err := testkit.Admitted(t, testkit.RegionClient(t, r, key.NewNode())); err == nil {
 					t.Error("a client that does not know the authority connected")
 				}
 			})
@@ -159,12 +159,12 @@ func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
 		if name == "::1" {
 			r.Nodes[0].IPv4, r.Nodes[0].IPv6 = "none", "::1"
 		}
-		trust := func(c *derphttp.Client) { c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12} }
+		trust := func(c *derphttp.Client) { c.TLSConfig = testkit.Trust(roots) }
 		// The relay is ready when it has the first certificate.
-		eventually(t, name+" has its certificate", func() bool {
-			c := newClient(t, r)
+		testkit.Until(t, name+" has its certificate", func() bool {
+			c := testkit.RegionClient(t, r, key.NewNode())
 			trust(c)
-			return admitted(t, c) == nil
+			return testkit.Admitted(t, c) == nil
 		})
 		exchangeOver(t, r, trust)
 	}
@@ -176,6 +176,9 @@ type webSocketClient struct {
 	*derp.Client
 	public key.NodePublic
 }
+
+// SelfPublicKey makes the client one of testkit.
+func (c webSocketClient) SelfPublicKey() key.NodePublic { return c.public }
 
 func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config) webSocketClient {
 	t.Helper()
@@ -264,19 +267,8 @@ func TestOff(t *testing.T) {
 		t.Error(report)
 	}
 	// What terminates TLS passes the rest on.
-	clients := make([]*derphttp.Client, 2)
-	for i := range clients {
-		c, err := derphttp.NewClient(key.NewNode(), "http://"+n.listeners.https.Addr().String()+"/derp", logger.Discard, netmon.NewStatic())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = c.Close() })
-		if err := admitted(t, c); err != nil {
-			t.Fatal(err)
-		}
-		clients[i] = c
-	}
-	exchange(t, clients[0], clients[1], clients[0].SelfPublicKey(), clients[1].SelfPublicKey())
+	url := "http://" + n.listeners.https.Addr().String() + "/derp"
+	testkit.Exchange(t, testkit.URLClient(t, url, key.NewNode()), testkit.URLClient(t, url, key.NewNode()))
 }
 
 func TestMapFormatsAgree(t *testing.T) {
@@ -378,7 +370,7 @@ func TestRoutes(t *testing.T) {
 	roots := x509.NewCertPool()
 	roots.AddCert(n.certs.Status().Leaf)
 	client := &http.Client{
-		Transport:     &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true},
+		Transport:     &http.Transport{TLSClientConfig: testkit.Trust(roots), DisableKeepAlives: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	https, plain := "https://"+n.listeners.https.Addr().String(), "http://"+n.listeners.http.Addr().String()
@@ -462,11 +454,7 @@ func TestStopIsQuickWithClientsConnected(t *testing.T) {
 	n.stop()
 	t.Logf("stopped in %s", time.Since(begun))
 	for range 2 {
-		select {
-		case <-gone:
-		case <-time.After(patience):
-			t.Fatal("a client is still connected")
-		}
+		testkit.Receive(t, "a client is disconnected", gone)
 	}
 	if n.stun.Open() {
 		t.Error("STUN is open after the stop")

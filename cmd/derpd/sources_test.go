@@ -13,6 +13,7 @@ import (
 
 	"tailscale.com/types/key"
 
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/peers"
 )
 
@@ -55,7 +56,7 @@ func TestSourcesInReality(t *testing.T) {
 				}
 			}
 			// The API is asked every now and then.
-			eventually(t, "the member is admitted", func() bool { return connects(a.member) })
+			testkit.Until(t, "the member is admitted", func() bool { return connects(a.member) })
 			want("a stranger", stranger, false)
 
 			a.down()
@@ -75,11 +76,9 @@ func TestSourcesInReality(t *testing.T) {
 
 			a.up()
 			n = begin(t, env)
-			eventually(t, "a newcomer is admitted by a source that is back", func() bool { return connects(a.newcomer) })
-			c := clientAs(t, region(t, parsePolicy(t, n.printed)), a.member)
-			if err := admitted(t, c); err != nil {
-				t.Fatal(err)
-			}
+			testkit.Until(t, "a newcomer is admitted by a source that is back", func() bool { return connects(a.newcomer) })
+			c := testkit.RegionClient(t, region(t, parsePolicy(t, n.printed)), a.member)
+			testkit.MustAdmit(t, c)
 			began := time.Now()
 			a.revoke(a.member.Public())
 			gone := make(chan struct{})
