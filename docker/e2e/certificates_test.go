@@ -3,22 +3,19 @@
 package e2e
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"fmt"
 	"maps"
-	"math/big"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"derpd/internal/testkit"
 )
 
 // pinned is a relay without a domain, on an address that is on neither node's
@@ -242,73 +239,29 @@ func serviceOf(code string) string {
 	return "relay-" + code
 }
 
-// authority issues certificates as people have them from elsewhere.
+// authority issues the certificates of a world's servers.
 type authority struct {
 	t    *testing.T
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	root *tls.Certificate
 }
 
 func newAuthority(t *testing.T) *authority {
 	t.Helper()
-	a := &authority{t: t}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root of the test"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	a.cert, a.key = a.sign(template, nil)
-	return a
+	return &authority{t, testkit.NewAuthority(t)}
 }
 
-// sign makes a key and a certificate for it; without an issuer it is its own.
-func (a *authority) sign(template *x509.Certificate, issuer *authority) (*x509.Certificate, *ecdsa.PrivateKey) {
-	a.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	parent, signer := template, key
-	if issuer != nil {
-		parent, signer = issuer.cert, issuer.key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	return cert, key
-}
-
-// issue writes a certificate for a name, and its key, into the world's
-// certs/FILE.crt and .key, and returns the certificate. Its issuer is the last
-// in the file.
+// issue writes a certificate for a name, and its key, into the world's files
+// certs/FILE.crt and .key, and returns the certificate. The root ends the chain.
 func (a *authority) issue(w *world, file, name string, validity time.Duration) *x509.Certificate {
 	a.t.Helper()
-	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	cert, key := a.sign(&x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(validity),
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, a)
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	w.replace("certs/"+file+".key", pemOf("PRIVATE KEY", der))
-	w.replace("certs/"+file+".crt", pemOf("CERTIFICATE", cert.Raw)+pemOf("CERTIFICATE", a.cert.Raw))
-	return cert
+	cert := testkit.NewCertificate(a.t, testkit.Certificate{Names: []string{name}, NotAfter: time.Now().Add(validity), Issuer: a.root})
+	w.replace("certs/"+file+".key", string(testkit.KeyPEM(a.t, cert)))
+	w.replace("certs/"+file+".crt", string(testkit.ChainPEM(cert, a.root)))
+	return cert.Leaf
 }
 
-// saveRoot writes what makes others trust the authority.
-func (a *authority) saveRoot(w *world, file string) { w.write(file, pemOf("CERTIFICATE", a.cert.Raw)) }
-
-func pemOf(kind string, der []byte) string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+// saveRoot writes the root of the authority to a file, for clients.
+func (a *authority) saveRoot(w *world, file string) {
+	a.t.Helper()
+	w.write(file, string(testkit.ChainPEM(a.root)))
 }

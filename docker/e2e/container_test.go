@@ -21,26 +21,23 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
-	"tailscale.com/derp"
-	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/net/stun"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
+
+	"derpd/internal/testkit"
 )
 
 const (
 	upTimeout     = 15 * time.Minute // where there is no image yet, it is built
 	dockerTimeout = time.Minute
 	peerTimeout   = 15 * time.Second
-	resendEvery   = 100 * time.Millisecond
+	silence       = 100 * time.Millisecond // without an answer of STUN
 	stopWithin    = time.Second
 )
 
@@ -96,12 +93,12 @@ func bridge(t *testing.T, _ *row) {
 				t.Fatal(err)
 			}
 			refused := fmt.Sprintf("; %d requests refused", i+1)
-			waitFor(t, "health to tell of the request to "+addr, func() bool {
+			testkit.Until(t, "health tells of the request to "+addr, func() bool {
 				checked := d.stunCheck(t)
 				return strings.HasPrefix(checked, "warn ") && strings.Contains(checked, refused) && strings.Contains(checked, "publish STUN on 0.0.0.0 only")
 			})
 			// It was seen; by now the answer would be here.
-			if err := conn.SetReadDeadline(time.Now().Add(resendEvery)); err != nil {
+			if err := conn.SetReadDeadline(time.Now().Add(silence)); err != nil {
 				t.Fatal(err)
 			}
 			if n, err := conn.Read(make([]byte, 1500)); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -190,7 +187,7 @@ func bridge(t *testing.T, _ *row) {
 // otherPorts publishes other ports than the usual ones: one setting moves
 // the port and the map with it.
 func otherPorts(t *testing.T, _ *row) {
-	derpPort, httpPort, stunPort := freeTCP(t), freeTCP(t), freeUDP(t)
+	derpPort, httpPort, stunPort := testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)
 	file := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", derpPort, httpPort, stunPort))
 	d := up(t, "-f", "compose.yaml", "--env-file", file)
 
@@ -211,7 +208,7 @@ func otherPorts(t *testing.T, _ *row) {
 
 // host is the relay on the host's network, on ports that nobody else has.
 func host(t *testing.T, _ *row) {
-	derpPort, httpPort, adminPort, stunPort := freeTCP(t), freeTCP(t), freeTCP(t), freeUDP(t)
+	derpPort, httpPort, adminPort, stunPort := testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)
 	settings := fmt.Sprintf(`services:
   relay:
     environment:
@@ -341,20 +338,6 @@ func (d *deployment) metrics(t *testing.T) string {
 	return string(out)
 }
 
-// waitFor waits until a condition holds.
-func waitFor(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	deadline, again := time.After(peerTimeout), time.NewTicker(resendEvery)
-	defer again.Stop()
-	for !holds() {
-		select {
-		case <-deadline:
-			t.Fatalf("waited %v for %s", peerTimeout, what)
-		case <-again.C:
-		}
-	}
-}
-
 // readyMillis finds out from the log how long the relay took to start.
 func (d *deployment) readyMillis(t *testing.T) float64 {
 	t.Helper()
@@ -478,78 +461,12 @@ func reached(region *tailcfg.DERPRegion, addr netip.Addr) *tailcfg.DERPRegion {
 // of the relay that both found in the region.
 func exchange(t *testing.T, region *tailcfg.DERPRegion) key.NodePublic {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), peerTimeout)
-	defer cancel()
-	alice, bob := connect(ctx, t, region), connect(ctx, t, region)
-	pass(ctx, t, alice, bob, []byte("from alice"))
-	pass(ctx, t, bob, alice, []byte("from bob"))
-	if alice.ServerPublicKey() != bob.ServerPublicKey() {
-		t.Errorf("two relays: %v and %v", alice.ServerPublicKey(), bob.ServerPublicKey())
+	a, b := testkit.RegionClient(t, region, key.NewNode()), testkit.RegionClient(t, region, key.NewNode())
+	testkit.Exchange(t, a, b)
+	if a.ServerPublicKey() != b.ServerPublicKey() {
+		t.Errorf("the clients connected to two relays: %v and %v", a.ServerPublicKey(), b.ServerPublicKey())
 	}
-	return alice.ServerPublicKey()
-}
-
-type client struct {
-	*derphttp.Client
-	packets chan derp.ReceivedPacket
-}
-
-func connect(ctx context.Context, t *testing.T, region *tailcfg.DERPRegion) client {
-	t.Helper()
-	c := client{
-		Client:  derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region }),
-		packets: make(chan derp.ReceivedPacket),
-	}
-	if err := c.Connect(ctx); err != nil {
-		t.Fatalf("connecting by %+v: %v", region.Nodes[0], err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			message, err := c.Recv()
-			if err != nil {
-				return
-			}
-			packet, ok := message.(derp.ReceivedPacket)
-			if !ok {
-				continue
-			}
-			packet.Data = bytes.Clone(packet.Data) // Recv reuses it
-			select {
-			case c.packets <- packet:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		_ = c.Close()
-		<-done
-	})
-	return c
-}
-
-// pass sends until the other one has got it: Connect returns before the relay
-// knows the client, and DERP drops what it cannot deliver.
-func pass(ctx context.Context, t *testing.T, from, to client, data []byte) {
-	t.Helper()
-	again := time.NewTicker(resendEvery)
-	defer again.Stop()
-	for {
-		if err := from.Send(to.SelfPublicKey(), data); err != nil {
-			t.Fatalf("sending %q: %v", data, err)
-		}
-		select {
-		case got := <-to.packets:
-			if got.Source == from.SelfPublicKey() && bytes.Equal(got.Data, data) {
-				return
-			}
-		case <-again.C:
-		case <-ctx.Done():
-			t.Fatalf("%q did not arrive: %v", data, ctx.Err())
-		}
-	}
+	return a.ServerPublicKey()
 }
 
 // dial returns a UDP socket that ends with the test.
@@ -610,37 +527,4 @@ func writeFile(t *testing.T, name, content string) string {
 		t.Fatal(err)
 	}
 	return path
-}
-
-func freeTCP(t *testing.T) int {
-	t.Helper()
-	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", ":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = listener.Close() }()
-	return portOf(t, listener.Addr())
-}
-
-func freeUDP(t *testing.T) int {
-	t.Helper()
-	conn, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", ":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = conn.Close() }()
-	return portOf(t, conn.LocalAddr())
-}
-
-func portOf(t *testing.T, addr net.Addr) int {
-	t.Helper()
-	_, port, err := net.SplitHostPort(addr.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	number, err := strconv.Atoi(port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return number
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"derpd/internal/testkit"
 )
 
 // dualStack is a name that DNS knows with both families.
@@ -186,7 +188,7 @@ func wrongSTUN(t *testing.T, r *row) {
 		machine = subnet.Masked().Addr().Next().String()
 	}
 	const name = "derp2.example.test"
-	derpPort, stunPort := freeTCP(t), freeUDP(t)
+	derpPort, stunPort := testkit.FreePort(t), testkit.FreePort(t)
 	published := []string{fmt.Sprintf("%d:443", derpPort), fmt.Sprintf("%d:3478/udp", stunPort)}
 	own.issue(w, name, name, time.Hour)
 	w.addRelay(manualRelay(w, relay{

@@ -31,7 +31,7 @@ func admitSidecar(t *testing.T, r *row) {
 	}
 	gateway := bridge.Masked().Addr().Next().String()
 	h := peers.NewHeadscaleAt(t, gateway)
-	derpPort, httpPort, stunPort := freeTCP(t), freeTCP(t), freeUDP(t)
+	derpPort, httpPort, stunPort := testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)
 	secrets := t.TempDir()
 	if err := os.Chmod(secrets, 0o755); err != nil {
 		t.Fatal(err)

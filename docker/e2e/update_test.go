@@ -5,19 +5,12 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/sha256"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/binary"
 	"encoding/json"
-	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"math/big"
 	"net"
 	"net/http"
 	"net/netip"
@@ -33,11 +26,12 @@ import (
 
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 	"tailscale.com/util/backoff"
+
+	"derpd/internal/testkit"
 )
 
 const (
@@ -84,7 +78,7 @@ func badUpdate(t *testing.T, r *row) {
 		}
 	}
 	name(followed)
-	ports := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", freeTCP(t), freeTCP(t), freeUDP(t)))
+	ports := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)))
 	d := up(t, "-f", "compose.yaml", "-f", relay, "--env-file", ports)
 	// It pins the certificate as it is now.
 	region := reached(onlyRegion(t, d.derpMap(t)), netip.MustParseAddr("127.0.0.1"))
@@ -290,7 +284,7 @@ func startDerpd(t *testing.T) *updated {
 	t.Helper()
 	u := &updated{name: project(t) + "-derpd", tag: project(t) + ":derpd"}
 	u.images[0] = docker(t, "image", "inspect", "--format", "{{.Id}}", image())
-	port := freeTCP(t)
+	port := testkit.FreePort(t)
 	docker(t, "volume", "create", "--label", ownerLabel+"="+project(t), u.name)
 	t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "volume", "rm", u.name) })
 	u.begin(t, []string{
@@ -335,42 +329,19 @@ func startDerper(t *testing.T) *updated {
 	if err != nil {
 		t.Fatal(err)
 	}
-	certificate, certificateKey, hash := selfSigned(t)
-	for name, content := range map[string][]byte{"derper.key": nodeKey, "127.0.0.1.crt": certificate, "127.0.0.1.key": certificateKey} {
+	certificate := testkit.SelfSigned(t, "127.0.0.1")
+	for name, content := range map[string][]byte{"derper.key": nodeKey, "127.0.0.1.crt": testkit.ChainPEM(certificate), "127.0.0.1.key": testkit.KeyPEM(t, certificate)} {
 		if err := os.WriteFile(filepath.Join(data, name), content, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	port := freeTCP(t)
+	port := testkit.FreePort(t)
 	u.begin(t, []string{"--publish", fmt.Sprintf("127.0.0.1:%d:443", port), "--volume", data + ":/data:ro"},
 		"-c", "/data/derper.key", "-certmode", "manual", "-certdir", "/data", "-hostname", "127.0.0.1")
 	u.region = &tailcfg.DERPRegion{RegionID: 901, RegionCode: "derper", Nodes: []*tailcfg.DERPNode{{
-		Name: "901a", RegionID: 901, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none", DERPPort: port, CertName: "sha256-raw:" + hash,
+		Name: "901a", RegionID: 901, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none", DERPPort: port, CertName: "sha256-raw:" + testkit.Hash(certificate.Leaf),
 	}}}
 	return u
-}
-
-// selfSigned makes a certificate for 127.0.0.1, and the hash that pins it.
-func selfSigned(t *testing.T) (certificate, private []byte, hash string) {
-	t.Helper()
-	signer, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "127.0.0.1"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, signer.Public(), signer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(signer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), fmt.Sprintf("%x", sha256.Sum256(der))
 }
 
 // update gives the tag to the other image, replaces the container, and notes the
@@ -381,7 +352,7 @@ func (u *updated) update(t *testing.T) {
 	defer cancel()
 	var running sync.WaitGroup
 	defer running.Wait()
-	from, to := dialing(t, u.region), dialing(t, u.region)
+	from, to := testkit.RegionClient(t, u.region, key.NewNode()), testkit.RegionClient(t, u.region, key.NewNode())
 	defer func() {
 		cancel()
 		_ = from.Close()
@@ -446,14 +417,6 @@ func (u *updated) update(t *testing.T) {
 		t.Fatalf("%s runs %s, want %s", u.name, runs, u.images[0])
 	}
 	u.outages = append(u.outages, longest.Round(time.Millisecond))
-}
-
-// dialing is a client that connects as soon as it is used.
-func dialing(t *testing.T, region *tailcfg.DERPRegion) *derphttp.Client {
-	t.Helper()
-	c := derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region })
-	t.Cleanup(func() { _ = c.Close() })
-	return c
 }
 
 // listen receives as magicsock does, with its pauses between attempts to connect.
@@ -572,15 +535,14 @@ func engine(t *testing.T, method, path string, body, into any) {
 	}
 }
 
-func await(t *testing.T, what string, within time.Duration, holds func() bool) {
+// await waits until holds returns true. Docker takes longer than testkit's
+// patience to update a container or to call it unhealthy.
+func await(t *testing.T, what string, limit time.Duration, holds func() bool) {
 	t.Helper()
-	deadline, tick := time.After(within), time.NewTicker(250*time.Millisecond)
-	defer tick.Stop()
-	for !holds() {
-		select {
-		case <-deadline:
-			t.Fatalf("not within %v: %s", within, what)
-		case <-tick.C:
+	testkit.Within(t, limit, what, func(context.Context) error {
+		if !holds() {
+			return errors.New("not yet")
 		}
-	}
+		return nil
+	})
 }

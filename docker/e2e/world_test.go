@@ -23,15 +23,13 @@ import (
 
 	"tailscale.com/types/key"
 
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/peers"
 )
 
 const (
 	relayName = "derp.example.test" // of the relay, in Docker's DNS
-	patience  = time.Minute         // for what must happen
-	pollEvery = 100 * time.Millisecond
-
-	copied = 16 << 20 // bytes, to see that a relay carries them
+	copied    = 16 << 20            // bytes, to see that a relay carries them
 )
 
 // headscaleConfig has no relay but those of the test.
@@ -353,27 +351,17 @@ func (w *world) remove(node string) {
 // eventually tries until attempt returns nil.
 func (w *world) eventually(what string, attempt func() error) {
 	w.t.Helper()
-	w.within(patience, what, attempt)
+	w.within(testkit.Patience, what, attempt)
 }
 
 func (w *world) within(limit time.Duration, what string, attempt func() error) {
 	w.t.Helper()
-	deadline := time.After(limit)
-	tick := time.NewTicker(pollEvery)
-	defer tick.Stop()
-	for {
-		err := attempt()
-		if err == nil {
-			return
-		}
-		select {
-		case <-deadline:
-			w.t.Fatalf("waited %v for %s: %v", limit, what, err)
-		case <-interrupted.Done():
+	testkit.Within(w.t, limit, what, func(context.Context) error {
+		if interrupted.Err() != nil {
 			w.t.Fatal("interrupted")
-		case <-tick.C:
 		}
-	}
+		return attempt()
+	})
 }
 
 // peerStatus is a node as tailscale status tells of it.
