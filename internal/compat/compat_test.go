@@ -1,14 +1,12 @@
-// Package compat tests that derpd and earlier ones take turns on one data
-// directory: an update may be taken back.
+// Package compat tests that derpd and earlier versions can take turns on one data
+// directory, so that an update can be undone.
 package compat
 
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -19,33 +17,31 @@ import (
 	"testing"
 	"time"
 
-	"tailscale.com/derp"
-	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 
 	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
-// root is that of the repository.
+// root is the directory of the repository.
 var root = filepath.Join("..", "..")
 
 const stopWithin = 10 * time.Second
 
-// Earlier commits with whose data derpd must get along, and they with its.
+// Earlier commits that can read the data of derpd, and derpd theirs. They differ
+// in how they store a certificate.
 const (
-	commitApart    = "12aa3246098517347968f26df2dc526520c3d8c0" // certificate and key are files of their own
-	commitTogether = "15a40d1707176fda8517e70d3c955fe9a184d5c2" // and one file
+	commitApart    = "12aa3246098517347968f26df2dc526520c3d8c0" // certificate and key in two files
+	commitTogether = "15a40d1707176fda8517e70d3c955fe9a184d5c2" // certificate and key in one file
 )
 
-// Whatever a client knows of a relay stays as it is, whichever derpd runs.
+// TestBothWays runs derpd and an earlier version in turns on one data directory.
+// The node key and the certificate, which clients know, stay the same.
 func TestBothWays(t *testing.T) {
 	history(t)
 	commits := map[string]string{"files apart": commitApart, "one file": commitTogether}
-	// Not the tag of this very commit.
+	// HEAD^ skips the tag of the current commit.
 	if tag, err := git(t, "describe", "--tags", "--abbrev=0", "--match", "v[0-9]*", "HEAD^"); err == nil {
 		commits[tag] = tag
 	}
@@ -69,16 +65,16 @@ func TestBothWays(t *testing.T) {
 					authority.Validate(t, httpPort, 1)
 					ran := serve(t, turns, append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+strconv.Itoa(httpPort),
 						"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), authority.Roots())
-					// Each obtains a certificate where it finds none in its
-					// own layout, and never a second one: authorities count.
+					// A version obtains a certificate only if its own layout
+					// holds none: authorities limit the number.
 					if ran[2] != ran[0] || ran[3] != ran[1] {
-						t.Errorf("one of them lost something: %+v", ran)
+						t.Errorf("a version lost its key or certificate: %+v", ran)
 					}
 					if ran[1].nodeKey != ran[0].nodeKey {
 						t.Errorf("node key was %s, is %s", ran[0].nodeKey, ran[1].nodeKey)
 					}
 					if commit != commitApart && ran[1] != ran[0] {
-						t.Errorf("one certificate does not do for both: %+v", ran[:2])
+						t.Errorf("the versions do not share one certificate: %+v", ran[:2])
 					}
 				})
 			})
@@ -86,7 +82,7 @@ func TestBothWays(t *testing.T) {
 	}
 }
 
-// serve runs one after the other on one data directory.
+// serve runs the programs one after the other on one data directory.
 func serve(t *testing.T, binaries, env []string, roots *x509.CertPool) []identity {
 	t.Helper()
 	var ran []identity
@@ -96,13 +92,13 @@ func serve(t *testing.T, binaries, env []string, roots *x509.CertPool) []identit
 	return ran
 }
 
-// identity is what clients know of a relay.
+// identity is the part of a relay that clients know.
 type identity struct {
 	nodeKey, certName string
-	serial            string // of the certificate
+	serial            string // serial number of the certificate
 }
 
-// serveOnce runs derpd until a packet went through it, and stops it.
+// serveOnce runs derpd until two clients have exchanged packets, and stops it.
 func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) identity {
 	t.Helper()
 	var log bytes.Buffer
@@ -113,19 +109,19 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 		t.Fatal(err)
 	}
 	var result error
-	ended := make(chan struct{}) // closed when result is set, and log is whole
+	ended := make(chan struct{}) // closed when result is set and the log is complete
 	go func() {
 		defer close(ended)
 		result = relay.Wait()
 	}()
 	defer func() {
-		_ = relay.Process.Kill() // if it is still there
+		_ = relay.Process.Kill() // no effect after the regular stop
 		<-ended
 		if t.Failed() {
 			t.Logf("%s:\n%s", binary, log.String())
 		}
 	}()
-	// It asks the running relay, and so does derpmap.
+	// healthcheck and derpmap ask the running relay.
 	testkit.Wait(t, binary+" to be ready", func(ctx context.Context) error {
 		health := exec.CommandContext(ctx, binary, "healthcheck")
 		health.Env = env
@@ -165,46 +161,16 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 	return found
 }
 
-// exchange passes a packet between two clients that verify the certificate.
+// exchange passes packets between two clients that verify the certificate, and
+// returns the identity of the relay that they saw.
 func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) identity {
 	t.Helper()
-	client := func() *derphttp.Client {
-		c := derphttp.NewRegionClient(key.NewNode(), logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region })
-		if roots != nil {
-			c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
-		}
-		return c
+	from, to := testkit.RegionClient(t, region, key.NewNode()), testkit.RegionClient(t, region, key.NewNode())
+	if roots != nil {
+		from.TLSConfig, to.TLSConfig = testkit.Trust(roots), testkit.Trust(roots)
 	}
-	from, to := client(), client()
-	received := make(chan error, 1)
-	go func() {
-		for {
-			message, err := to.Recv()
-			if _, ok := message.(derp.ReceivedPacket); err != nil || ok {
-				received <- err
-				return
-			}
-		}
-	}()
-	defer func() {
-		_ = from.Close()
-		_ = to.Close()
-	}()
-	// Until it arrives: the relay drops what is for a client it does not know yet.
-	testkit.Wait(t, "a packet", func(context.Context) error {
-		if err := from.Send(to.SelfPublicKey(), []byte("packet")); err != nil {
-			return err
-		}
-		select {
-		case err := <-received:
-			if err != nil {
-				t.Fatal(err)
-			}
-			return nil
-		default:
-			return errors.New("not there yet")
-		}
-	})
+	defer func() { _, _ = from.Close(), to.Close() }() // before the relay stops
+	testkit.Exchange(t, from, to)
 	state, ok := from.TLSConnectionState()
 	if !ok {
 		t.Fatal("no TLS")
@@ -212,7 +178,8 @@ func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) id
 	return identity{from.ServerPublicKey().String(), region.Nodes[0].CertName, state.PeerCertificates[0].SerialNumber.String()}
 }
 
-// environment is that of a relay on loopback, with a data directory of its own.
+// environment is the environment of a relay on loopback with a fresh data
+// directory.
 func environment(t *testing.T) []string {
 	t.Helper()
 	return []string{
@@ -222,8 +189,8 @@ func environment(t *testing.T) []string {
 	}
 }
 
-// history skips a test where there is none: in an archive of the sources, and in
-// a shallow clone. Elsewhere a commit that is missing is a failure.
+// history skips the test in an archive of the sources and in a shallow clone,
+// which have no earlier commits. Elsewhere a missing commit fails the test.
 func history(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("git"); err != nil {
@@ -259,7 +226,7 @@ func buildAt(t *testing.T, commit string) string {
 	return build(t, dir, commit)
 }
 
-// build builds as `make build` does, which makes what is cached good for both.
+// build builds with the flags of `make build`, so that both share Go's cache.
 func build(t *testing.T, dir, name string) string {
 	t.Helper()
 	binary := filepath.Join(t.TempDir(), "derpd-"+name)
