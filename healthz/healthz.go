@@ -1,13 +1,14 @@
-// Package healthz tells whether the relay works, and when it does not, which
-// cause comes first. It knows the relay only as a client does: through its
-// listeners.
+// Package healthz reports whether the relay is ready, and if not, the first
+// cause. It knows the relay only as a client does, through the listeners.
+//
+// healthz.go runs the checks and keeps their results, http.go serves the report,
+// selfcheck.go repeats a probe and decides whether the relay serves clients, and
+// probe.go has the probes of DERP and STUN.
 package healthz
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,18 +16,19 @@ import (
 )
 
 const (
-	// checkTimeout bounds one round of checks.
+	// checkTimeout limits one round of checks.
 	checkTimeout = 4 * time.Second
 
-	// reuse is for how long one round answers every question: nobody can
-	// make the relay probe itself more often than this.
+	// reuse is the time for which a report answers further requests. It limits
+	// how often strangers can make the relay probe itself.
 	reuse = time.Second
 )
 
-// Level is how a check went.
+// Level is the outcome of a check.
 type Level int
 
-// A warning is for the operator; the relay serves all the same.
+// The levels of a result. Only Fail makes the relay not ready; Warn asks the
+// operator to act.
 const (
 	OK Level = iota
 	Warn
@@ -35,157 +37,125 @@ const (
 
 var levelNames = [...]string{OK: "ok", Warn: "warn", Fail: "fail"}
 
-// String is the level's word in /readyz.
+// String returns the level as /readyz prints it.
 func (l Level) String() string { return levelNames[l] }
 
-// MarshalText gives the level's word to JSON.
+// MarshalText returns the level as /healthz prints it.
 func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
 
-// Result is the outcome of one check.
+// Result is the result of one check.
 type Result struct {
-	Level  Level
-	Detail string // one line; for a failure, the cause and its fix
+	Name   string `json:"name"` // of the check; set by [Health.Report]
+	Level  Level  `json:"level"`
+	Detail string `json:"detail"` // one line; for a failure, the cause and its fix
 }
 
-// Okf is a Result that is fine.
-func Okf(format string, args ...any) Result { return Result{OK, fmt.Sprintf(format, args...)} }
+// Okf returns a result of level OK.
+func Okf(format string, args ...any) Result {
+	return Result{Level: OK, Detail: fmt.Sprintf(format, args...)}
+}
 
-// Warnf is a Result that an operator should know of.
-func Warnf(format string, args ...any) Result { return Result{Warn, fmt.Sprintf(format, args...)} }
+// Warnf returns a result of level Warn.
+func Warnf(format string, args ...any) Result {
+	return Result{Level: Warn, Detail: fmt.Sprintf(format, args...)}
+}
 
-// Failf is a Result that makes the relay not ready.
-func Failf(format string, args ...any) Result { return Result{Fail, fmt.Sprintf(format, args...)} }
+// Failf returns a result of level Fail.
+func Failf(format string, args ...any) Result {
+	return Result{Level: Fail, Detail: fmt.Sprintf(format, args...)}
+}
 
-// Check is one thing that must hold.
+// Check is one condition of readiness. Run must return soon after its context
+// ends.
 type Check struct {
 	Name string
 	Run  func(context.Context) Result
 }
 
-// Report is one round of checks, in the order of their causes: the first
-// failure explains the later ones.
+// Report holds the results of one round of checks. The order is that of causes:
+// the first failure explains the later ones.
 type Report struct {
-	Ready  bool    `json:"ready"`
-	Cause  string  `json:"cause,omitempty"` // the first failure
-	Checks []Named `json:"checks"`
-}
-
-// Named is the result of the check with that name.
-type Named struct {
-	Name   string `json:"name"`
-	Level  Level  `json:"level"`
-	Detail string `json:"detail"`
+	Ready  bool     `json:"ready"`
+	Cause  string   `json:"cause,omitempty"` // the first failure
+	Checks []Result `json:"checks"`
 }
 
 // Health runs the checks.
 type Health struct {
 	checks []Check
 
-	mu       sync.Mutex
-	last     Report    // guarded by mu
-	lastDone time.Time // when last was made; guarded by mu
-
-	// stopping is not under mu: the stop must not wait for a check.
+	// changes counts the calls of Changed. changes and stopping are not under
+	// mu, which Report holds during a round: their callers must not wait.
+	changes  atomic.Uint64
 	stopping atomic.Bool
+
+	mu          sync.Mutex
+	last        Report    // guarded by mu
+	lastDone    time.Time // end of the last round; guarded by mu
+	lastChanges uint64    // changes at the begin of the last round; guarded by mu
 }
 
-// New returns the health of what the checks look at. Their order is the order
-// of causes: a listener comes before what answers on it.
+// New returns the health of the checks. They are in the order of causes: a
+// listener comes before the service behind it.
 func New(checks []Check) *Health { return &Health{checks: checks} }
 
-// Changed forgets the last report: what it was about is known to have changed.
-func (h *Health) Changed() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.lastDone = time.Time{}
-}
+// Changed makes the next Report run the checks again, because the state of the
+// relay has changed. It never waits, and may be called during a round.
+func (h *Health) Changed() { h.changes.Add(1) }
 
-// Stopping makes every later report not ready.
+// Stopping makes every later report not ready. It never waits.
 func (h *Health) Stopping() { h.stopping.Store(true) }
 
-// Report runs the checks, or returns what they gave less than a second ago.
+// Report runs the checks, or returns the results of the last second. Callers
+// share a round, so the end of ctx does not end it.
 func (h *Health) Report(ctx context.Context) Report {
+	if !h.stopping.Load() {
+		report := h.shared(context.WithoutCancel(ctx))
+		if !h.stopping.Load() {
+			return report
+		}
+	}
+	return Report{Cause: "the relay is stopping", Checks: []Result{}}
+}
+
+// shared returns the last report, or that of a new round.
+func (h *Health) shared(ctx context.Context) Report {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.stopping.Load() {
-		return Report{Cause: "the relay is stopping"}
+	changes := h.changes.Load()
+	if h.lastDone.IsZero() || time.Since(h.lastDone) >= reuse || h.lastChanges != changes {
+		h.last, h.lastChanges = h.round(ctx), changes
+		h.lastDone = time.Now()
 	}
-	if !h.lastDone.IsZero() && time.Since(h.lastDone) < reuse {
-		return h.last
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), checkTimeout)
-	defer cancel()
+	return h.last
+}
 
-	// Side by side: one check that waits for its timeout must not take the
-	// time of the others.
+// round runs the checks at the same time, so that a check which waits for its
+// timeout leaves enough time for the others.
+func (h *Health) round(ctx context.Context) Report {
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
 	results := make([]Result, len(h.checks))
 	var wg sync.WaitGroup
 	for i, c := range h.checks {
-		wg.Go(func() { results[i] = c.Run(ctx) })
+		wg.Go(func() {
+			results[i] = c.Run(ctx)
+			results[i].Name = c.Name
+		})
 	}
 	wg.Wait()
 
-	report := Report{Ready: true}
-	for i, c := range h.checks {
-		r := results[i]
-		report.Checks = append(report.Checks, Named{c.Name, r.Level, r.Detail})
-		if r.Level == Fail && report.Ready {
-			report.Ready = false
-			report.Cause = c.Name + ": " + r.Detail
+	report := Report{Ready: true, Checks: results}
+	for _, r := range results {
+		if r.Level == Fail {
+			report.Ready, report.Cause = false, r.Name+": "+r.Detail
+			break
 		}
 	}
-	h.last, h.lastDone = report, time.Now()
 	return report
 }
 
-// Handler serves /livez (the process answers), /readyz (200 or 503; the first
-// cause, then a line for each check) and /healthz (the same as JSON).
-func (h *Health) Handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write([]byte("ok\n"))
-	})
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		report := h.Report(r.Context())
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		w.WriteHeader(status(report))
-		_, _ = w.Write([]byte(report.String()))
-	})
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
-		report := h.Report(r.Context())
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(status(report))
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		_ = enc.Encode(report)
-	})
-	return mux
-}
-
-// StatusHandler serves /readyz with the first word alone: the causes name
-// addresses and servers, and are not for everybody who can ask.
-func (h *Health) StatusHandler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		report := h.Report(r.Context())
-		w.WriteHeader(status(report))
-		if report.Ready {
-			_, _ = w.Write([]byte("ready\n"))
-		} else {
-			_, _ = w.Write([]byte("not ready\n"))
-		}
-	})
-	return mux
-}
-
-func status(r Report) int {
-	if r.Ready {
-		return http.StatusOK
-	}
-	return http.StatusServiceUnavailable
-}
-
-// String is what /readyz prints.
+// String returns the report as /readyz prints it.
 func (r Report) String() string {
 	var b strings.Builder
 	if r.Ready {

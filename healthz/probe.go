@@ -21,27 +21,27 @@ import (
 	"tailscale.com/types/logger"
 )
 
-// stunRetry is how long a probe waits before it asks again: UDP may be lost
-// even on the loopback interface.
+// stunRetry is the wait for one STUN response before the next request. UDP packets
+// may be lost even on the loopback interface.
 const stunRetry = 500 * time.Millisecond
 
-// DERPProbe is two clients of a relay, one of which sends a packet to the other.
+// DERPProbe connects two clients to a relay. One sends a packet to the other.
 type DERPProbe struct {
-	// Host is the name of the relay, in HTTP and in TLS.
+	// Host is the relay's name in HTTP and TLS.
 	Host string
 
-	// Dial reaches the listener, whatever the name.
+	// Dial connects to the relay's listener. It does not resolve Host.
 	Dial func(ctx context.Context) (net.Conn, error)
 
-	// Leaf is the certificate that must be presented; nil without TLS.
+	// Leaf is the certificate that the relay must present; nil for plain HTTP.
 	Leaf *x509.Certificate
 
 	// From and To are the node keys of the clients.
 	From, To key.NodePrivate
 }
 
-// Run goes all the way that clients go: TCP, TLS, HTTP, DERP, admission, and a
-// packet. It returns how long that took.
+// Run connects as clients do, by TCP, TLS, HTTP, DERP and admission, and passes a
+// packet. It returns the time for all of it.
 func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
 	start := time.Now()
 	from, err := p.connect(ctx, p.From)
@@ -60,10 +60,10 @@ func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
 	return time.Since(start), nil
 }
 
-// connect returns a client that the relay has admitted and registered.
+// connect returns a client that the relay has admitted.
 func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *derphttp.Client, err error) {
-	// Not https: derphttp would verify by the roots of the system first, and
-	// to read those takes longer than all the rest of a start.
+	// The URL is http because dial does the TLS handshake itself. With https,
+	// derphttp would load the system roots first, which is slow.
 	client, err := derphttp.NewClient(private, "http://"+p.Host+"/derp", logger.Discard, netmon.NewStatic())
 	if err != nil {
 		return nil, err
@@ -78,21 +78,21 @@ func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *der
 	if err := client.Connect(ctx); err != nil {
 		return nil, err
 	}
-	// The relay says whether it admits a client only after the handshake:
-	// it sends its server information, or it hangs up.
+	// The relay decides on admission after the DERP handshake. It then sends
+	// its server information, or closes the connection.
 	stop := context.AfterFunc(ctx, func() { _ = client.Close() })
 	defer stop()
 	message, err := client.Recv()
 	if err != nil {
-		return nil, fmt.Errorf("the relay hung up after the handshake: %w", errors.Join(context.Cause(ctx), err))
+		return nil, fmt.Errorf("the relay closed the connection after the DERP handshake: %w", errors.Join(context.Cause(ctx), err))
 	}
 	if _, ok := message.(derp.ServerInfoMessage); !ok {
-		return nil, fmt.Errorf("the relay sent %T where its server information belongs", message)
+		return nil, fmt.Errorf("the relay sent %T in place of its server information", message)
 	}
 	return client, nil
 }
 
-// dial returns a connection that is ready for HTTP.
+// dial returns a connection for HTTP, after the TLS handshake if there is one.
 func (p DERPProbe) dial(ctx context.Context) (net.Conn, error) {
 	conn, err := p.Dial(ctx)
 	if err != nil || p.Leaf == nil {
@@ -102,8 +102,8 @@ func (p DERPProbe) dial(ctx context.Context) (net.Conn, error) {
 	roots.AddCert(p.Leaf)
 	client := tls.Client(conn, &tls.Config{
 		ServerName: p.Host, RootCAs: roots, MinVersion: tls.VersionTLS12,
-		// The cheapest: nobody listens on the loopback interface, and the
-		// first check is in the way of the first clients.
+		// P-256 is the cheapest key exchange. The first probe delays the
+		// start, and the loopback interface needs no post-quantum secrecy.
 		CurvePreferences: []tls.CurveID{tls.CurveP256},
 	})
 	if err := client.HandshakeContext(ctx); err != nil {
@@ -113,14 +113,14 @@ func (p DERPProbe) dial(ctx context.Context) (net.Conn, error) {
 	return client, nil
 }
 
-// pass sends a packet, and waits until it arrives as it was sent.
+// pass sends a packet and waits for the same packet to arrive.
 func pass(ctx context.Context, from, to *derphttp.Client) error {
 	stop := context.AfterFunc(ctx, func() {
 		_ = from.Close()
 		_ = to.Close()
 	})
 	defer stop()
-	// As long as what WireGuard sends by the most common MTU.
+	// 1280 bytes is the MTU of Tailscale's interface.
 	packet := make([]byte, 1280)
 	_, _ = rand.Read(packet) // never fails
 	if err := from.Send(to.SelfPublicKey(), packet); err != nil {
@@ -135,15 +135,15 @@ func pass(ctx context.Context, from, to *derphttp.Client) error {
 		switch {
 		case !ok: // a keepalive, for example
 		case received.Source != from.SelfPublicKey() || !bytes.Equal(received.Data, packet):
-			return errors.New("another one arrived than was sent")
+			return errors.New("the packet that arrived is not the one that was sent")
 		default:
 			return nil
 		}
 	}
 }
 
-// STUN asks the STUN server at addr for the address it sees, and checks that
-// it is the one that asked. It returns the round trip time.
+// STUN sends a binding request to the server at addr. It checks that the response
+// names the request's own source address, and returns the round trip time.
 func STUN(ctx context.Context, addr netip.AddrPort) (time.Duration, error) {
 	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(addr))
 	if err != nil {
@@ -154,14 +154,14 @@ func STUN(ctx context.Context, addr netip.AddrPort) (time.Duration, error) {
 		return 0, err
 	}
 	if self := conn.LocalAddr().(*net.UDPAddr).AddrPort(); seen != netip.AddrPortFrom(self.Addr().Unmap(), self.Port()) {
-		return 0, fmt.Errorf("the answer names %s, the request came from %s", seen, self)
+		return 0, fmt.Errorf("the response names %s, but the request came from %s", seen, self)
 	}
 	return took, nil
 }
 
-// AskSTUN sends binding requests (RFC 8489) over conn until one is answered,
-// since UDP may be lost, or ctx ends. It returns the address that the server
-// sees and the round trip time, and closes conn.
+// AskSTUN sends binding requests (RFC 8489) over conn until a response arrives or
+// ctx ends. It returns the address in the response and the round trip time, and
+// closes conn.
 func AskSTUN(ctx context.Context, conn net.Conn) (seen netip.AddrPort, took time.Duration, err error) {
 	defer func() { _ = conn.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
@@ -172,16 +172,16 @@ func AskSTUN(ctx context.Context, conn net.Conn) (seen netip.AddrPort, took time
 		switch {
 		case err == nil:
 			return seen, took, nil
-		case ctx.Err() != nil: // which closed conn
-			return seen, 0, fmt.Errorf("no answer from %s: %w", conn.RemoteAddr(), context.Cause(ctx))
+		case ctx.Err() != nil: // its end has closed conn
+			return seen, 0, fmt.Errorf("no response from %s: %w", conn.RemoteAddr(), context.Cause(ctx))
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			return seen, 0, err
 		}
 	}
 }
 
-// askOnce sends one request and waits for its answer, past whatever else
-// arrives.
+// askOnce sends one request and waits for its response. It skips all other
+// packets.
 func askOnce(conn net.Conn) (seen netip.AddrPort, took time.Duration, err error) {
 	tx := stun.NewTxID()
 	buf := make([]byte, 1500)

@@ -7,62 +7,61 @@ import (
 	"time"
 )
 
-// The self-check's pace. A relay that refuses clients at once is found out
-// within 5 seconds, one that lets them hang within 11: three failures in a row,
-// so that one slow handshake does not send clients away. A probe takes 3 ms of
-// CPU time, client and relay together: a thousandth of a core.
+// The self-check needs three failures in a row, so that one slow handshake does
+// not send clients away. It detects a relay that refuses clients within 5
+// seconds, and one that lets them hang within 11. A probe every 3 seconds takes a
+// thousandth of a core.
 const (
-	checkEvery   = 3 * time.Second
-	recheckAfter = time.Second // of a failure, and while the relay does not serve
+	checkEvery   = 3 * time.Second // from one probe to the next while the relay serves
+	recheckAfter = time.Second     // after a failure, and while the relay does not serve
 	probeTimeout = 2 * time.Second
 
-	failuresToStop   = 3 // in a row, until the relay is said not to serve
-	successesToServe = 2 // in a row, until it is said to serve again
+	failuresToStop   = 3 // failures in a row that end serving
+	successesToServe = 2 // successes in a row that begin it again
 )
 
-// errUnchecked is the state before the first probe.
+// errUnchecked is the error before the first probe.
 var errUnchecked = errors.New("not checked yet")
 
-// SelfCheck tries a relay again and again, as its clients would, and decides
-// whether it serves them.
+// SelfCheck repeats a probe and decides whether the relay serves clients.
 type SelfCheck struct {
 	probe   func(context.Context) (time.Duration, error)
 	changed func(serving bool, cause error)
 
 	mu     sync.Mutex
 	state  State // guarded by mu
-	inRow  int   // probes with the latest outcome; guarded by mu
-	served bool  // whether it ever served; guarded by mu
+	inRow  int   // latest probes with the same outcome; guarded by mu
+	served bool  // whether the relay has ever served; guarded by mu
 }
 
-// State is what the self-check knows.
+// State is the state of a [SelfCheck].
 type State struct {
-	// Serving is the decision: it changes only after several probes.
+	// Serving is the decision. Only several probes in a row change it.
 	Serving bool
 
-	// Took and Err are how the latest probe went.
+	// Took and Err are the duration and the error of the latest probe.
 	Took time.Duration
 	Err  error
 
-	// Failures counts the probes that failed, since the start.
+	// Failures is the number of failed probes since the start.
 	Failures uint64
 }
 
-// NewSelfCheck returns a self-check by the probe. It starts out as not serving;
-// changed is told, from one goroutine, when that changes, and why; and once when
-// it does not serve from the start.
+// NewSelfCheck returns a self-check in the state not serving. changed is called
+// from one goroutine on every change of state, and once if the relay never starts
+// to serve.
 func NewSelfCheck(probe func(context.Context) (time.Duration, error), changed func(serving bool, cause error)) *SelfCheck {
 	return &SelfCheck{probe: probe, changed: changed, state: State{Err: errUnchecked}}
 }
 
-// State is the outcome of the latest probe, and what follows from all.
+// State returns the current state.
 func (s *SelfCheck) State() State {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.state
 }
 
-// Run probes until ctx ends. After that changed is not called any more.
+// Run probes until ctx ends. It does not call changed after that.
 func (s *SelfCheck) Run(ctx context.Context) error {
 	for {
 		began := time.Now()
@@ -70,7 +69,7 @@ func (s *SelfCheck) Run(ctx context.Context) error {
 		took, err := s.probe(probing)
 		cancel()
 		if ctx.Err() != nil {
-			return nil // which may be why it failed
+			return nil // the probe may have failed because of that
 		}
 		changed, state := s.note(took, err)
 		if changed {
@@ -90,7 +89,7 @@ func (s *SelfCheck) Run(ctx context.Context) error {
 	}
 }
 
-// note takes one outcome in, and reports whether there is news.
+// note records the outcome of a probe, and reports whether to call changed.
 func (s *SelfCheck) note(took time.Duration, err error) (bool, State) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -108,8 +107,8 @@ func (s *SelfCheck) note(took time.Duration, err error) (bool, State) {
 			return true, s.state
 		}
 	case !s.served:
-		// A start is no recovery: every second of it is one without a
-		// relay.
+		// One success is enough at the start, because every second of
+		// the start is a second without a relay.
 		s.served, s.state.Serving = true, true
 	default:
 		s.state.Serving = was || s.inRow >= successesToServe

@@ -11,15 +11,16 @@ import (
 	"time"
 )
 
-// Each letter is one probe: + works, - is refused, . hangs.
+// Each letter is one probe: + works, s works after a second, - is refused, . hangs.
 func TestSelfCheck(t *testing.T) {
 	for _, tt := range []struct {
 		name, probes string
-		want         []string // what is said, and when
+		want         []string // calls of changed, and when
 	}{
 		{"a start needs one success", "++++", []string{"0s serving"}},
 		{"a start that comes late", "-+", []string{"1s serving"}},
-		{"a start that fails is told once", "-----+", []string{"2s not serving: refused", "5s serving"}},
+		{"a start that fails is reported once", "-----+", []string{"2s not serving: refused", "5s serving"}},
+		{"a slow probe keeps the pace", "+ss---", []string{"0s serving", "11s not serving: refused"}},
 		{"refused at once", "+++---", []string{"0s serving", "11s not serving: refused"}},
 		{"hanging", "+...", []string{"0s serving", "11s not serving: context deadline exceeded"}},
 		{"one and two failures in between", "+-+--+", []string{"0s serving"}},
@@ -42,6 +43,9 @@ func TestSelfCheck(t *testing.T) {
 					switch outcome {
 					case "-":
 						return 0, errors.New("refused")
+					case "s":
+						<-time.After(time.Second)
+						return time.Second, nil
 					case ".":
 						<-ctx.Done()
 						return 0, ctx.Err()
@@ -54,7 +58,7 @@ func TestSelfCheck(t *testing.T) {
 					}
 					said = append(said, line)
 				})
-				if state := s.State(); state.Serving || state.Err == nil {
+				if state := s.State(); state.Serving || !errors.Is(state.Err, errUnchecked) {
 					t.Errorf("before the first probe: %+v", state)
 				}
 				if err := s.Run(ctx); err != nil {

@@ -72,11 +72,11 @@ func TestSTUNFromTheGateway(t *testing.T) {
 }
 
 // stunCheck is what health says of STUN now.
-func stunCheck(t *testing.T, n *testNode) healthz.Named {
+func stunCheck(t *testing.T, n *testNode) healthz.Result {
 	t.Helper()
 	n.health.Changed()
 	checks := n.health.Report(t.Context()).Checks
-	i := slices.IndexFunc(checks, func(c healthz.Named) bool { return c.Name == "stun" })
+	i := slices.IndexFunc(checks, func(c healthz.Result) bool { return c.Name == "stun" })
 	if i < 0 {
 		t.Fatalf("no check of STUN in %v", checks)
 	}
