@@ -25,7 +25,7 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-// listeners are where a relay would listen, before it has a certificate.
+// listeners are the listeners of a relay without a certificate.
 type listeners struct{ https, http net.Listener }
 
 func listen(t *testing.T) listeners {
@@ -126,7 +126,7 @@ func TestACMEObtains(t *testing.T) {
 	}
 }
 
-// A restart must not ask the authority: it may be down, or out of patience.
+// A restart does not need the authority, which may be down or rate-limited.
 func TestACMERestartUsesStoredCertificate(t *testing.T) {
 	authority := acmetest.Start(t)
 	l := listen(t)
@@ -142,7 +142,7 @@ func TestACMERestartUsesStoredCertificate(t *testing.T) {
 		waitReady(t, m)
 		first = m.Status().Leaf.Raw
 	})
-	c.Roots = x509.NewCertPool() // the authority cannot be talked to
+	c.Roots = x509.NewCertPool() // no connection to the authority succeeds
 	m := certs.NewACME(c)
 	serveChallenges(t, m, listen(t))
 	waitReady(t, m)
@@ -151,7 +151,7 @@ func TestACMERestartUsesStoredCertificate(t *testing.T) {
 	}
 }
 
-// What a crash of the machine, or a person, left half is made anew.
+// A damaged certificate or account is replaced.
 func TestACMEDamagedStorage(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -182,7 +182,7 @@ func TestACMEDamagedStorage(t *testing.T) {
 				ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.Nop(),
 			}
 			if c.Stored() {
-				t.Error("an empty directory is said to hold a certificate")
+				t.Error("Stored is true for an empty directory")
 			}
 			var first []byte
 			t.Run("obtain", func(t *testing.T) {
@@ -192,7 +192,7 @@ func TestACMEDamagedStorage(t *testing.T) {
 				first = m.Status().Leaf.Raw
 			})
 			if !c.Stored() {
-				t.Error("the directory is said to hold no certificate")
+				t.Error("Stored is false for a stored certificate")
 			}
 			err := tt.spoil(func(pattern string) string {
 				found, _ := filepath.Glob(filepath.Join(c.Dir, pattern))
@@ -205,7 +205,7 @@ func TestACMEDamagedStorage(t *testing.T) {
 				t.Fatal(err)
 			}
 			if c.Stored() {
-				t.Error("a damaged directory is said to hold a certificate")
+				t.Error("Stored is true for a damaged directory")
 			}
 			again := listenOn(t, l.https.Addr().String(), l.http.Addr().String())
 			m := certs.NewACME(c)
@@ -218,8 +218,8 @@ func TestACMEDamagedStorage(t *testing.T) {
 	}
 }
 
-// What goes wrong is told in the authority's words, with the likely cause, in
-// the status and once in the log.
+// A failure is in the status and once in the log, with the authority's message and
+// the likely cause.
 func TestACMERefused(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -231,13 +231,13 @@ func TestACMERefused(t *testing.T) {
 			closed := listen(t)
 			_ = closed.http.Close()
 			authority.Validate(t, portOf(closed.http), portOf(l.https))
-		}, []string{"derp.example.com: the authority says", "(connection): it could not connect: open TCP 80"}},
+		}, []string{"derp.example.com: the authority says", "(connection): the authority could not connect; open TCP 80"}},
 		{"another server answers", func(t *testing.T, authority *acmetest.CA, _ *certs.ACMEConfig, l listeners) {
 			t.Helper()
 			other := httptest.NewServer(http.NotFoundHandler())
 			t.Cleanup(other.Close)
 			authority.Validate(t, portOf(other.Listener), portOf(l.https))
-		}, []string{"(unauthorized): something else answered: DNS points to another machine"}},
+		}, []string{"(unauthorized): another server answered; check that DNS points to this machine"}},
 		{"no account binding", func(t *testing.T, authority *acmetest.CA, _ *certs.ACMEConfig, l listeners) {
 			t.Helper()
 			authority.ExternalAccounts = map[string]string{"kid-1": macKey}
@@ -248,7 +248,7 @@ func TestACMERefused(t *testing.T) {
 			authority.ExternalAccounts = map[string]string{"kid-1": macKey}
 			c.EABKeyID, c.EABKey = "kid-1", strings.Repeat("REVG", 11)
 			authority.Validate(t, portOf(l.http), portOf(l.https))
-		}, []string{"it does not take this account: see DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY"}},
+		}, []string{"the authority refuses this account; check DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY"}},
 		{"the authority is down", func(_ *testing.T, _ *acmetest.CA, c *certs.ACMEConfig, _ listeners) {
 			c.Directory = "https://127.0.0.1:1/dir"
 		}, []string{"the authority cannot be reached from here: dial tcp 127.0.0.1:1: connect: connection refused"}},
@@ -268,7 +268,7 @@ func TestACMERefused(t *testing.T) {
 			said := m.Status().Err.Error()
 			for _, want := range tt.want {
 				if !strings.Contains(said, want) {
-					t.Errorf("the status says %q, want %q in it", said, want)
+					t.Errorf("the status is %q, want %q in it", said, want)
 				}
 			}
 			if n := strings.Count(log.String(), `"message":"certificate not obtained"`); n != 1 {
@@ -294,7 +294,7 @@ func TestACMEExternalAccount(t *testing.T) {
 	waitReady(t, m)
 }
 
-// lockedBuffer takes a log from several goroutines.
+// lockedBuffer holds a log that several goroutines write.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  strings.Builder
@@ -312,8 +312,8 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// An authority that takes a request and never answers does not hold the stop
-// up: a container manager would kill the relay.
+// An authority that never answers does not delay the stop, because a container
+// manager would kill the relay.
 func TestACMEStopsWhileTheAuthorityHangs(t *testing.T) {
 	authority := acmetest.Start(t)
 	l := listen(t)

@@ -14,36 +14,40 @@ import (
 	"github.com/mholt/acmez/v3/acme"
 )
 
-// remedies say what most often is behind an authority's problem (RFC 8555
-// §6.7), and what to do about it. The authority's own words come first: they
-// name the address it found and what answered there.
+// remedies are the likely cause of each ACME problem (RFC 8555 §6.7), and what to
+// do about it. They follow the authority's own message, which names the address
+// it connected to and what answered there.
 var remedies = map[string]string{
-	acme.ProblemTypeDNS:                     "it found no address for this name: add an A or AAAA record that points here",
-	acme.ProblemTypeConnection:              "it could not connect: open TCP 80 (http) or TCP 443 (tls-alpn) to everybody, and see whether DNS points here",
-	acme.ProblemTypeUnauthorized:            "something else answered: DNS points to another machine, or a proxy stands before this one",
-	acme.ProblemTypeTLS:                     "something else answered on TCP 443: DNS points to another machine, or a proxy stands before this one",
-	acme.ProblemTypeRateLimited:             "wait until the time it names, if it names one; derpd tries again by itself; try things out with DERP_ACME_CA=letsencrypt-staging",
-	acme.ProblemTypeCAA:                     "a CAA record in DNS allows other authorities only: add this one, or choose another with DERP_ACME_CA",
-	acme.ProblemTypeExternalAccountRequired: "it wants an account binding: set DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY",
-	acme.ProblemTypeRejectedIdentifier:      "it does not sign this name; a public authority signs public names only",
-	acme.ProblemTypeUserActionRequired:      "it wants something of its account's owner, at the address it names",
-	acme.ProblemTypeServerInternal:          "the fault is on its side; derpd tries again by itself",
+	acme.ProblemTypeDNS:                     "no address was found for this name; add an A or AAAA record that points to this machine",
+	acme.ProblemTypeConnection:              "the authority could not connect; open TCP 80 (http) or TCP 443 (tls-alpn) to everybody, and check that DNS points to this machine",
+	acme.ProblemTypeUnauthorized:            "another server answered; check that DNS points to this machine, and that no proxy is in front of it",
+	acme.ProblemTypeTLS:                     "another server answered on TCP 443; check that DNS points to this machine, and that no proxy is in front of it",
+	acme.ProblemTypeRateLimited:             "wait until the time in the message, if there is one; derpd tries again by itself; use DERP_ACME_CA=letsencrypt-staging for experiments",
+	acme.ProblemTypeCAA:                     "a CAA record in DNS allows only other authorities; add this authority to the record, or choose another with DERP_ACME_CA",
+	acme.ProblemTypeExternalAccountRequired: "the authority requires an account binding; set DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY",
+	acme.ProblemTypeRejectedIdentifier:      "the authority does not sign this name, and a public authority signs public names only; correct DERP_DOMAIN, or choose another authority with DERP_ACME_CA",
+	acme.ProblemTypeUserActionRequired:      "the owner of the account must act; open the address in the message",
+	acme.ProblemTypeServerInternal:          "the authority has a fault of its own; derpd tries again by itself",
 }
 
-// challengeProblems are what an authority says when it did not find the relay
-// where it looked.
+// accountRemedy follows an unauthorized problem that is about the account.
+const accountRemedy = "the authority refuses this account; check DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY"
+
+// challengeProblems are the problems of an authority that did not find the relay
+// at the address in DNS.
 var challengeProblems = []string{acme.ProblemTypeDNS, acme.ProblemTypeConnection, acme.ProblemTypeUnauthorized, acme.ProblemTypeTLS}
 
-// lookupTimeout bounds the look into DNS.
+// lookupTimeout limits the lookup of a name whose challenge failed.
 const lookupTimeout = 2 * time.Second
 
 // LookupFunc finds the addresses of a DNS name, as [net.Resolver.LookupNetIP]
 // does.
 type LookupFunc func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
-// whereTo says where DNS leads, after a challenge that failed: the authority
-// often does not name the address that it tried.
-func whereTo(ctx context.Context, name string, err error, lookup LookupFunc) string {
+// resolved returns the end of an error message: the addresses of name in DNS,
+// after a challenge that failed. The authority often does not name the address
+// that it connected to. It returns nothing when DNS gives no answer.
+func resolved(ctx context.Context, name string, err error, lookup LookupFunc) string {
 	problem, ok := errors.AsType[acme.Problem](err)
 	if !ok || problem.Resource == nil || !slices.Contains(challengeProblems, problem.Type) || net.ParseIP(name) != nil {
 		return ""
@@ -52,7 +56,7 @@ func whereTo(ctx context.Context, name string, err error, lookup LookupFunc) str
 	defer cancel()
 	found, err := lookup(ctx, "ip", name)
 	if missing, ok := errors.AsType[*net.DNSError](err); ok && missing.IsNotFound {
-		return fmt.Sprintf("; DNS says that %s has no address", name)
+		return fmt.Sprintf("; DNS has no address for %s", name)
 	}
 	if err != nil || len(found) == 0 {
 		return ""
@@ -62,11 +66,11 @@ func whereTo(ctx context.Context, name string, err error, lookup LookupFunc) str
 		addresses = append(addresses, a.Unmap().String())
 	}
 	slices.Sort(addresses)
-	return fmt.Sprintf("; DNS says %s is %s", name, strings.Join(addresses, " and "))
+	return fmt.Sprintf("; DNS has %s for %s", strings.Join(addresses, " and "), name)
 }
 
-// explain puts an error of certmagic into the words of the authority, and adds
-// the likely cause. The error is still in the chain.
+// explain returns an error of certmagic with the authority's message, the likely
+// cause and the remedy. The error stays in the chain.
 func explain(name string, err error) *explained {
 	if problem, ok := errors.AsType[acme.Problem](err); ok {
 		words := problem.Detail
@@ -76,35 +80,34 @@ func explain(name string, err error) *explained {
 		remedy := remedies[problem.Type]
 		switch {
 		case problem.Type == acme.ProblemTypeUnauthorized && problem.Resource == nil:
-			// Not about a challenge, which would be the resource.
-			remedy = "it does not take this account: see DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY"
+			// A problem of a challenge has the challenge as its resource.
+			remedy = accountRemedy
 		case remedy == "":
 			remedy = "derpd tries again by itself"
 		}
 		return &explained{problem.Type, fmt.Sprintf("%s: the authority says %q (%s): %s", name, words, strings.TrimPrefix(problem.Type, acme.ProblemTypeNamespace), remedy), err}
 	}
 	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return &explained{"untrusted", fmt.Sprintf("%s: the authority's own certificate is not trusted here: %v; a private authority's roots go into DERP_ACME_CA_ROOTS", name, untrusted.Err), err}
+		return &explained{"untrusted", fmt.Sprintf("%s: the certificate of the authority's server is not trusted: %v; if the authority is a private one, set DERP_ACME_CA_ROOTS to its roots", name, untrusted.Err), err}
 	}
 	if _, ok := errors.AsType[net.Error](err); ok && !errors.Is(err, context.Canceled) {
-		return &explained{"unreachable", fmt.Sprintf("%s: the authority cannot be reached from here: %v; derpd tries again by itself", name, rootCause(err)), err}
+		return &explained{"unreachable", fmt.Sprintf("%s: the authority cannot be reached from here: %v; check the network and DNS of this machine; derpd tries again by itself", name, rootCause(err)), err}
 	}
 	words := fmt.Sprintf("%s: %v", name, err)
 	return &explained{words, words, err}
 }
 
-// explained is an error in other words.
+// explained is an error with another message.
 type explained struct {
-	kind  string // the same for errors that differ only in a time or a token
-	words string
+	kind  string // equal for errors that differ only in a time or a token
+	words string // the message
 	err   error
 }
 
 func (e *explained) Error() string { return e.words }
 func (e *explained) Unwrap() error { return e.err }
 
-// rootCause is the innermost error of a chain: what the network said, without
-// the list of who passed it on.
+// rootCause returns the network's own error, without the errors that wrap it.
 func rootCause(err error) error {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		return op

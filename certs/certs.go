@@ -1,7 +1,17 @@
-// Package certs gives the HTTPS listener its certificates. There is one file
-// for each way to get them: acme.go asks a certificate authority, manual.go
-// reads files that something else keeps, pinned.go makes a self-signed
-// certificate whose hash stands in the DERP map.
+// Package certs provides the certificates of the HTTPS listener. Each way to get
+// one is a [Manager]:
+//
+//   - acme.go obtains and renews certificates of a certificate authority.
+//     authority.go describes the authority, obtain.go retries, faults.go keeps
+//     the errors and cause.go explains them. storage.go stores the certificates,
+//     zap.go logs for certmagic, and dns.go and its neighbours prove names by
+//     DNS-01.
+//   - manual.go reads a certificate and a key that another program renews.
+//   - pinned.go makes a self-signed certificate. Clients know its hash from the
+//     DERP map.
+//
+// files.go reloads the files of the last two. names.go is about the names that a
+// certificate covers.
 package certs
 
 import (
@@ -14,48 +24,48 @@ import (
 	"net/http"
 )
 
-// ErrNone is the state of a manager that waits for its first certificate.
+// ErrNone is the error of a manager without a certificate.
 var ErrNone = errors.New("no certificate yet")
 
-// Manager keeps the certificates of one mode.
+// Manager provides the certificates of one mode.
 type Manager interface {
-	// GetCertificate is for [tls.Config]. It fails while there is none.
+	// GetCertificate is for [tls.Config]. It fails while there is no
+	// certificate.
 	GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
 	// HTTPHandler answers ACME challenges on the plain HTTP listener, and
-	// passes everything else to next.
+	// passes all other requests to next.
 	HTTPHandler(next http.Handler) http.Handler
 
-	// Run obtains and renews until ctx ends.
+	// Run obtains and renews certificates until ctx ends.
 	Run(ctx context.Context) error
 
-	// Ready is closed when there is a certificate to serve.
+	// Ready is closed once there is a certificate to serve.
 	Ready() <-chan struct{}
 
-	// Status is the certificate as it is now. Names are not in it: ask the
-	// leaf.
+	// Status returns the current certificate and the last error.
 	Status() Status
 }
 
-// Status describes the certificate that clients get.
+// Status is the state of a [Manager].
 type Status struct {
-	// Leaf is nil while there is no certificate.
+	// Leaf is the certificate that clients get; nil while there is none.
 	Leaf *x509.Certificate
 
-	// Pin is the CertName of a self-signed certificate in the DERP map,
-	// and empty for one that a certificate authority signed.
+	// Pin is the CertName of a self-signed certificate in the DERP map. It
+	// is empty for a certificate that an authority has signed.
 	Pin string
 
-	// Err is why there is no certificate, or why it could not be renewed.
+	// Err is the reason why there is no certificate, or no newer one; or nil.
 	Err error
 
-	// Reloads counts the certificates that took the place of the first one,
-	// and ReloadErrors the attempts that brought none.
+	// Reloads counts the certificates that replaced another one, and
+	// ReloadErrors the attempts that failed.
 	Reloads, ReloadErrors uint64
 }
 
-// Pin is the CertName by which clients recognise exactly this certificate:
-// "sha256-raw:" and the hash of its DER form (tailcfg.DERPNode.CertName).
+// Pin returns the CertName by which clients accept this certificate alone:
+// "sha256-raw:" and the SHA-256 of its DER form (tailcfg.DERPNode.CertName).
 func Pin(leaf *x509.Certificate) string {
 	sum := sha256.Sum256(leaf.Raw)
 	return "sha256-raw:" + hex.EncodeToString(sum[:])

@@ -45,7 +45,7 @@ func TestPinned(t *testing.T) {
 		}
 	}
 	if bytes.Contains(bytes.ToLower(leaf.Raw), []byte("derp")) {
-		t.Errorf("the certificate of %v tells scanners what this is: subject %q", names, leaf.Subject)
+		t.Errorf("the certificate of %v names the program: subject %q", names, leaf.Subject)
 	}
 	if key, ok := leaf.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
 		t.Errorf("key %T, want P-256", leaf.PublicKey)
@@ -54,14 +54,14 @@ func TestPinned(t *testing.T) {
 		t.Errorf("valid for %d years, want 10", years)
 	}
 	if !leaf.NotBefore.Before(now.Add(-23 * time.Hour)) {
-		t.Error("a client whose clock is some hours behind is shut out")
+		t.Error("NotBefore refuses a client whose clock is some hours behind")
 	}
 	if info, err := os.Stat(c.Path); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
 	}
 
-	// An address that it does not cover: clients that dial an address send
-	// no SNI and check no name.
+	// The certificate need not cover an address, because clients that dial an
+	// address send no SNI and check no name.
 	c.Names = []string{"203.0.113.9"}
 	again, err := certs.LoadOrCreatePinned(c)
 	if err != nil {
@@ -72,7 +72,7 @@ func TestPinned(t *testing.T) {
 	}
 }
 
-// A name that is too long for the subject is in the certificate all the same.
+// A name that is too long for the subject is still covered.
 func TestPinnedLongName(t *testing.T) {
 	name := strings.Repeat("a", 60) + ".relay.example.com"
 	m, err := certs.LoadOrCreatePinned(certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "pinned.pem"), Names: []string{name}})
@@ -84,7 +84,7 @@ func TestPinnedLongName(t *testing.T) {
 	}
 }
 
-// What is wrong with the file is never mended by a new identity.
+// A broken file is never replaced by a new identity.
 func TestPinnedRefuses(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -175,13 +175,13 @@ func TestManual(t *testing.T) {
 		{name: "complete to a known root", chain: []*tls.Certificate{leaf, middle}, roots: roots},
 		{name: "complete with a private root", chain: []*tls.Certificate{leaf, middle, root}},
 		{name: "self-signed", chain: []*tls.Certificate{alone}, pin: true},
-		{name: "several names", chain: []*tls.Certificate{leaf, middle}, names: []string{"derp.example.com", "b.example.com"}, roots: roots, want: "covers derp.example.com, not b.example.com"},
+		{name: "several names", chain: []*tls.Certificate{leaf, middle}, names: []string{"derp.example.com", "b.example.com"}, roots: roots, want: "covers derp.example.com, not b.example.com; get a certificate for every name in DERP_DOMAIN"},
 		{name: "missing intermediate", chain: []*tls.Certificate{leaf}, roots: roots, want: `the chain is incomplete: the certificate of "CN=Test Intermediate" is missing; append it to the file`},
 		{name: "unknown root", chain: []*tls.Certificate{leaf, middle}, want: `the certificate of "CN=Test Root" is missing`},
 		{name: "wrong order", chain: []*tls.Certificate{leaf, root, middle}, roots: roots, want: "certificate 1 was not signed by the next one in the file (CN=Test Root)"},
 		{name: "another key", chain: []*tls.Certificate{leaf, middle}, key: expired, roots: roots, want: "private key does not match public key"},
-		{name: "expired", chain: []*tls.Certificate{expired, middle}, roots: roots, want: "expired on " + soon.UTC().Format(time.DateOnly)},
-		{name: "not yet valid", chain: []*tls.Certificate{early, middle}, roots: roots, want: "is not valid before"},
+		{name: "expired", chain: []*tls.Certificate{expired, middle}, roots: roots, want: "expired on " + soon.UTC().Format(time.DateOnly) + "; renew it"},
+		{name: "not yet valid", chain: []*tls.Certificate{early, middle}, roots: roots, want: "check the clock of this machine"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()

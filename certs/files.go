@@ -15,24 +15,24 @@ import (
 	"derpd/filewatch"
 )
 
-// files is a certificate that is kept in files, and served anew when they
-// change. Whatever is wrong with the new ones, the old certificate stays.
+// files is the [Manager] of a certificate in files. It reloads the certificate
+// when the files change, and keeps the old one while the new files are invalid.
 type files struct {
 	paths []string
-	load  func() (*tls.Certificate, error) // reads and validates
+	load  func() (*tls.Certificate, error) // reads and validates the files
 	log   zerolog.Logger
 	ready chan struct{} // closed from the start
 
 	current atomic.Pointer[tls.Certificate]
 
 	mu   sync.Mutex
-	seen [sha256.Size]byte // of what was looked at last; guarded by mu
-	err  error             // what is wrong with it; guarded by mu
+	seen [sha256.Size]byte // fingerprint of the last load; guarded by mu
+	err  error             // error of the last load; guarded by mu
 
 	reloads, reloadErrors uint64 // guarded by mu
 }
 
-// newFiles loads the files for the first time.
+// newFiles loads the files, and fails when they are invalid.
 func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog.Logger) (*files, error) {
 	f := &files{paths: paths, load: load, log: log, ready: make(chan struct{})}
 	f.seen = f.fingerprint()
@@ -45,20 +45,20 @@ func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog
 	return f, nil
 }
 
-// fingerprint tells two states of the files apart, by their content: time
-// stamps are coarse, and a link that is swapped may bring an older one.
+// fingerprint returns a hash of the files' content. Time stamps are coarse, and a
+// replaced link may lead to an older file.
 func (f *files) fingerprint() [sha256.Size]byte {
 	h := sha256.New()
 	for _, path := range f.paths {
 		data, err := os.ReadFile(path)
-		// Length first, so that bytes cannot move from one file to the next.
+		// The length prevents that bytes move from one file to the next unnoticed.
 		_, _ = fmt.Fprintf(h, "%d %v\n", len(data), err)
 		_, _ = h.Write(data)
 	}
 	return [sha256.Size]byte(h.Sum(nil))
 }
 
-// reload looks at the files, and takes them if they are new and good.
+// reload loads the files if their content has changed.
 func (f *files) reload() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -70,14 +70,14 @@ func (f *files) reload() {
 	cert, err := f.load()
 	if err != nil {
 		f.reloadErrors++
-		f.err = fmt.Errorf("the new files were not taken, the old certificate stays: %w", err)
-		f.log.Error().Err(err).Msg("certificate files not taken, the old certificate stays")
+		f.err = fmt.Errorf("the new files are invalid and the old certificate is still served: %w", err)
+		f.log.Error().Err(err).Msg("certificate files are invalid; the old certificate is still served")
 		return
 	}
 	f.err = nil
 	f.reloads++
 	f.current.Store(cert)
-	f.log.Info().Str("names", covered(cert.Leaf)).Time("not_after", cert.Leaf.NotAfter).Msg("certificate files taken")
+	f.log.Info().Str("names", covered(cert.Leaf)).Time("not_after", cert.Leaf.NotAfter).Msg("certificate reloaded")
 }
 
 // Run implements [Manager].
@@ -102,7 +102,7 @@ func (f *files) Status() Status {
 	defer f.mu.Unlock()
 	cert := f.current.Load()
 	s := Status{Leaf: cert.Leaf, Err: f.err, Reloads: f.reloads, ReloadErrors: f.reloadErrors}
-	// Clients that pin want the certificate alone (tlsdial's
+	// Clients with a pin accept one certificate, not a chain (tlsdial's
 	// SetConfigExpectedCertHash).
 	if len(cert.Certificate) == 1 && selfSigned(cert.Leaf) {
 		s.Pin = Pin(cert.Leaf)

@@ -10,23 +10,25 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// ManualConfig names the files that something else keeps.
+// ManualConfig names a certificate and a key that another program renews.
 type ManualConfig struct {
-	CertFile string // PEM: the leaf, then its issuers
+	CertFile string // PEM: the leaf first, then its issuers
 	KeyFile  string // PEM
 
-	// Names must all be covered by the certificate.
+	// Names are the names that the certificate must cover.
 	Names []string
 
-	// Roots are the authorities that clients know; nil for the system's.
+	// Roots are the authorities that clients trust; nil for the system's.
 	Roots *x509.CertPool
 
 	Log zerolog.Logger
 }
 
-// LoadManual reads a certificate and its key, and reads them again when they
-// change. The pair must match, cover every name, be valid now, and be
-// complete: the chain must lead to a known root, or to a self-signed
+// LoadManual loads a certificate and its key. The manager reloads them when they
+// change.
+//
+// The key must belong to the certificate. The certificate must cover every name
+// and be valid now. The chain must end at a trusted root, or with a self-signed
 // certificate in the file.
 func LoadManual(c ManualConfig) (Manager, error) {
 	return newFiles([]string{c.CertFile, c.KeyFile}, c.load, c.Log)
@@ -40,14 +42,14 @@ func (c ManualConfig) load() (*tls.Certificate, error) {
 	leaf, now := cert.Leaf, time.Now()
 	for _, name := range c.Names {
 		if leaf.VerifyHostname(name) != nil {
-			return nil, fmt.Errorf("%s covers %s, not %s", c.CertFile, covered(leaf), name)
+			return nil, fmt.Errorf("%s covers %s, not %s; get a certificate for every name in DERP_DOMAIN", c.CertFile, covered(leaf), name)
 		}
 	}
 	if now.After(leaf.NotAfter) {
-		return nil, fmt.Errorf("%s expired on %s", c.CertFile, leaf.NotAfter.Format(time.DateOnly))
+		return nil, fmt.Errorf("%s expired on %s; renew it", c.CertFile, leaf.NotAfter.Format(time.DateOnly))
 	}
 	if now.Before(leaf.NotBefore) {
-		return nil, fmt.Errorf("%s is not valid before %s; is the clock right?", c.CertFile, leaf.NotBefore.Format(time.DateOnly))
+		return nil, fmt.Errorf("%s is not valid before %s; check the clock of this machine", c.CertFile, leaf.NotBefore.Format(time.DateOnly))
 	}
 	if err := checkChain(cert.Certificate, c.Roots, now); err != nil {
 		return nil, fmt.Errorf("%s: %w", c.CertFile, err)
@@ -55,8 +57,8 @@ func (c ManualConfig) load() (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// checkChain finds the chain that phones miss and desktop browsers do not
-// (tailscale/tailscale#7126).
+// checkChain reports a chain that is out of order or incomplete. Desktop browsers
+// accept an incomplete chain, and phones refuse it (tailscale/tailscale#7126).
 func checkChain(ders [][]byte, roots *x509.CertPool, now time.Time) error {
 	chain := make([]*x509.Certificate, len(ders))
 	intermediates := x509.NewCertPool()
@@ -72,7 +74,7 @@ func checkChain(ders [][]byte, roots *x509.CertPool, now time.Time) error {
 	}
 	for i, c := range chain[:len(chain)-1] {
 		if err := c.CheckSignatureFrom(chain[i+1]); err != nil {
-			return fmt.Errorf("certificate %d was not signed by the next one in the file (%s): put the leaf first, then each issuer", i+1, chain[i+1].Subject)
+			return fmt.Errorf("certificate %d was not signed by the next one in the file (%s); put the leaf first, then each issuer", i+1, chain[i+1].Subject)
 		}
 	}
 	last := chain[len(chain)-1]

@@ -1,12 +1,14 @@
 package certs
 
 import (
+	"crypto/x509"
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
-// split parts DNS names from IP addresses.
+// split separates DNS names from IP addresses.
 func split(subjects []string) (names, addresses []string) {
 	for _, s := range subjects {
 		if net.ParseIP(s) != nil {
@@ -18,9 +20,10 @@ func split(subjects []string) (names, addresses []string) {
 	return names, addresses
 }
 
-// withoutSNI puts the names first that suit a client which sent no SNI: it has
-// dialled an address (RFC 6066 §3). That may be the one at which the connection
-// arrived; behind a port mapping it is another one, mostly of that family.
+// withoutSNI sorts the names by how well they fit a client that sent no SNI. Such
+// a client has dialled an IP address (RFC 6066 §3). The connection's local address
+// fits best. Behind a port mapping the client dialled another address, and most
+// often one of the same family.
 func withoutSNI(names []string, conn net.Conn) []string {
 	var local netip.Addr
 	if conn != nil {
@@ -43,4 +46,16 @@ func withoutSNI(names []string, conn net.Conn) []string {
 	best := slices.Clone(names)
 	slices.SortStableFunc(best, func(a, b string) int { return fit(b) - fit(a) })
 	return best
+}
+
+// covered returns the names of a certificate, for messages.
+func covered(leaf *x509.Certificate) string {
+	names := slices.Clone(leaf.DNSNames)
+	for _, ip := range leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	if len(names) == 0 {
+		return "no name"
+	}
+	return strings.Join(names, ", ")
 }

@@ -32,8 +32,8 @@ func listenOn(t *testing.T, https, plain string) listeners {
 	return l
 }
 
-// eventually dials until the client accepts the certificate, and returns it. A
-// manager of several names is ready when it has the first certificate.
+// eventually dials until the client accepts the certificate. The manager is ready
+// when the first name has one.
 func eventually(t *testing.T, l listeners, host string, config *tls.Config) *x509.Certificate {
 	t.Helper()
 	addr := net.JoinHostPort(host, strconv.Itoa(portOf(l.https)))
@@ -49,8 +49,8 @@ func eventually(t *testing.T, l listeners, host string, config *tls.Config) *x50
 	return leaf
 }
 
-// Each name has a certificate of its own, and a client gets the one that it can
-// verify: by SNI, or by the address that it dialled when it sent none.
+// Each name has a certificate of its own. A client gets the certificate that it
+// can verify: by its SNI, or without SNI by the address that it dialled.
 func TestACMESeveralNames(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -111,7 +111,7 @@ func TestACMESeveralNames(t *testing.T) {
 	}
 }
 
-// forward passes connections on, as a port mapping does, and gives its port.
+// forward forwards connections, as a port mapping does, and returns its port.
 func forward(t *testing.T, to net.Listener) int {
 	t.Helper()
 	outside, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -141,8 +141,7 @@ func forward(t *testing.T, to net.Listener) int {
 	return portOf(outside)
 }
 
-// The listeners may be on any ports, as long as those that the authority asks
-// lead to them.
+// The listeners may use any ports, if a port mapping leads to them.
 func TestACMEBehindAPortMapping(t *testing.T) {
 	for _, challenge := range []string{"HTTP-01", "TLS-ALPN-01"} {
 		t.Run(challenge, func(t *testing.T) {

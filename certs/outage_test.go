@@ -17,8 +17,8 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-// An authority that is down at the start, as the network of a machine that has
-// just booted may be, is waited for.
+// An authority that cannot be reached at the start is asked again, because a
+// machine that has just booted may have no network yet.
 func TestACMEAuthorityComesUpLater(t *testing.T) {
 	authority := acmetest.Start(t)
 	l := listen(t)
@@ -33,7 +33,7 @@ func TestACMEAuthorityComesUpLater(t *testing.T) {
 	s := served{Manager: m}
 	s.until(t, "no authority", func(st certs.Status) bool {
 		return st.ReloadErrors >= 4 && strings.Contains(st.Err.Error(), "derp.example.com: the authority cannot be reached from here: dial tcp") &&
-			strings.Contains(st.Err.Error(), "connection refused; derpd tries again by itself")
+			strings.Contains(st.Err.Error(), "connection refused; check the network and DNS of this machine; derpd tries again by itself")
 	})
 	select {
 	case <-m.Ready():
@@ -45,11 +45,10 @@ func TestACMEAuthorityComesUpLater(t *testing.T) {
 	}
 	authority.Resume(t)
 	waitReady(t, m)
-	s.until(t, "all is well again", func(st certs.Status) bool { return st.Leaf != nil && st.Err == nil })
+	s.until(t, "the certificate replaces the error", func(st certs.Status) bool { return st.Leaf != nil && st.Err == nil })
 }
 
-// An authority that has had enough says until when, and that is what the
-// operator reads.
+// The operator reads until when the authority's rate limit applies.
 func TestACMERateLimited(t *testing.T) {
 	authority := acmetest.Start(t)
 	l := listen(t)
@@ -68,15 +67,15 @@ func TestACMERateLimited(t *testing.T) {
 	})
 	serveChallenges(t, m, l)
 	s := served{Manager: m}
-	const want = `derp.example.com: the authority says "too many certificates (5) already issued for this exact set of identifiers in the last 168h0m0s, retry after 2026-12-01 12:00:00 UTC" (rateLimited): wait until the time it names`
+	const want = `derp.example.com: the authority says "too many certificates (5) already issued for this exact set of identifiers in the last 168h0m0s, retry after 2026-12-01 12:00:00 UTC" (rateLimited): wait until the time in the message`
 	s.until(t, "refused", func(st certs.Status) bool { return strings.HasPrefix(st.Err.Error(), want) })
 	if n := strings.Count(log.String(), "certificate not obtained"); n != 1 {
 		t.Errorf("logged %d times, want once:\n%s", n, log.String())
 	}
 }
 
-// Authorities refuse nonces when they are restarted, or are many behind one
-// name.
+// Refused nonces are retried: an authority refuses them after its restart, or when
+// several servers share its name.
 func TestACMEBadNonces(t *testing.T) {
 	authority := acmetest.Start(t)
 	authority.RejectNonces = 50
@@ -94,18 +93,18 @@ func TestACMEBadNonces(t *testing.T) {
 	}
 }
 
-// When the authority does not find the relay, the operator reads where DNS
-// leads.
-func TestACMESaysWhereDNSLeads(t *testing.T) {
+// When the authority does not find the relay, the operator reads the addresses in
+// DNS.
+func TestACMEFailureNamesAddresses(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		found []netip.Addr
 		err   error
 		want  string
 	}{
-		{"elsewhere", []netip.Addr{netip.MustParseAddr("2001:db8::9"), netip.MustParseAddr("::ffff:198.51.100.9")}, nil, "; DNS says dns.example.com is 198.51.100.9 and 2001:db8::9"},
-		{"nowhere", nil, &net.DNSError{IsNotFound: true}, "; DNS says that dns.example.com has no address"},
-		{"no answer", nil, context.DeadlineExceeded, "or a proxy stands before this one"},
+		{"elsewhere", []netip.Addr{netip.MustParseAddr("2001:db8::9"), netip.MustParseAddr("::ffff:198.51.100.9")}, nil, "; DNS has 198.51.100.9 and 2001:db8::9 for dns.example.com"},
+		{"nowhere", nil, &net.DNSError{IsNotFound: true}, "; DNS has no address for dns.example.com"},
+		{"no answer", nil, context.DeadlineExceeded, "and that no proxy is in front of it"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			authority := acmetest.Start(t)

@@ -16,7 +16,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -24,30 +23,33 @@ import (
 )
 
 const (
+	// pinnedYears is the lifetime of a pinned certificate.
 	pinnedYears = 10
 
-	// pinnedBackdate lets clients in whose clocks are behind: they check
-	// NotBefore of a pinned certificate too.
+	// pinnedBackdate admits clients whose clock is behind, because clients
+	// check NotBefore of a pinned certificate too.
 	pinnedBackdate = 24 * time.Hour
 )
 
-// PinnedConfig says where the pinned certificate is kept.
+// PinnedConfig describes the pinned certificate.
 type PinnedConfig struct {
-	// Path is one file with certificate and key, PEM, mode 0600, so that no
-	// crash can part them.
+	// Path is the file of the certificate and its key, PEM, mode 0600. They
+	// share a file so that no crash can separate them.
 	Path string
 
-	// Names are the DNS names and addresses by which clients dial. They
-	// check the name also when they pin; an address they do not check.
+	// Names are the DNS names and IP addresses that clients dial. Clients
+	// with a pin still check a DNS name, but not an address.
 	Names []string
 
 	Log zerolog.Logger
 }
 
-// LoadPinned reads the pinned certificate, and reads it again when it changes.
-// The error wraps [fs.ErrNotExist] when there is none and there never was. It
-// does not when the file was lost, which the pin beside it tells: clients
-// expect that certificate and no other.
+// LoadPinned loads the pinned certificate. The manager reloads it when the file
+// changes.
+//
+// The error wraps [fs.ErrNotExist] only if there never was a certificate. A lost
+// certificate is another error, because clients accept no new one. The file with
+// the pin shows that there was one.
 func LoadPinned(c PinnedConfig) (Manager, error) {
 	return newFiles([]string{c.Path}, c.load, c.Log)
 }
@@ -77,15 +79,15 @@ func (c PinnedConfig) load() (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// rotateHint is the fix that changes the relay's identity: never done unasked.
+// rotateHint is a fix that every client notices, so only the operator may apply it.
 const rotateHint = "make a new one with `derpd pin --rotate` and paste the new map"
 
-// pinPath holds the pin in clear: it is not secret, and it tells a lost
-// certificate from a first start.
+// pinPath is the file of the pin. It tells a lost certificate from a first start.
+// The pin is public.
 func (c PinnedConfig) pinPath() string { return c.Path + ".pin" }
 
-// LoadOrCreatePinned is LoadPinned, but makes a certificate when there never
-// was one.
+// LoadOrCreatePinned is LoadPinned, but makes a certificate if there never was
+// one.
 func LoadOrCreatePinned(c PinnedConfig) (Manager, error) {
 	m, err := LoadPinned(c)
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -97,9 +99,9 @@ func LoadOrCreatePinned(c PinnedConfig) (Manager, error) {
 	return LoadPinned(c)
 }
 
-// RotatePinned makes a new pinned certificate in place of the old one, valid
-// from now for ten years. A relay that runs takes it at once, and clients need
-// the new map.
+// RotatePinned replaces the pinned certificate by a new one, which is valid from
+// now for ten years. A running relay reloads it, and clients then need the new
+// map.
 func RotatePinned(c PinnedConfig, now time.Time) error {
 	leaf, data, err := newPinned(c.Names, now)
 	if err != nil {
@@ -117,6 +119,7 @@ func RotatePinned(c PinnedConfig, now time.Time) error {
 	return nil
 }
 
+// newPinned makes a self-signed certificate and the content of its file.
 func newPinned(names []string, now time.Time) (leaf *x509.Certificate, file []byte, err error) {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -162,24 +165,12 @@ func newPinned(names []string, now time.Time) (leaf *x509.Certificate, file []by
 	return leaf, out.Bytes(), nil
 }
 
-// subject names nothing that is not in the certificate anyway: scanners index
-// certificates by their subject, and would find every derpd by the name of the
-// program. One that is too long for the field is left out (RFC 5280, ub-common-name).
+// subject returns the first name as the certificate's subject, or nothing if the
+// name is too long (RFC 5280, ub-common-name). The subject does not name derpd,
+// because scanners index certificates by subject and would find every relay.
 func subject(names []string) pkix.Name {
 	if len(names) == 0 || len(names[0]) > 64 {
 		return pkix.Name{}
 	}
 	return pkix.Name{CommonName: names[0]}
-}
-
-// covered lists the names of a certificate, for messages.
-func covered(leaf *x509.Certificate) string {
-	names := append([]string(nil), leaf.DNSNames...)
-	for _, ip := range leaf.IPAddresses {
-		names = append(names, ip.String())
-	}
-	if len(names) == 0 {
-		return "no name"
-	}
-	return strings.Join(names, ", ")
 }

@@ -69,7 +69,7 @@ func serve(t *testing.T, m certs.Manager, roots *x509.CertPool) served {
 	return served{m, ln.Addr().String(), roots}
 }
 
-// leaf is the certificate that a client is shown and verifies.
+// leaf returns the certificate that a client gets and verifies.
 func (s served) leaf(t *testing.T) *x509.Certificate {
 	t.Helper()
 	dialer := &tls.Dialer{Config: &tls.Config{ServerName: "derp.example.com", RootCAs: s.roots, MinVersion: tls.VersionTLS12}}
@@ -92,7 +92,7 @@ func (s served) until(t *testing.T, what string, condition func(certs.Status) bo
 	})
 }
 
-// layout is how a program leaves certificate and key, and replaces them.
+// layout is the way in which a program stores and replaces certificate and key.
 type layout struct {
 	name, certFile, keyFile string
 	publish                 func(t *testing.T, dir, version string, cert, key []byte)
@@ -103,7 +103,7 @@ var layouts = []layout{
 		"acme.sh", "fullchain.cer", "derp.example.com.key",
 		func(t *testing.T, dir, _ string, cert, key []byte) {
 			t.Helper()
-			// --install-cert writes in place, the key first.
+			// --install-cert writes into the files, the key first.
 			write(t, filepath.Join(dir, "derp.example.com.key"), key)
 			write(t, filepath.Join(dir, "fullchain.cer"), cert)
 		},
@@ -130,7 +130,7 @@ var layouts = []layout{
 		"Kubernetes", "tls.crt", "tls.key",
 		func(t *testing.T, dir, version string, cert, key []byte) {
 			t.Helper()
-			// A link to a directory is swapped; the files are links into it.
+			// One link to a directory is replaced; the files are links into it.
 			makeDir(t, filepath.Join(dir, ".."+version))
 			write(t, filepath.Join(dir, ".."+version, "tls.crt"), cert)
 			write(t, filepath.Join(dir, ".."+version, "tls.key"), key)
@@ -148,7 +148,7 @@ var layouts = []layout{
 			t.Helper()
 			makeDir(t, filepath.Join(dir, "live/derp.example.com"))
 			makeDir(t, filepath.Join(dir, "archive/derp.example.com"))
-			// A link to each file is taken away, and made anew.
+			// The link to each file is removed and made again.
 			for name, data := range map[string][]byte{"privkey": key, "fullchain": cert} {
 				write(t, filepath.Join(dir, "archive/derp.example.com", name+version+".pem"), data)
 				live := filepath.Join(dir, "live/derp.example.com", name+".pem")
@@ -180,9 +180,9 @@ func makeDir(t *testing.T, path string) {
 	}
 }
 
-// Files are replaced while clients connect, as each program does it: good ones
-// are taken, and with bad ones clients go on seeing the old certificate while
-// the status tells.
+// Files are replaced while clients connect, in the way of each program. Clients get
+// the new certificate if it is valid. If not, they get the old one, and the status
+// has the error.
 func TestManualReplacedWhileServing(t *testing.T) {
 	soon, later := now.Add(-time.Hour), now.Add(90*24*time.Hour)
 	root := issue(t, "Test Root", true, soon, later, nil)
@@ -227,7 +227,7 @@ func TestManualReplacedWhileServing(t *testing.T) {
 			seen := func(when string, want *tls.Certificate) {
 				t.Helper()
 				if !s.leaf(t).Equal(want.Leaf) {
-					t.Errorf("%s: clients see another certificate than they should", when)
+					t.Errorf("%s: clients get the wrong certificate", when)
 				}
 			}
 			seen("at the start", first)
@@ -252,7 +252,7 @@ func TestManualReplacedWhileServing(t *testing.T) {
 	}
 }
 
-// A rotated pinned certificate is taken by the relay that runs.
+// A running relay reloads a rotated pinned certificate.
 func TestPinnedRotatedWhileServing(t *testing.T) {
 	c := certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "pinned.pem"), Names: []string{"derp.example.com"}, Log: zerolog.Nop()}
 	m, err := certs.LoadOrCreatePinned(c)

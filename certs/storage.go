@@ -12,35 +12,54 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/caddyserver/certmagic"
 )
 
-// damagedError is about a stored certificate that cannot be used. It counts as
-// none, so that another one is obtained.
+// damagedError is the error of a stored certificate that cannot be used. It is an
+// [fs.ErrNotExist], so that certmagic obtains another certificate.
 type damagedError struct{ error }
 
-// Is makes it an [fs.ErrNotExist].
+// Is implements the interface of [errors.Is].
 func (damagedError) Is(target error) bool { return target == fs.ErrNotExist }
 
-// storage is certmagic's file storage, made safe against a kill at any moment
-// and a full disk:
+// storage is certmagic's file storage with four changes. They make it safe against
+// a kill at any moment and against a full disk:
 //
-//   - Certificate and key are one file, so that no crash can part them.
-//     certmagic writes the key first, and then the certificate.
-//   - What was stored is never deleted. certmagic deletes to undo what it could
-//     not store as a whole, and would take the certificate in use with it.
-//   - Locks are held in memory: there is one relay to a data directory. Those in
-//     files outlive a relay that was killed, and the next one waits for them.
-//   - Nothing is listed. certmagic lists accounts to guess the e-mail address
-//     when none is given, and takes a directory that holds half of one for it.
+//   - Store writes a certificate and its key into one file, so that no crash can
+//     separate them. certmagic stores the key first and then the certificate.
+//   - Delete keeps certificates. certmagic deletes both files when it could not
+//     store both, and would delete the certificate in use.
+//   - Lock holds locks in memory, because only one relay uses a data directory. A
+//     lock file would outlive a killed relay, and the next start would wait for it.
+//   - List returns nothing. certmagic lists accounts only to guess a default
+//     e-mail address, and a half-written account would confuse it.
 type storage struct {
 	*certmagic.FileStorage
-	wrote func(error) // told how each write went
+	wrote func(error) // called with the result of each write
 
 	mu    sync.Mutex
-	keys  map[string][]byte        // by the file of their certificate, which is still to come; guarded by mu
-	locks map[string]chan struct{} // full while held; guarded by mu
+	keys  map[string][]byte        // keys whose certificate is not stored yet, by file; guarded by mu
+	locks map[string]chan struct{} // a full channel is a held lock; guarded by mu
+}
+
+// Stored reports whether Dir holds a certificate for every name that has not
+// expired. If so, the relay can start on a volume that cannot be written to.
+func (c ACMEConfig) Stored() bool {
+	stored := newStorage(c.Dir, nil)
+	authority := (&certmagic.ACMEIssuer{CA: c.Directory}).IssuerKey()
+	for _, name := range c.Names {
+		data, err := stored.Load(context.Background(), certmagic.StorageKeys.SiteCert(authority, name))
+		if err != nil {
+			return false
+		}
+		pair, err := tls.X509KeyPair(data, data)
+		if err != nil || time.Now().After(pair.Leaf.NotAfter) {
+			return false
+		}
+	}
+	return true
 }
 
 func newStorage(dir string, wrote func(error)) *storage {
@@ -50,7 +69,7 @@ func newStorage(dir string, wrote func(error)) *storage {
 	}
 }
 
-// site reports whether key is of a certificate or its private key, and gives
+// site reports whether key names a certificate or its private key, and returns
 // the file of both.
 func site(key string) (file string, ok bool) {
 	extension := path.Ext(key)
@@ -78,8 +97,8 @@ func (s *storage) Store(ctx context.Context, key string, value []byte) error {
 	return err
 }
 
-// Load implements [certmagic.Storage]. Readers of PEM pass over what they do not
-// look for.
+// Load implements [certmagic.Storage]. It returns the whole file for a certificate
+// and for its key, because PEM readers skip blocks of other types.
 func (s *storage) Load(ctx context.Context, key string) ([]byte, error) {
 	file, ok := site(key)
 	data, err := s.FileStorage.Load(ctx, file)
@@ -112,6 +131,7 @@ func (s *storage) Delete(ctx context.Context, key string) error {
 // List implements [certmagic.Storage].
 func (s *storage) List(context.Context, string, bool) ([]string, error) { return nil, nil }
 
+// lock returns the channel of a lock.
 func (s *storage) lock(name string) chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -141,15 +161,15 @@ func (s *storage) TryLock(_ context.Context, name string) (bool, error) {
 	}
 }
 
-// Unlock implements [certmagic.Locker].
+// Unlock implements [certmagic.Locker]. The lock must be held.
 func (s *storage) Unlock(_ context.Context, name string) error {
 	<-s.lock(name)
 	return nil
 }
 
-// notStored says what keeps certificates from being stored, and the remedy.
+// notStored explains a failed write, with the remedy.
 func notStored(dir string, err error) *explained {
-	remedy := fmt.Sprintf("derpd runs as uid %d, which must be able to write there", os.Getuid())
+	remedy := fmt.Sprintf("make it writable for uid %d, as which derpd runs", os.Getuid())
 	switch {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		remedy = "make room there"

@@ -8,17 +8,18 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// zapLogger writes certmagic's log to log, as detail: what an operator must
-// know, acme.go says itself, once and in the authority's words.
+// zapLogger writes certmagic's log to log at level debug. faults.go logs what an
+// operator must know, once and with the authority's message.
 func zapLogger(log zerolog.Logger) *zap.Logger {
 	return zap.New(zapCore{log: log.With().Str("component", "certmagic").Logger()})
 }
 
+// zapCore is a [zapcore.Core] over zerolog.
 type zapCore struct {
 	log zerolog.Logger
 }
 
-// clientFields name the address of whoever connects; it stays out of the log.
+// clientFields are the fields with a client's address, which stays out of the log.
 var clientFields = []string{"remote", "remote_addr", "remote_ip", "remote_port"}
 
 // Enabled implements [zapcore.LevelEnabler].
@@ -50,6 +51,7 @@ func (c zapCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 // Sync implements [zapcore.Core].
 func (zapCore) Sync() error { return nil }
 
+// encode returns the fields as a map, without clientFields.
 func encode(fields []zapcore.Field) map[string]any {
 	enc := zapcore.NewMapObjectEncoder()
 	for _, f := range fields {

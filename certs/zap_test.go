@@ -11,7 +11,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// What certmagic logs is detail in the relay's own log, and names no client.
+// The relay logs certmagic's log at level debug, without client addresses.
 func TestZapLogger(t *testing.T) {
 	log := func(level zerolog.Level) string {
 		var out bytes.Buffer
