@@ -115,7 +115,7 @@ func beginRelay(t testing.TB, cert *tls.Certificate, c relay.Config) (*relay.Rel
 	server := &http.Server{Handler: r.Handler(), ReadTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second}
 	config := r.TLSConfig(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert, nil })
 	return r, begin(t, server, func(l net.Listener) error {
-		return server.Serve(relay.TLSListener(relay.Sockets(l), config, server.Handler))
+		return server.Serve(tls.NewListener(relay.Sockets(l), config))
 	})
 }
 

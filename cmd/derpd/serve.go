@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -265,7 +266,7 @@ func (n *node) tasks() []task {
 		{"https", func(context.Context) error {
 			l := n.listeners.https
 			if n.https.TLSConfig != nil {
-				l = relay.TLSListener(l, n.https.TLSConfig, n.https.Handler)
+				l = tls.NewListener(l, n.https.TLSConfig)
 			}
 			return served(n.https.Serve(l))
 		}},
