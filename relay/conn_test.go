@@ -21,7 +21,6 @@ import (
 	"time"
 
 	"tailscale.com/net/tcpinfo"
-	"tailscale.com/types/key"
 )
 
 // written is a connection that keeps each write.
@@ -523,8 +522,7 @@ func TestRTT(t *testing.T) {
 	server := tls.Server(conn, new(tls.Config))
 	hijacked := httptest.NewRecorder()
 	for name, w := range map[string]http.ResponseWriter{
-		"one mesh key":  batchWriter{hijacker{hijacked, server}, new(batches)},
-		"two mesh keys": batchWriter{meshKeyWriter{hijacker{hijacked, server}, key.NewNode(), meshKeys(t)}, new(batches)},
+		"native": batchWriter{hijacker{hijacked, server}, new(batches)},
 	} {
 		conn, _, err := w.(http.Hijacker).Hijack()
 		if err != nil {

@@ -51,9 +51,8 @@ var (
 
 // MeshConfig is how the nodes of one region know each other.
 type MeshConfig struct {
-	// Keys are accepted from other nodes, all of them, and offered to them
-	// in this order. Without any there is no mesh.
-	Keys []key.DERPMesh
+	// Key is the secret that the nodes share. The zero key is no mesh.
+	Key key.DERPMesh
 
 	// Nodes are the others. This node itself may be among them: it knows
 	// itself by its node key.
@@ -161,7 +160,7 @@ func (m *Mesh) States() []MeshState {
 func (m *Mesh) keep(ctx context.Context, p *meshPeer) {
 	wait := firstMeshPause
 	for told := false; ; told = true {
-		err := m.connect(ctx, p)
+		err := m.link(ctx, p)
 		if ctx.Err() != nil {
 			return
 		}
@@ -190,17 +189,6 @@ func (m *Mesh) keep(ctx context.Context, p *meshPeer) {
 	}
 }
 
-// connect offers the keys in turn, and returns when the connection has ended.
-func (m *Mesh) connect(ctx context.Context, p *meshPeer) error {
-	var err error
-	for _, meshKey := range m.config.Keys {
-		if err = m.link(ctx, p, meshKey); !errors.Is(err, errMeshKey) {
-			break
-		}
-	}
-	return err
-}
-
 // meshLink is one connection. It is what derpserver forwards with, and never
 // connects again by itself: a packet for a node that is gone is to be dropped
 // at once, and its sender told.
@@ -218,7 +206,7 @@ type meshLink struct {
 func (l *meshLink) String() string { return l.peer.String() }
 
 // link is one connection from beginning to end.
-func (m *Mesh) link(ctx context.Context, p *meshPeer, meshKey key.DERPMesh) error {
+func (m *Mesh) link(ctx context.Context, p *meshPeer) error {
 	conn, err := p.dial(ctx, m.config.Roots)
 	if err != nil {
 		return err
@@ -229,7 +217,7 @@ func (m *Mesh) link(ctx context.Context, p *meshPeer, meshKey key.DERPMesh) erro
 	timeout := time.AfterFunc(meshTimeout, hangUp)
 	defer timeout.Stop()
 
-	client, err := upgrade(ctx, conn, p, m.self, meshKey)
+	client, err := upgrade(ctx, conn, p, m.self, m.config.Key)
 	if err != nil {
 		return err
 	}
@@ -384,7 +372,7 @@ const (
 
 func (m *Mesh) serveNode(stranger http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !tokenOfAny(m.config.Keys, r.Header.Values(meshTokenHeader)) {
+		if !provesKey(m.config.Key, r.Header.Values(meshTokenHeader)) {
 			stranger.ServeHTTP(w, r)
 			return
 		}
@@ -432,9 +420,7 @@ func (m *Mesh) describe(ctx context.Context, p *meshPeer) (node derpmap.Node, er
 	if err != nil {
 		return node, err
 	}
-	for _, k := range m.config.Keys {
-		req.Header.Add(meshTokenHeader, meshToken(k))
-	}
+	req.Header.Set(meshTokenHeader, meshToken(m.config.Key))
 	transport := &http.Transport{
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return p.dial(ctx, m.config.Roots)

@@ -390,7 +390,7 @@ func FuzzForwardedFor(f *testing.F) {
 func TestProxiedConnectionsLeadToTheirSocket(t *testing.T) {
 	found := make(chan string, 1)
 	handler := forwarded(proxies, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		conn, brw, err := w.(http.Hijacker).Hijack()
+		conn, _, err := w.(http.Hijacker).Hijack()
 		if err != nil {
 			t.Error(err)
 			return
@@ -398,7 +398,6 @@ func TestProxiedConnectionsLeadToTheirSocket(t *testing.T) {
 		defer func() { _ = conn.Close() }()
 		_, _ = io.WriteString(conn, "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
 		way := conn.RemoteAddr().String()
-		conn = &meshKeyConn{Conn: conn, before: brw.Reader}
 		for {
 			below, ok := conn.(interface{ NetConn() net.Conn })
 			if !ok {

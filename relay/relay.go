@@ -82,8 +82,8 @@ func New(c Config) (*Relay, error) {
 		server.SetVerifyClientURLFailOpen(false)
 	}
 	var meshKey string
-	if len(c.Mesh.Keys) > 0 {
-		meshKey = c.Mesh.Keys[0].String()
+	if !c.Mesh.Key.IsZero() {
+		meshKey = c.Mesh.Key.String()
 	} else {
 		// Made anew at each start and known to this process only; see
 		// [clients].
@@ -147,7 +147,7 @@ func (r *Relay) TLSConfig(getCertificate func(*tls.ClientHelloInfo) (*tls.Certif
 
 func routes(server *derpserver.Server, mesh *Mesh, c Config) http.Handler {
 	mux := http.NewServeMux()
-	native := acceptMeshKeys(c.PrivateKey, c.Mesh.Keys, new(batches).joinWrites(derpserver.Handler(server)))
+	native := new(batches).joinWrites(derpserver.Handler(server))
 	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, native))
 	// Clients of different ages ask for one or the other.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)

@@ -252,7 +252,7 @@ var badConfigurations = []struct {
 		"DERP_MESH_KEY: want 64 hex digits (openssl rand -hex 32) or a passphrase of at least 20 characters, 8 of them different; got 64, 2 of them different",
 	}},
 	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY=s3cret", want: []string{"DERP_MESH_KEY: want 64 hex digits (openssl rand -hex 32) or a passphrase of at least 20 characters, 8 of them different; got 6, 6 of them different"}},
-	{env: meshed("DERP_MESH_WITH=b.example.com", 3), want: []string{"DERP_MESH_KEY: want one key, or two while you change it, got 3"}},
+	{env: meshed("DERP_MESH_WITH=b.example.com", 2), want: []string{"DERP_MESH_KEY: want one key, got 2; to change the key, set the new one on every node and restart them"}},
 	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY=,", want: []string{`DERP_MESH_KEY: want a comma-separated list, got ","`}},
 	{env: meshed("DERP_MESH_WITH=https://b.example.com", 1), want: []string{`DERP_MESH_WITH: want a node without a scheme, such as derp2.example.com or derp2.example.com:8443, got "https://b.example.com"`}},
 	{env: meshed("DERP_MESH_WITH=b.example.com/a/b", 1), want: []string{`DERP_MESH_WITH: want a host or an address, with or without a port, after /, got "b.example.com/a/b"`}},

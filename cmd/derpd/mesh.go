@@ -39,17 +39,15 @@ func (p *parser) mesh(c *config) {
 		p.fail("DERP_MESH_KEY", "want the secret that the nodes of DERP_MESH_WITH share (openssl rand -hex 32), got nothing")
 	case p.MeshWith == "" && p.MeshKey != "":
 		p.fail("DERP_MESH_KEY", "has no meaning without DERP_MESH_WITH; set that, or remove this")
-	case len(keys) > 2:
-		p.fail("DERP_MESH_KEY", "want one key, or two while you change it, got %d", len(keys))
-	case len(keys) == 2 && keys[0] == keys[1]:
-		p.fail("DERP_MESH_KEY", "names the same key twice")
+	case len(keys) > 1:
+		p.fail("DERP_MESH_KEY", "want one key, got %d; to change the key, set the new one on every node and restart them", len(keys))
 	}
 	for _, text := range keys {
 		k, err := relay.ParseMeshKey(text)
 		if err != nil {
 			p.fail("DERP_MESH_KEY", "%w", err)
 		}
-		c.mesh.Keys = append(c.mesh.Keys, k)
+		c.mesh.Key = k
 	}
 }
 
@@ -112,7 +110,7 @@ func nodeAddress(s string, defaultPort int) (host string, port int, ok bool) {
 }
 
 // meshed reports whether this node is one of several.
-func (c *config) meshed() bool { return len(c.mesh.Keys) > 0 }
+func (c *config) meshed() bool { return !c.mesh.Key.IsZero() }
 
 func (n *node) checkMesh(context.Context) healthz.Result {
 	var up, all int
