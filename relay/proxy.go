@@ -1,12 +1,9 @@
 package relay
 
 import (
-	"bufio"
 	"net"
-	"net/http"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -97,98 +94,6 @@ func (c *proxiedConn) LocalAddr() net.Addr {
 
 // NetConn is the connection of the peer, for derpserver's statistics of TCP.
 func (c *proxiedConn) NetConn() net.Conn { return c.Raw() }
-
-// forwarded gives requests of trusted proxies the address of the client that
-// X-Forwarded-For tells, also as the address of a connection that is taken over.
-func forwarded(trusted []netip.Prefix, next http.Handler) http.Handler {
-	if len(trusted) == 0 {
-		return next
-	}
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		peer, err := netip.ParseAddrPort(r.RemoteAddr)
-		if err != nil {
-			next.ServeHTTP(w, r)
-			return
-		}
-		client := forwardedFor(trusted, peer, r.Header.Values("X-Forwarded-For"))
-		if client != peer {
-			r = r.WithContext(r.Context()) // a copy
-			r.RemoteAddr = client.String()
-			w = forwardedWriter{w, net.TCPAddrFromAddrPort(client)}
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
-// forwardedFor is the client behind a peer. Each proxy appends whom it got the
-// request from, so the list is read from its end: up to the first address that
-// is no trusted proxy's, since what stands before that is the client's own
-// invention. So it ends too at what is no address.
-func forwardedFor(trusted []netip.Prefix, peer netip.AddrPort, lines []string) netip.AddrPort {
-	list := strings.Split(strings.Join(lines, ","), ",")
-	for _, entry := range slices.Backward(list) {
-		if !contains(trusted, peer.Addr()) {
-			break
-		}
-		previous, ok := parseForwarded(strings.Trim(entry, " \t"))
-		if !ok {
-			break
-		}
-		peer = previous
-	}
-	return peer
-}
-
-// parseForwarded reads an address, with or without a port; without, it is 0.
-// Some proxies put IPv6 addresses into brackets.
-func parseForwarded(entry string) (netip.AddrPort, bool) {
-	client, err := netip.ParseAddrPort(entry)
-	if err != nil {
-		if bare, ok := strings.CutPrefix(entry, "["); ok {
-			entry, ok = strings.CutSuffix(bare, "]")
-			if !ok {
-				return netip.AddrPort{}, false
-			}
-		}
-		addr, err := netip.ParseAddr(entry)
-		if err != nil {
-			return netip.AddrPort{}, false
-		}
-		client = netip.AddrPortFrom(addr, 0)
-	}
-	if client.Addr().Zone() != "" || client.Addr().IsUnspecified() || client.Addr().IsMulticast() {
-		return netip.AddrPort{}, false
-	}
-	return netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), true
-}
-
-// forwardedWriter is an [http.ResponseWriter] whose connection is a
-// forwardedConn.
-type forwardedWriter struct {
-	http.ResponseWriter
-	client net.Addr
-}
-
-// Hijack implements [http.Hijacker].
-func (w forwardedWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, brw, err := http.NewResponseController(w.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
-	}
-	return forwardedConn{conn, w.client}, brw, nil
-}
-
-// forwardedConn is a connection with the address of the client behind it.
-type forwardedConn struct {
-	net.Conn
-	client net.Addr
-}
-
-// RemoteAddr implements [net.Conn].
-func (c forwardedConn) RemoteAddr() net.Addr { return c.client }
-
-// NetConn is the connection of the proxy.
-func (c forwardedConn) NetConn() net.Conn { return c.Conn }
 
 // contains reports whether one of the networks has addr.
 func contains(networks []netip.Prefix, addr netip.Addr) bool {

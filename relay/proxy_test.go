@@ -389,7 +389,7 @@ func FuzzForwardedFor(f *testing.F) {
 // derpserver's statistics of TCP go down to the socket by NetConn, as here.
 func TestProxiedConnectionsLeadToTheirSocket(t *testing.T) {
 	found := make(chan string, 1)
-	handler := forwarded(proxies, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	handler := forwarded(proxies, newSessions(zerolog.Nop()).handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		conn, _, err := w.(http.Hijacker).Hijack()
 		if err != nil {
 			t.Error(err)
@@ -406,7 +406,7 @@ func TestProxiedConnectionsLeadToTheirSocket(t *testing.T) {
 			}
 			conn = below.NetConn()
 		}
-	}))
+	})))
 	server := httptest.NewUnstartedServer(handler)
 	server.Listener = ProxyProtocol(server.Listener, proxies, zerolog.Nop())
 	server.StartTLS()

@@ -95,7 +95,7 @@ func New(c Config) (*Relay, error) {
 		return nil, fmt.Errorf("setting mesh key: %w", err)
 	}
 	mesh := newMesh(c, server)
-	return &Relay{server: server, handler: forwarded(c.TrustedProxies, routes(server, mesh, c)), clients: &clients{server: server, log: c.Log}, mesh: mesh}, nil
+	return &Relay{server: server, handler: forwarded(c.TrustedProxies, routes(server, newSessions(c.Log), mesh, c)), clients: &clients{server: server, log: c.Log}, mesh: mesh}, nil
 }
 
 // Run keeps the list of [Relay.Clients] until ctx ends.
@@ -145,10 +145,10 @@ func (r *Relay) TLSConfig(getCertificate func(*tls.ClientHelloInfo) (*tls.Certif
 	return c
 }
 
-func routes(server *derpserver.Server, mesh *Mesh, c Config) http.Handler {
+func routes(server *derpserver.Server, sessions *sessions, mesh *Mesh, c Config) http.Handler {
 	mux := http.NewServeMux()
-	native := new(batches).joinWrites(derpserver.Handler(server))
-	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, native))
+	// A WebSocket has frames of its own: its connection is no session.
+	mux.Handle("/derp", derpserver.AddWebSocketSupport(server, sessions.handler(derpserver.Handler(server))))
 	// Clients of different ages ask for one or the other.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)

@@ -1,0 +1,144 @@
+package relay
+
+import (
+	"bufio"
+	"encoding/binary"
+	"net"
+	"sync"
+	"time"
+
+	"go4.org/mem"
+	"tailscale.com/derp"
+	"tailscale.com/net/netutil"
+	"tailscale.com/types/key"
+)
+
+// greetingLength is the length of a client's first bytes up to its key.
+const greetingLength = derp.FrameHeaderLen + derp.KeyLen
+
+// session is the hijacked connection of one client. It joins the writes of
+// derpserver, reads the client's key, and notes how the connection ended.
+//
+// One goroutine reads. One goroutine at a time writes. Any goroutine may close.
+type session struct {
+	net.Conn // below, after the bytes that the HTTP server has read
+	below    net.Conn
+	client   net.Addr // by the PROXY header or X-Forwarded-For, or else the peer
+	started  time.Time
+	all      *sessions
+
+	greeting [greetingLength]byte // first bytes of the client; owned by the reader
+	greeted  int                  // length of greeting; owned by the reader
+
+	mu   sync.Mutex
+	node key.NodePublic // zero until the client has sent its key; guarded by mu
+	end  error          // io.EOF: the client closed; net.ErrClosed: this relay closed; nil: open; guarded by mu
+
+	out joiner
+
+	deadlineMu sync.Mutex
+	deadline   time.Time // write deadline of below; guarded by deadlineMu
+}
+
+// newSession returns the session of a hijacked connection. The client's first
+// bytes may be in buffered.
+func newSession(all *sessions, conn net.Conn, buffered *bufio.Reader, client net.Addr) *session {
+	s := &session{Conn: conn, below: conn, client: client, started: time.Now(), all: all}
+	if buffered.Buffered() > 0 {
+		s.Conn = netutil.NewDrainBufConn(conn, buffered)
+	}
+	return s
+}
+
+// NetConn returns the connection below, as [crypto/tls.Conn.NetConn] does.
+// derpserver unwraps connections with it, down to the TCP connection.
+func (s *session) NetConn() net.Conn { return s.below }
+
+// RemoteAddr returns the address of the client.
+func (s *session) RemoteAddr() net.Addr { return s.client }
+
+// Read implements [net.Conn].
+func (s *session) Read(p []byte) (int, error) {
+	n, err := s.Conn.Read(p)
+	if s.greeted < greetingLength {
+		s.greet(p[:n])
+	}
+	if err != nil {
+		s.ended(err)
+	}
+	return n, err
+}
+
+// greet finds the client's key in its first frame. The rest of the frame is
+// encrypted.
+func (s *session) greet(p []byte) {
+	s.greeted += copy(s.greeting[s.greeted:], p)
+	if s.greeted < greetingLength || derp.FrameType(s.greeting[0]) != derp.FrameClientInfo ||
+		binary.BigEndian.Uint32(s.greeting[1:]) < derp.KeyLen {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.node = key.NodePublicFromRaw32(mem.B(s.greeting[derp.FrameHeaderLen:]))
+}
+
+// Write implements [net.Conn]. It may return the error of an earlier write.
+func (s *session) Write(p []byte) (int, error) {
+	n, err := s.out.write(s.below, p)
+	if err != nil {
+		s.ended(err)
+	}
+	return n, err
+}
+
+// Close implements [net.Conn]. It does not wait for a write: it ends one. Bytes
+// held are half a frame, which is of no use to the client.
+func (s *session) Close() error {
+	s.ended(net.ErrClosed)
+	err := s.below.Close()
+	s.all.remove(s)
+	return err
+}
+
+// ended notes the first cause of the end.
+func (s *session) ended(cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.end == nil {
+		s.end = cause
+	}
+}
+
+// state returns the client's key, or zero, and how the session ended, or nil.
+func (s *session) state() (node key.NodePublic, end error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.node, s.end
+}
+
+// deadlineStep is how much later than asked a write may time out.
+const deadlineStep = time.Second
+
+// SetWriteDeadline implements [net.Conn]. A write may time out up to
+// deadlineStep later than asked, never earlier. derpserver moves the deadline
+// with each packet, and each move costs a timer.
+func (s *session) SetWriteDeadline(t time.Time) error {
+	s.deadlineMu.Lock()
+	defer s.deadlineMu.Unlock()
+	if later := s.deadline.Sub(t); later >= 0 && later <= deadlineStep {
+		return nil
+	}
+	s.deadline = t
+	if !t.IsZero() {
+		s.deadline = t.Add(deadlineStep)
+	}
+	return s.below.SetWriteDeadline(s.deadline)
+}
+
+// SetDeadline implements [net.Conn].
+func (s *session) SetDeadline(t time.Time) error {
+	s.deadlineMu.Lock()
+	defer s.deadlineMu.Unlock()
+	s.deadline = t
+	return s.below.SetDeadline(t)
+}

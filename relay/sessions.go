@@ -1,0 +1,75 @@
+package relay
+
+import (
+	"maps"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+)
+
+// sessions is the set of open sessions.
+type sessions struct {
+	log zerolog.Logger
+
+	mu      sync.Mutex
+	open    map[*session]bool // guarded by mu
+	refused bool              // whether new sessions are closed; guarded by mu
+}
+
+// newSessions returns an empty set.
+func newSessions(log zerolog.Logger) *sessions {
+	return &sessions{log: log, open: make(map[*session]bool)}
+}
+
+// handler makes the connections that next hijacks sessions.
+func (all *sessions) handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(hijacker{w, r, all}, r)
+	})
+}
+
+// add keeps s until [session.Close]. After refuse it closes s.
+func (all *sessions) add(s *session) {
+	all.mu.Lock()
+	all.open[s] = true
+	refused := all.refused
+	all.mu.Unlock()
+	if refused {
+		_ = s.Close()
+	}
+}
+
+// remove forgets s, and logs its end the first time.
+func (all *sessions) remove(s *session) {
+	all.mu.Lock()
+	open := all.open[s]
+	delete(all.open, s)
+	all.mu.Unlock()
+	if !open {
+		return
+	}
+	if e := all.log.Debug(); e.Enabled() {
+		node, end := s.state()
+		e.Stringer("client", s.client).Str("node", node.ShortString()).Dur("connected", time.Since(s.started)).AnErr("end", end).Msg("client disconnected")
+	}
+}
+
+// refuse makes add close new sessions.
+func (all *sessions) refuse() {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	all.refused = true
+}
+
+// closeAll closes the open sessions.
+func (all *sessions) closeAll() {
+	all.mu.Lock()
+	open := slices.Collect(maps.Keys(all.open))
+	all.mu.Unlock()
+	for _, s := range open {
+		_ = s.Close()
+	}
+}
