@@ -11,26 +11,22 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// proxyHeaderTimeout is how long a connection may take to send its PROXY
-// header, or anything else. Who waits is the goroutine of that connection.
+// proxyHeaderTimeout limits the wait for the first byte and the whole PROXY
+// header. The wait blocks only the goroutine of that connection.
 const proxyHeaderTimeout = 5 * time.Second
 
-// ProxyProtocol takes the PROXY header (HAProxy's PROXY protocol, version 1 or
-// 2) off the connections of ln. One of a trusted proxy tells the addresses of
-// the connection; proxies may leave it out, as their health checks do. A
-// connection from elsewhere that begins with one is closed, as is one whose
-// header cannot be read.
-func ProxyProtocol(ln net.Listener, trusted []netip.Prefix, log zerolog.Logger) net.Listener {
-	return &proxyListener{ln, trusted, log}
-}
-
+// proxyListener removes the PROXY header (HAProxy's PROXY protocol, version 1 or
+// 2) from connections. The header of a trusted proxy sets the addresses of the
+// connection. Trusted proxies may omit the header, as their health checks do. A
+// connection from elsewhere with a header is closed. A malformed header closes
+// the connection too.
 type proxyListener struct {
 	net.Listener
 	trusted []netip.Prefix
 	log     zerolog.Logger
 }
 
-// Accept does not wait for the header.
+// Accept implements [net.Listener]. It does not wait for the header.
 func (l *proxyListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
@@ -47,20 +43,20 @@ func (l *proxyListener) Accept() (net.Conn, error) {
 }
 
 // proxiedConn is a connection that may begin with a PROXY header. The first
-// call that needs to know reads it.
+// method that depends on the header reads it.
 type proxiedConn struct {
 	*proxyproto.Conn
 	log  zerolog.Logger
 	once sync.Once
 }
 
-// readHeader reads the header and nothing else. Every Read fails when it cannot
-// be read; what failed is told here, since a server closes such a connection
-// without a word.
+// readHeader reads the header and nothing else. After an error every Read
+// fails. The error is logged here, since an HTTP server closes such a
+// connection without a log line.
 func (c *proxiedConn) readHeader() {
 	c.once.Do(func() {
 		if _, err := c.Conn.Read(nil); err != nil {
-			c.log.Debug().Err(err).Stringer("peer", c.NetConn().RemoteAddr()).Msg("connection closed for its PROXY header")
+			c.log.Debug().Err(err).Stringer("peer", c.NetConn().RemoteAddr()).Msg("connection closed: PROXY header refused")
 			_ = c.Close()
 		}
 	})
@@ -72,30 +68,31 @@ func (c *proxiedConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
-// RemoteAddr is the client by the header, or else the peer.
+// RemoteAddr returns the client by the header, or else the peer.
 func (c *proxiedConn) RemoteAddr() net.Addr {
 	c.readHeader()
-	// A proxy that was reached through a unix socket has no address to tell.
+	// The header of a client on a unix socket has no IP address.
 	if client, ok := c.Conn.RemoteAddr().(*net.TCPAddr); ok {
 		return client
 	}
 	return c.NetConn().RemoteAddr()
 }
 
-// LocalAddr is what the client dialled by the header, or else what the peer
-// did. A client that sends no server name gets the certificate of this address.
+// LocalAddr returns the address that the client dialed by the header, or else
+// the one that the peer dialed. A client that sends no server name gets the
+// certificate of this address.
 func (c *proxiedConn) LocalAddr() net.Addr {
 	c.readHeader()
-	if dialled, ok := c.Conn.LocalAddr().(*net.TCPAddr); ok {
-		return dialled
+	if dialed, ok := c.Conn.LocalAddr().(*net.TCPAddr); ok {
+		return dialed
 	}
 	return c.NetConn().LocalAddr()
 }
 
-// NetConn is the connection of the peer, for derpserver's statistics of TCP.
+// NetConn returns the connection of the peer, for derpserver's TCP statistics.
 func (c *proxiedConn) NetConn() net.Conn { return c.Raw() }
 
-// contains reports whether one of the networks has addr.
+// contains reports whether one of the networks contains addr.
 func contains(networks []netip.Prefix, addr netip.Addr) bool {
 	addr = addr.Unmap().WithZone("")
 	return slices.ContainsFunc(networks, func(network netip.Prefix) bool { return network.Contains(addr) })

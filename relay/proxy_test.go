@@ -3,16 +3,10 @@ package relay
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"errors"
-	"fmt"
 	"io"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -22,10 +16,9 @@ import (
 	"tailscale.com/net/netmon"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
-)
 
-// proxyPatience bounds what must happen in a test.
-const proxyPatience = 30 * time.Second
+	"derpd/internal/testkit"
+)
 
 // The proxy is at 127.0.0.9, the rest of loopback is strangers.
 var proxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.9/32"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}
@@ -57,45 +50,27 @@ type proxiedRelay struct {
 	log   *lockedBuffer
 }
 
-func startProxied(t *testing.T) *proxiedRelay {
+// startProxied starts a relay that takes PROXY headers, or else X-Forwarded-For.
+func startProxied(t *testing.T, headers bool) *proxiedRelay {
 	t.Helper()
 	p := &proxiedRelay{asked: make(chan netip.Addr, 1), log: new(lockedBuffer)}
-	home, err := Home("blank")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.relay, err = New(Config{
-		PrivateKey: key.NewNode(), Home: home, BootstrapDNS: NewBootstrapDNS(nil, zerolog.Nop()), Log: zerolog.New(p.log),
-		TrustedProxies: proxies,
+	ln := listen(t)
+	p.addr = ln.Addr().String()
+	p.relay = start(t, Config{
+		TrustedProxies: proxies, ProxyProtocol: headers, Log: zerolog.New(p.log),
 		Admit: func(_ context.Context, _ key.NodePublic, addr netip.Addr) error {
 			p.asked <- addr
 			return nil
 		},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.addr = ln.Addr().String()
-	server := &http.Server{Handler: p.relay.Handler(), ReadTimeout: proxyPatience}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(ProxyProtocol(ln, proxies, zerolog.New(p.log))) }()
+	}, ln)
 	ctx, cancel := context.WithCancel(context.Background())
-	kept := make(chan error, 1)
-	go func() { kept <- p.relay.Run(ctx) }()
+	ended := make(chan error, 1)
+	go func() { ended <- p.relay.Run(ctx) }()
 	t.Cleanup(func() {
-		_ = server.Close()
-		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
-			t.Errorf("the server ended with %v", err)
-		}
 		cancel()
-		if err := <-kept; err != nil {
+		if err := testkit.Receive(t, "the end of Run", ended); err != nil {
 			t.Error(err)
 		}
-		_ = p.relay.Close()
 	})
 	return p
 }
@@ -121,7 +96,7 @@ func (p *proxiedRelay) connect(t *testing.T, from, first string) (asked, listed 
 	}
 	defer func() { _ = c.Close() }()
 	c.SetURLDialer(func(ctx context.Context, _, _ string) (net.Conn, error) { return p.dial(ctx, from, first) })
-	ctx, cancel := context.WithTimeout(t.Context(), proxyPatience)
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
 	if err := c.Connect(ctx); err != nil {
 		return asked, listed, err
@@ -130,18 +105,11 @@ func (p *proxiedRelay) connect(t *testing.T, from, first string) (asked, listed 
 		return asked, listed, err
 	}
 	asked = <-p.asked
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for {
-		if listed, ok := p.relay.Clients()[private.Public()]; ok {
-			return asked, listed.Unmap(), nil
-		}
-		select {
-		case <-ctx.Done():
-			t.Fatal("the client is not listed")
-		case <-tick.C:
-		}
-	}
+	testkit.Until(t, "the client is listed", func() (ok bool) {
+		listed, ok = p.relay.Clients()[private.Public()]
+		return ok
+	})
+	return asked, listed.Unmap(), nil
 }
 
 // Whoever connects and whatever the connection begins with: the address is the
@@ -149,7 +117,7 @@ func (p *proxiedRelay) connect(t *testing.T, from, first string) (asked, listed 
 // closed.
 func TestProxyProtocol(t *testing.T) {
 	const proxy, stranger = "127.0.0.9", "127.0.0.8"
-	p := startProxied(t)
+	p := startProxied(t, true)
 	for name, tt := range map[string]struct {
 		from, first string
 		want        string // empty: closed
@@ -212,7 +180,7 @@ func TestProxyProtocol(t *testing.T) {
 
 // Who sends nothing, or half a header, keeps nobody waiting.
 func TestSlowProxyHeader(t *testing.T) {
-	p := startProxied(t)
+	p := startProxied(t, true)
 	began := time.Now()
 	for _, first := range []string{"", "P", "PROXY TCP4 192.0.2.7", v2(t, nil)[:14]} {
 		for _, from := range []string{"127.0.0.9", "127.0.0.8"} {
@@ -235,7 +203,7 @@ func TestSlowProxyHeader(t *testing.T) {
 func TestProxyHeaderInPieces(t *testing.T) {
 	client, server := net.Pipe()
 	ln := &oneConn{fakePeer{server, netip.MustParseAddrPort("127.0.0.9:1")}}
-	conn, err := ProxyProtocol(ln, proxies, zerolog.Nop()).Accept()
+	conn, err := (&proxyListener{ln, proxies, zerolog.Nop()}).Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +267,7 @@ func FuzzProxyProtocol(f *testing.F) {
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		for _, from := range []string{"127.0.0.9:1", "[::ffff:127.0.0.9]:1", "127.0.0.8:1"} {
 			peer := netip.MustParseAddrPort(from)
-			conn, err := ProxyProtocol(&oneConn{sentConn{fakePeer{peer: peer}, bytes.NewReader(sent)}}, proxies, zerolog.Nop()).Accept()
+			conn, err := (&proxyListener{&oneConn{sentConn{fakePeer{peer: peer}, bytes.NewReader(sent)}}, proxies, zerolog.Nop()}).Accept()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -323,131 +291,4 @@ func FuzzProxyProtocol(f *testing.F) {
 			}
 		}
 	})
-}
-
-// X-Forwarded-For is read from its end, up to the first that is no proxy.
-func TestForwardedFor(t *testing.T) {
-	for _, tt := range []struct {
-		peer, want string
-		lines      []string
-	}{
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"192.0.2.7"}},
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"192.0.2.7, 10.0.0.2"}},
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"192.0.2.7", "10.0.0.3,10.0.0.2"}},
-		{"[::ffff:10.0.0.1]:5", "192.0.2.7:0", []string{"192.0.2.7"}},
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"::ffff:192.0.2.7"}},
-		{"10.0.0.1:5", "192.0.2.7:81", []string{"192.0.2.7:81"}},
-		{"[2001:db8::1]:5", "[2001:dead::7]:0", []string{"2001:dead::7"}},
-		{"10.0.0.1:5", "[2001:dead::7]:0", []string{"[2001:dead::7]"}},
-		{"10.0.0.1:5", "[2001:dead::7]:81", []string{"[2001:dead::7]:81"}},
-		{"10.0.0.1:5", "10.0.0.2:0", []string{"10.0.0.2"}}, // the proxy itself asks
-
-		// What a client says of itself.
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"198.51.100.1, 192.0.2.7"}},
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"10.0.0.9", "192.0.2.7"}},
-		{"10.0.0.1:5", "192.0.2.7:0", []string{"unknown,,;, 192.0.2.7"}},
-		{"192.0.2.7:5", "192.0.2.7:5", []string{"198.51.100.1"}},
-		{"192.0.2.7:5", "192.0.2.7:5", []string{"198.51.100.1, 10.0.0.1"}},
-
-		// What is no address.
-		{"10.0.0.1:5", "10.0.0.1:5", nil},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{""}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.7,"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"unknown"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.07"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.7:99999"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"[2001:dead::7"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"fe80::1%eth0"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{"0.0.0.0"}},
-		{"10.0.0.1:5", "10.0.0.1:5", []string{`for="192.0.2.7"`}},
-		{"10.0.0.1:5", "10.0.0.2:0", []string{"192.0.2.7, unknown, 10.0.0.2"}},
-	} {
-		if got := forwardedFor(proxies, netip.MustParseAddrPort(tt.peer), tt.lines); got.String() != tt.want {
-			t.Errorf("%s with %q: %s, want %s", tt.peer, tt.lines, got, tt.want)
-		}
-	}
-}
-
-// Nothing that a client puts before what the proxy appends makes a difference.
-func FuzzForwardedFor(f *testing.F) {
-	f.Add("198.51.100.1, 10.0.0.2")
-	f.Add("[2001:db8::1]:80,")
-	f.Fuzz(func(t *testing.T, invented string) {
-		peer := netip.MustParseAddrPort("10.0.0.1:5")
-		for _, lines := range [][]string{{invented + ",192.0.2.7"}, {invented, "192.0.2.7"}, {invented + ",192.0.2.7, 10.0.0.2"}} {
-			if got := forwardedFor(proxies, peer, lines); got.String() != "192.0.2.7:0" {
-				t.Errorf("%q: %s", lines, got)
-			}
-		}
-		if got := forwardedFor(proxies, peer, []string{invented}); !got.IsValid() {
-			t.Errorf("%q: %s", invented, got)
-		}
-	})
-}
-
-// derpserver's statistics of TCP go down to the socket by NetConn, as here.
-func TestProxiedConnectionsLeadToTheirSocket(t *testing.T) {
-	found := make(chan string, 1)
-	handler := forwarded(proxies, newSessions(zerolog.Nop()).handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		conn, _, err := w.(http.Hijacker).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer func() { _ = conn.Close() }()
-		_, _ = io.WriteString(conn, "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
-		way := conn.RemoteAddr().String()
-		for {
-			below, ok := conn.(interface{ NetConn() net.Conn })
-			if !ok {
-				found <- fmt.Sprintf("%s %T", way, conn)
-				return
-			}
-			conn = below.NetConn()
-		}
-	})))
-	server := httptest.NewUnstartedServer(handler)
-	server.Listener = ProxyProtocol(server.Listener, proxies, zerolog.Nop())
-	server.StartTLS()
-	defer server.Close()
-	roots := server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
-	for from, want := range map[string]string{"127.0.0.9": "192.0.2.7:0 *net.TCPConn", "127.0.0.8": "127.0.0.8:"} {
-		client := &http.Client{Transport: &http.Transport{
-			DialContext:     (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).DialContext,
-			TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
-		}}
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, server.URL, http.NoBody)
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("X-Forwarded-For", "198.51.100.1, 192.0.2.7")
-		res, err := client.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = res.Body.Close()
-		if got := <-found; !strings.HasPrefix(got, want) || !strings.HasSuffix(got, "*net.TCPConn") {
-			t.Errorf("from %s: %s, want %s", from, got, want)
-		}
-	}
-}
-
-// lockedBuffer is a log that is read while it is written.
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer // guarded by mu
-}
-
-// Write implements [io.Writer].
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,11 +14,7 @@ import (
 
 	"github.com/rs/zerolog"
 	"go.uber.org/goleak"
-	"tailscale.com/derp"
-	"tailscale.com/derp/derphttp"
-	"tailscale.com/net/netmon"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 
 	"derpd/relay"
 )
@@ -79,49 +74,6 @@ func TestKeyOfDerper(t *testing.T) {
 	}
 	if _, err := relay.LoadKey(path); err != nil {
 		t.Error(err)
-	}
-}
-
-// Two relays in one process ask their own admission functions.
-func TestAdmissionStaysApart(t *testing.T) {
-	member := key.NewNode()
-	for name, tt := range map[string]struct {
-		admit relay.AdmitFunc
-		want  bool
-	}{
-		"open":      {nil, true},
-		"nobody":    {func(context.Context, key.NodePublic, netip.Addr) error { return errors.New("closed") }, false},
-		"everybody": {func(context.Context, key.NodePublic, netip.Addr) error { return nil }, true},
-		"by key and address": {func(_ context.Context, k key.NodePublic, a netip.Addr) error {
-			if k != member.Public() || !a.IsLoopback() {
-				return errors.New("unknown")
-			}
-			return nil
-		}, true},
-	} {
-		home, err := relay.Home("blank")
-		if err != nil {
-			t.Fatal(err)
-		}
-		r, err := relay.New(relay.Config{PrivateKey: key.NewNode(), Admit: tt.admit, Home: home, BootstrapDNS: relay.NewBootstrapDNS(nil, zerolog.Nop()), Log: zerolog.Nop()})
-		if err != nil {
-			t.Fatal(err)
-		}
-		server := httptest.NewServer(r.Handler())
-		c, err := derphttp.NewClient(member, server.URL+"/derp", logger.Discard, netmon.NewStatic())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := c.Connect(t.Context()); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
-		message, err := c.Recv()
-		if _, ok := message.(derp.ServerInfoMessage); ok != tt.want {
-			t.Errorf("%s: admitted %t (%v), want %t", name, ok, err, tt.want)
-		}
-		_ = c.Close()
-		_ = r.Close()
-		server.Close()
 	}
 }
 

@@ -11,26 +11,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readAheadSize is one TLS record and the header of the next, with room for
-// what else has arrived.
+// readAheadSize is the length of a TLS record and the header of the next, with
+// room for more.
 const readAheadSize = 32 << 10
 
 // readAheadBuffers holds *[readAheadSize]byte.
 var readAheadBuffers = sync.Pool{New: func() any { return new([readAheadSize]byte) }}
 
-// Sockets makes a listener whose TCP connections use their sockets with less
-// work than those of package net.
+// socketListener accepts TCP connections that use fewer and cheaper system
+// calls than those of package net.
 //
-// They take from the socket what is there, in one system call, when TLS asks
-// for a few bytes of it. A connection holds a buffer only while there is
-// something in it.
+// Reads go through a buffer: TLS asks for five bytes first, and then for the
+// rest of a record. A connection holds a buffer only while there are bytes in
+// it.
 //
-// And they do not tell Go's scheduler of system calls that return at once, as
-// those of a socket that does not block do. It would wake a thread, which looks
-// after calls that take long, each time the process has been idle: with little
-// to relay that is for each packet, and costs more than the calls themselves.
-func Sockets(l net.Listener) net.Listener { return socketListener{l} }
-
+// Reads and writes use RawSyscall, because they never block. An ordinary system
+// call wakes the runtime's monitor thread after idle time. On a quiet relay
+// that happens for every packet and costs more than the call.
 type socketListener struct{ net.Listener }
 
 // Accept implements [net.Listener].
@@ -48,12 +45,12 @@ func (l socketListener) Accept() (net.Conn, error) {
 		return conn, nil
 	}
 	c := &socketConn{Conn: conn, raw: raw}
-	c.fillFunc, c.drainFunc = c.fill, c.drain // allocated once, not with each call
+	c.fillFunc, c.drainFunc = c.fill, c.drain // allocated once, not for each call
 	return c, nil
 }
 
-// socketConn embeds an interface: of the methods of [net.TCPConn], WriteTo
-// would go by the buffer.
+// socketConn is a TCP connection. It embeds an interface, since
+// [net.TCPConn.WriteTo] would bypass the buffer.
 type socketConn struct {
 	net.Conn
 	raw                 syscall.RawConn
@@ -61,15 +58,15 @@ type socketConn struct {
 
 	mu     sync.Mutex           // held by one reader
 	buffer *[readAheadSize]byte // nil when empty; guarded by mu
-	unread []byte               // the rest of what is in buffer; guarded by mu
-	err    error                // of the last fill; guarded by mu
+	unread []byte               // unread bytes of buffer; guarded by mu
+	err    error                // result of the last fill; guarded by mu
 
 	writeMu  sync.Mutex // held by one writer
-	unsent   []byte     // the rest of what is written; guarded by writeMu
-	writeErr error      // of the last drain; guarded by writeMu
+	unsent   []byte     // unsent bytes of the write; guarded by writeMu
+	writeErr error      // result of the last drain; guarded by writeMu
 }
 
-// NetConn is the TCP connection below, as [crypto/tls.Conn.NetConn] is.
+// NetConn returns the TCP connection below, as [crypto/tls.Conn.NetConn] does.
 func (c *socketConn) NetConn() net.Conn { return c.Conn }
 
 // SyscallConn implements [syscall.Conn].
@@ -98,8 +95,8 @@ func (c *socketConn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// fill reads what is there. It returns false, and holds no buffer, if that is
-// nothing yet: then it is called again when there is something.
+// fill reads the available bytes. If there are none it returns false and holds
+// no buffer. The poller calls it again when there are bytes.
 func (c *socketConn) fill(fd uintptr) bool {
 	c.buffer = readAheadBuffers.Get().(*[readAheadSize]byte)
 	n, errno := rawRead(fd, c.buffer[:])
@@ -139,8 +136,8 @@ func (c *socketConn) Write(p []byte) (int, error) {
 	return n, c.writeErr
 }
 
-// drain writes as much as there is room for. It returns false if something is
-// left: then it is called again when there is room.
+// drain writes unsent until the socket is full, and then returns false. The
+// poller calls it again when there is room.
 func (c *socketConn) drain(fd uintptr) bool {
 	for len(c.unsent) > 0 {
 		n, errno := rawWrite(fd, c.unsent)
@@ -161,10 +158,11 @@ func (c *socketConn) failed(op string, errno syscall.Errno) error {
 	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError(op, errno)}
 }
 
-// named is an error of a [syscall.RawConn] as logs should have it.
+// named gives an error of a [syscall.RawConn] the operation read or write, in
+// place of raw-read or raw-write.
 func named(err error, op string) error {
 	if e, ok := errors.AsType[*net.OpError](err); ok {
-		e.Op = op // in place of raw-read
+		e.Op = op
 	}
 	return err
 }

@@ -7,10 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rawRead reads from a socket that does not block. p is not empty.
+// rawRead reads from a socket in non-blocking mode. p is not empty.
 func rawRead(fd uintptr, p []byte) (int, syscall.Errno) { return rawCall(unix.SYS_READ, fd, p) }
 
-// rawWrite writes to a socket that does not block. p is not empty.
+// rawWrite writes to a socket in non-blocking mode. p is not empty.
 func rawWrite(fd uintptr, p []byte) (int, syscall.Errno) { return rawCall(unix.SYS_WRITE, fd, p) }
 
 func rawCall(call, fd uintptr, p []byte) (int, syscall.Errno) {

@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rawRead reads from a socket that does not block.
+// rawRead reads from a socket in non-blocking mode.
 func rawRead(fd uintptr, p []byte) (int, syscall.Errno) { return call(unix.Read, fd, p) }
 
-// rawWrite writes to a socket that does not block.
+// rawWrite writes to a socket in non-blocking mode.
 func rawWrite(fd uintptr, p []byte) (int, syscall.Errno) { return call(unix.Write, fd, p) }
 
 func call(do func(int, []byte) (int, error), fd uintptr, p []byte) (int, syscall.Errno) {

@@ -4,15 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	stdlog "log"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"syscall"
 	"time"
-
-	"github.com/rs/zerolog"
 )
 
 const (
@@ -21,13 +17,6 @@ const (
 	// asked this often (derpserver sends its own keepalives more often).
 	tcpUserTimeout = 15 * time.Second
 	tcpKeepAlive   = 10 * time.Minute
-
-	// requestTimeout bounds TLS handshake and HTTP request; a DERP client
-	// is free of it once the connection was handed over.
-	requestTimeout = 30 * time.Second
-
-	// maxHeaderBytes is far above what a DERP client sends.
-	maxHeaderBytes = 16 << 10
 )
 
 // listeners are all the sockets of the relay; http, health and stun may be nil.
@@ -110,22 +99,6 @@ func bindError(variable, addr string, err error) error {
 		return fmt.Errorf("%s: listening on %s: %w; %s", variable, addr, cause, fix)
 	}
 	return fmt.Errorf("%s: listening on %s: %w", variable, addr, cause)
-}
-
-// newHTTPServer makes every server of the relay. It speaks HTTP/1.1 only: DERP
-// takes the connection over.
-func newHTTPServer(handler http.Handler, log zerolog.Logger) *http.Server {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	return &http.Server{
-		Handler:        handler,
-		Protocols:      protocols,
-		ReadTimeout:    requestTimeout,
-		WriteTimeout:   requestTimeout,
-		MaxHeaderBytes: maxHeaderBytes,
-		// Failed handshakes of strangers, with their addresses.
-		ErrorLog: stdlog.New(debugWriter{log.With().Str("component", "http").Logger()}, "", 0),
-	}
 }
 
 // port is the port of a listener; 0 for none.

@@ -21,7 +21,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/rs/zerolog"
+	"github.com/pires/go-proxyproto"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -29,7 +29,6 @@ import (
 	"derpd/healthz"
 	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
-	"derpd/relay"
 )
 
 // The name in docker/proxies.
@@ -85,7 +84,7 @@ func TestBehindProxies(t *testing.T) {
 				_, _ = w.Write([]byte("website"))
 			}))
 			// It takes the header, as nginx's own websites do.
-			website.Listener = relay.ProxyProtocol(website.Listener, []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}, zerolog.Nop())
+			website.Listener = &proxyproto.Listener{Listener: website.Listener}
 			website.StartTLS()
 			t.Cleanup(website.Close)
 			sources := newSources(t)

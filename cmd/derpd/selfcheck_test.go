@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"tailscale.com/net/stun"
 	"tailscale.com/types/key"
 
+	"derpd/certs"
 	"derpd/healthz"
 	"derpd/internal/testkit"
 	"derpd/relay"
@@ -71,6 +73,71 @@ func (l *breakable) Accept() (net.Conn, error) {
 	return conn, err
 }
 
+// breakableCerts has no certificate, or another one, while it is broken.
+type breakableCerts struct {
+	certs.Manager
+	broken atomic.Bool
+	other  *tls.Certificate
+}
+
+func (b *breakableCerts) GetCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	switch {
+	case !b.broken.Load():
+		return b.Manager.GetCertificate(hello)
+	case b.other != nil:
+		return b.other, nil
+	}
+	return nil, errors.New("broken")
+}
+
+// everySecond hands every second connection to another listener while it is
+// active.
+type everySecond struct {
+	net.Listener
+	active *atomic.Bool
+	second *handedOn
+	count  int
+}
+
+func (l *everySecond) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil || !l.active.Load() {
+			return conn, err
+		}
+		if l.count++; l.count%2 == 1 {
+			return conn, nil
+		}
+		select {
+		case l.second.conns <- conn:
+		case <-l.second.closed:
+			_ = conn.Close()
+		}
+	}
+}
+
+// handedOn accepts the connections that it is handed.
+type handedOn struct {
+	net.Listener
+	conns  chan net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (l *handedOn) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *handedOn) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
 // Whatever keeps the relay from serving, STUN is silent within seconds, and
 // answers again when it is gone. Who was connected stays so.
 func TestSTUNFollowsDERP(t *testing.T) {
@@ -83,15 +150,9 @@ func TestSTUNFollowsDERP(t *testing.T) {
 		breaks func(t *testing.T, n *node) (breaks, mends func())
 	}{
 		{"TLS fails", "tls: internal error", func(_ *testing.T, n *node) (breaks, mends func()) {
-			var broken atomic.Bool
-			works := n.https.TLSConfig.GetCertificate
-			n.https.TLSConfig.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-				if broken.Load() {
-					return nil, errors.New("broken")
-				}
-				return works(hello)
-			}
-			return func() { broken.Store(true) }, func() { broken.Store(false) }
+			b := &breakableCerts{Manager: n.certs}
+			n.certs = b
+			return func() { b.broken.Store(true) }, func() { b.broken.Store(false) }
 		}},
 		{"another name's certificate", "x509", func(t *testing.T, n *node) (breaks, mends func()) {
 			dir := t.TempDir()
@@ -100,15 +161,9 @@ func TestSTUNFollowsDERP(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			var broken atomic.Bool
-			works := n.https.TLSConfig.GetCertificate
-			n.https.TLSConfig.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-				if broken.Load() {
-					return &other, nil
-				}
-				return works(hello)
-			}
-			return func() { broken.Store(true) }, func() { broken.Store(false) }
+			b := &breakableCerts{Manager: n.certs, other: &other}
+			n.certs = b
+			return func() { b.broken.Store(true) }, func() { b.broken.Store(false) }
 		}},
 		{"the listener hangs", "context deadline exceeded", func(t *testing.T, n *node) (breaks, mends func()) {
 			l := &breakable{Listener: n.listeners.https, mended: make(chan struct{})}
@@ -128,21 +183,24 @@ func TestSTUNFollowsDERP(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			other, err := relay.New(relay.Config{PrivateKey: private, Home: http.NotFoundHandler(), BootstrapDNS: http.NotFoundHandler(), Log: zerolog.Nop()})
+			other, err := relay.New(relay.Config{
+				PrivateKey: private, Home: http.NotFoundHandler(), BootstrapDNS: http.NotFoundHandler(),
+				GetCertificate: n.certs.GetCertificate, Log: zerolog.Nop(),
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
-			t.Cleanup(func() { _ = other.Close() })
-			var broken atomic.Bool
-			var count atomic.Int64
-			works := n.https.Handler
-			n.https.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				if broken.Load() && count.Add(1)%2 == 0 {
-					other.Handler().ServeHTTP(w, r)
-					return
+			second := &handedOn{Listener: n.listeners.https, conns: make(chan net.Conn), closed: make(chan struct{})}
+			served := make(chan error, 1)
+			go func() { served <- other.Serve(second) }()
+			t.Cleanup(func() {
+				_ = other.Close()
+				if err := <-served; err != nil {
+					t.Error(err)
 				}
-				works.ServeHTTP(w, r)
 			})
+			var broken atomic.Bool
+			n.listeners.https = &everySecond{Listener: n.listeners.https, active: &broken, second: second}
 			return func() { broken.Store(true) }, func() { broken.Store(false) }
 		}},
 	} {

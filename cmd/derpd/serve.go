@@ -20,6 +20,7 @@ import (
 	"derpd/certs"
 	"derpd/cmd/derpd/internal/host"
 	"derpd/healthz"
+	"derpd/internal/httpserver"
 	"derpd/relay"
 	"derpd/relay/admit"
 	"derpd/relay/derpmap"
@@ -67,7 +68,7 @@ type node struct {
 	selfCheck *healthz.SelfCheck
 	probe     probeKeys
 
-	https, http, admin, healthOnly *http.Server // http and healthOnly are nil when off
+	admin, healthOnly *http.Server // healthOnly is nil when off
 
 	// serving is closed when the self-check has succeeded for the first time.
 	serving chan struct{}
@@ -118,17 +119,10 @@ func (n *node) build(ctx context.Context) error {
 	n.bootstrap = relay.NewBootstrapDNS(c.bootstrap, n.log)
 	mesh := c.mesh
 	mesh.Describe = n.describe
-	n.listeners.https = relay.Sockets(n.listeners.https)
-	var forwarders []netip.Prefix
-	if c.proxyProtocol {
-		n.listeners.https = relay.ProxyProtocol(n.listeners.https, c.trustedProxies, n.log)
-		if n.listeners.http != nil {
-			n.listeners.http = relay.ProxyProtocol(n.listeners.http, c.trustedProxies, n.log)
-		}
-	} else {
-		// Not both: a proxy that sends PROXY headers passes on what its
-		// clients put into X-Forwarded-For.
-		forwarders = c.trustedProxies
+	var getCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	if n.certs != nil {
+		// Not a method value: tests replace n.certs.
+		getCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return n.certs.GetCertificate(hello) }
 	}
 	n.relay, err = relay.New(relay.Config{
 		PrivateKey:     private,
@@ -137,7 +131,9 @@ func (n *node) build(ctx context.Context) error {
 		Home:           c.home,
 		BootstrapDNS:   n.bootstrap,
 		Mesh:           mesh,
-		TrustedProxies: forwarders,
+		TrustedProxies: c.trustedProxies,
+		ProxyProtocol:  c.proxyProtocol,
+		GetCertificate: getCertificate,
 		Log:            n.log,
 	})
 	if err != nil {
@@ -155,25 +151,14 @@ func (n *node) build(ctx context.Context) error {
 }
 
 func (n *node) servers() {
-	n.https = newHTTPServer(n.relay.Handler(), n.log)
-	if n.certs != nil {
-		n.https.TLSConfig = n.relay.TLSConfig(n.certs.GetCertificate)
-	}
-	if n.listeners.http != nil {
-		handler := relay.RedirectHandler(n.config.publicHTTPSPort(port(n.listeners.https.Addr())))
-		if n.certs != nil {
-			handler = n.certs.HTTPHandler(handler)
-		}
-		n.http = newHTTPServer(handler, n.log)
-	}
 	admin := http.NewServeMux()
 	admin.Handle("/", n.health.Handler())
 	admin.HandleFunc("GET /derpmap", n.serveMap)
 	admin.HandleFunc("GET /admit", n.serveAdmit)
 	admin.HandleFunc("GET /metrics", n.serveMetrics)
-	n.admin = newHTTPServer(admin, n.log)
+	n.admin = httpserver.New(admin, n.log)
 	if n.listeners.health != nil {
-		n.healthOnly = newHTTPServer(n.health.StatusHandler(), n.log)
+		n.healthOnly = httpserver.New(n.health.StatusHandler(), n.log)
 	}
 }
 
@@ -263,13 +248,7 @@ type task struct {
 // tasks is everything that runs, by the configuration.
 func (n *node) tasks() []task {
 	list := []task{
-		{"https", func(context.Context) error {
-			l := n.listeners.https
-			if n.https.TLSConfig != nil {
-				l = tls.NewListener(l, n.https.TLSConfig)
-			}
-			return served(n.https.Serve(l))
-		}},
+		{"https", func(context.Context) error { return n.relay.Serve(n.listeners.https) }},
 		{"admin", func(context.Context) error { return served(n.admin.Serve(n.listeners.admin)) }},
 		{"bootstrap-dns", n.bootstrap.Run},
 		{"address", n.findAddress},
@@ -277,8 +256,12 @@ func (n *node) tasks() []task {
 		{"announce", n.announce},
 		{"stop", n.stop},
 	}
-	if n.http != nil {
-		list = append(list, task{"http", func(context.Context) error { return served(n.http.Serve(n.listeners.http)) }})
+	if n.listeners.http != nil {
+		handler := relay.RedirectHandler(n.config.publicHTTPSPort(port(n.listeners.https.Addr())))
+		if n.certs != nil {
+			handler = n.certs.HTTPHandler(handler)
+		}
+		list = append(list, task{"http", func(context.Context) error { return n.relay.ServePlain(n.listeners.http, handler) }})
 	}
 	if n.healthOnly != nil {
 		list = append(list, task{"health", func(context.Context) error { return served(n.healthOnly.Serve(n.listeners.health)) }})
@@ -397,10 +380,6 @@ func (n *node) stop(ctx context.Context) error {
 	n.health.Stopping()
 	if n.stun != nil {
 		n.stun.SetOpen(false)
-	}
-	_ = n.https.Close()
-	if n.http != nil {
-		_ = n.http.Close()
 	}
 	closed := make(chan struct{})
 	go func() {

@@ -421,20 +421,6 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-func TestTLS10And11AreRefused(t *testing.T) {
-	n := begin(t, loopbackEnv(t))
-	roots := x509.NewCertPool()
-	roots.AddCert(n.certs.Status().Leaf)
-	for _, version := range []uint16{tls.VersionTLS10, tls.VersionTLS11} {
-		dialer := &tls.Dialer{Config: &tls.Config{RootCAs: roots, MinVersion: version, MaxVersion: version}}
-		conn, err := dialer.DialContext(t.Context(), "tcp", n.listeners.https.Addr().String())
-		if err == nil {
-			_ = conn.Close()
-			t.Errorf("%s was accepted", tls.VersionName(version))
-		}
-	}
-}
-
 func TestStopIsQuickWithClientsConnected(t *testing.T) {
 	n := begin(t, loopbackEnv(t))
 	r := region(t, parsePolicy(t, n.printed))

@@ -1,0 +1,46 @@
+// Package httpserver makes every HTTP server of the program, so that all of
+// them have the same limits.
+package httpserver
+
+import (
+	"bytes"
+	stdlog "log"
+	"net/http"
+	"time"
+
+	"github.com/rs/zerolog"
+)
+
+const (
+	// requestTimeout limits the TLS handshake, the request and the response. A
+	// hijacked connection has no deadline.
+	requestTimeout = 30 * time.Second
+
+	// maxHeaderBytes is far above the header of a DERP client.
+	maxHeaderBytes = 16 << 10
+)
+
+// New returns an HTTP/1.1 server. HTTP/2 is off because DERP hijacks the
+// connection. Failed handshakes, with the addresses of clients, are logged at
+// debug level.
+func New(handler http.Handler, log zerolog.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	return &http.Server{
+		Handler:        handler,
+		Protocols:      protocols,
+		ReadTimeout:    requestTimeout,
+		WriteTimeout:   requestTimeout,
+		MaxHeaderBytes: maxHeaderBytes,
+		ErrorLog:       stdlog.New(debugWriter{log.With().Str("component", "http").Logger()}, "", 0),
+	}
+}
+
+// debugWriter logs each write as one line at debug level.
+type debugWriter struct{ log zerolog.Logger }
+
+// Write implements [io.Writer].
+func (w debugWriter) Write(p []byte) (int, error) {
+	w.log.Debug().Msg(string(bytes.TrimRight(p, "\n")))
+	return len(p), nil
+}

@@ -1,0 +1,84 @@
+package relay
+
+import (
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"tailscale.com/derp/derpserver"
+)
+
+// handler returns the handler of the public listener.
+func (r *Relay) handler() http.Handler {
+	mux := http.NewServeMux()
+	// A WebSocket has frames of its own: its connection is no session.
+	mux.Handle("/derp", derpserver.AddWebSocketSupport(r.server, r.sessions.handler(derpserver.Handler(r.server))))
+	// Old and new clients request different ones.
+	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
+	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
+	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
+	mux.Handle("/bootstrap-dns", browserHeaders(r.config.BootstrapDNS))
+	mux.HandleFunc("/robots.txt", serveRobots)
+	home := readOnly(r.config.Home)
+	mux.Handle("/", home)
+	mux.Handle(meshPath, r.mesh.serveNode(home))
+	if r.config.ProxyProtocol {
+		return mux
+	}
+	return forwarded(r.config.TrustedProxies, mux)
+}
+
+// RedirectHandler returns the handler of the plain HTTP listener: the captive
+// portal check, and a redirect to HTTPS on the given public port.
+func RedirectHandler(httpsPort int) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
+	mux.Handle("/", readOnly(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = strings.Trim(r.Host, "[]") // without a port
+		}
+		if host == "" {
+			http.Error(w, "missing Host", http.StatusBadRequest)
+			return
+		}
+		// The client names the host itself, so the redirect leads to no host
+		// of somebody else's choice.
+		target := *r.URL
+		target.Scheme = "https"
+		target.Host = strings.TrimSuffix(net.JoinHostPort(host, strconv.Itoa(httpsPort)), ":443")
+		http.Redirect(w, r, target.String(), http.StatusFound)
+	})))
+	return mux
+}
+
+func serveRobots(w http.ResponseWriter, _ *http.Request) {
+	_, _ = w.Write([]byte("User-agent: *\nDisallow: /\n"))
+}
+
+// readOnly refuses all methods but GET and HEAD. CONNECT, for one, comes from
+// scanners for open proxies.
+func readOnly(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			w.Header().Set("Allow", "GET, HEAD")
+			http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// browserHeaders sets the headers of upstream's tsweb.AddBrowserHeaders, without
+// Strict-Transport-Security: it would bind every other service under the
+// operator's domain. The home page and robots.txt go without these headers,
+// since search engines for hosts find every derper by them.
+func browserHeaders(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; form-action 'none'; base-uri 'self'; block-all-mixed-content")
+		h.Set("X-Content-Type-Options", "nosniff")
+		next.ServeHTTP(w, r)
+	})
+}

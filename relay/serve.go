@@ -1,0 +1,62 @@
+package relay
+
+import (
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+)
+
+// Serve accepts the connections of clients until [Relay.Close], and then
+// returns nil. It closes ln. Each connection passes these layers:
+//
+//	socket.go     the TCP connection, read ahead
+//	proxy.go      the PROXY header, with Config.ProxyProtocol
+//	tls.go        TLS, with Config.GetCertificate
+//	forwarded.go  X-Forwarded-For, on each HTTP request
+//	routes.go     the path of the request
+//	hijack.go     the upgrade from HTTP to DERP
+//	session.go    the connection that derpserver reads and writes
+func (r *Relay) Serve(ln net.Listener) error {
+	ln = r.accepted(ln)
+	if r.tls != nil {
+		ln = tls.NewListener(ln, r.tls)
+	}
+	return serve(r.public, ln)
+}
+
+// ServePlain accepts the connections of plain HTTP, normally of port 80, until
+// [Relay.Close], and then returns nil. It closes ln. ServePlain may be called
+// once.
+func (r *Relay) ServePlain(ln net.Listener, handler http.Handler) error {
+	r.plain.Handler = handler
+	return serve(r.plain, r.accepted(ln))
+}
+
+// accepted returns ln with the layers that both listeners share.
+func (r *Relay) accepted(ln net.Listener) net.Listener {
+	ln = socketListener{ln}
+	if r.config.ProxyProtocol {
+		ln = &proxyListener{ln, r.config.TrustedProxies, r.config.Log}
+	}
+	return ln
+}
+
+func serve(server *http.Server, ln net.Listener) error {
+	if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// Close stops both servers, drops every client and waits until the clients are
+// gone.
+func (r *Relay) Close() error {
+	err := errors.Join(r.public.Close(), r.plain.Close())
+	r.sessions.refuse()
+	err = errors.Join(err, r.server.Close())
+	// derpserver closes the connections that it has. One that was hijacked a
+	// moment before may not have reached it.
+	r.sessions.closeAll()
+	return err
+}
