@@ -9,13 +9,13 @@ import (
 	"strings"
 )
 
-// The files that name versions.
+// Files that name versions.
 const (
 	dockerfile = "Dockerfile"
 	changelog  = "CHANGELOG.md"
 )
 
-// fileSet is the text of files by their names.
+// fileSet maps the names of files to their texts.
 type fileSet map[string]string
 
 func readFiles() (fileSet, error) {
@@ -30,6 +30,7 @@ func readFiles() (fileSet, error) {
 	return files, nil
 }
 
+// restore writes all files back as they were read.
 func (f fileSet) restore() error {
 	var errs []error
 	for name, text := range f {
@@ -38,7 +39,8 @@ func (f fileSet) restore() error {
 	return errors.Join(errs...)
 }
 
-// write writes the edited texts, and names all files that are now different.
+// write writes the edited texts, and returns the names of all files that changed
+// since f was read, go.mod and go.sum included.
 func (f fileSet) write(edited fileSet) ([]string, error) {
 	for name, text := range edited {
 		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
@@ -59,8 +61,8 @@ func (f fileSet) write(edited fileSet) ([]string, error) {
 	return names, nil
 }
 
-// adopt makes the other files say what go.mod says now, and names the release
-// that this becomes.
+// adopt returns the other files with the versions of the new go.mod, and the name
+// of the next release.
 func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, error) {
 	image, err := goImage(f[dockerfile], after.goVersion)
 	if err != nil {
@@ -75,7 +77,7 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 		note("Certificates by certmagic %s (before: %s).", v, before.requires[certmagic])
 	}
 	if after.goVersion != before.goVersion {
-		note("Go %s (before: %s). Who builds without Docker needs it.", after.goVersion, before.goVersion)
+		note("Go %s (before: %s), needed to build without Docker.", after.goVersion, before.goVersion)
 	}
 	for _, fix := range fixes {
 		note("Security: %s.", fix)
@@ -97,8 +99,8 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 	}, release, nil
 }
 
-// goImage makes the Dockerfile build with the Go that go.mod needs. The image
-// is named without the patch number: the newest one will do.
+// goImage returns the Dockerfile with the Go version of go.mod. The image's tag
+// has no patch number, so that a build takes the newest patch.
 func goImage(dockerfile, goVersion string) (string, error) {
 	language := regexp.MustCompile(`^\d+\.\d+`).FindString(goVersion)
 	line := regexp.MustCompile(`(?m)^(ARG GO_IMAGE=golang:)\d+\.\d+$`)
@@ -108,7 +110,7 @@ func goImage(dockerfile, goVersion string) (string, error) {
 	return line.ReplaceAllString(dockerfile, "${1}"+language), nil
 }
 
-// baseImage is the image that derpd's image is based on.
+// baseImage returns the name of the image on which the Dockerfile builds.
 func baseImage(dockerfile string) (string, error) {
 	found := regexp.MustCompile(`(?m)^ARG BASE_IMAGE=(\S+)$`).FindStringSubmatch(dockerfile)
 	if found == nil {

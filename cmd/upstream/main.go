@@ -1,12 +1,11 @@
-// Command upstream keeps derpd current. It finds the newest stable release of
-// Tailscale and of certmagic, known vulnerabilities that have a fix, and a newer
-// base image; with --write it takes what it found into go.mod, go.sum, the
-// Dockerfile, the READMEs and the changelog. Its other verbs are what the
-// release workflow needs to know.
+// Command upstream keeps derpd current. It finds the newest stable releases of
+// Tailscale and certmagic, fixes of known vulnerabilities, and a newer base image.
+// With --write it updates go.mod, go.sum, the Dockerfile, the READMEs and the
+// changelog. Its other commands serve the release workflow.
 //
-// It works in the current directory, which is derpd's. Modules come from where
-// the go command takes them, GOPROXY. When GITHUB_OUTPUT names a file, what a
-// workflow must know is appended to it too.
+// It works in the current directory, the root of derpd's repository. Modules come
+// from GOPROXY, as for the go command. When GITHUB_OUTPUT names a file, results
+// for a workflow are appended to that file.
 package main
 
 import (
@@ -21,8 +20,8 @@ import (
 	"syscall"
 )
 
-// Exit codes. That there is something new is no code of its own: `go run` makes
-// 1 of every other one. It is said by what is printed, and by updated=true.
+// Exit codes. "Something is new" has no exit code, because `go run` maps every
+// failure to 1. The output says it, and so does updated=true in GITHUB_OUTPUT.
 const (
 	exitOK     = 0
 	exitFailed = 1
@@ -31,20 +30,19 @@ const (
 
 const usage = `usage: upstream [flags] [command]
 
-  (none)           say what is newer than what derpd is built on
-                   --write takes it
-  release [LINE]   close the changelog's next section, with LINE added to it, and
-                   print the version of that release
+  (none)           print newer versions of what derpd is built on
+  release [LINE]   name the changelog's unreleased section, after adding LINE to
+                   it, and print the version of that release
   notes VERSION    print the changelog's section of a release
   tags VERSION IMAGE...
                    print the names under which a release is published; an
-                   empty IMAGE is none
-  base [IMAGE]     print the base image and its digest, and whether it is another
-                   one than IMAGE, which is published, was built on
+                   empty IMAGE is ignored
+  base [IMAGE]     print the base image with its digest, and whether the published
+                   IMAGE was built on another one
 
-  --write             take what is newer
-  --govulncheck FILE  the govulncheck to ask for vulnerabilities
-  --registry URL      ask this registry for images instead of their own
+  --write             take the newer versions
+  --govulncheck FILE  the govulncheck program
+  --registry URL      take all images from this registry
 `
 
 func main() {
@@ -53,7 +51,7 @@ func main() {
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Environ(), os.Stdout), os.Stderr))
 }
 
-// usageError is a command line that means nothing.
+// usageError is an error in the command line.
 type usageError struct{ error }
 
 func exitCode(err error, stderr io.Writer) int {
@@ -67,8 +65,8 @@ func exitCode(err error, stderr io.Writer) int {
 	return exitFailed
 }
 
-// run executes one command line. Its last deed is to tell GitHub, so that a
-// failure leaves no outputs.
+// run executes one command line. It writes the outputs for GitHub last, so that
+// a failure leaves none.
 func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("upstream", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
@@ -98,7 +96,7 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	case args[0] == "base" && len(args) <= 2:
 		out, err = printBase(ctx, images, args[1:], stdout)
 	default:
-		err = usageError{fmt.Errorf("cannot make sense of %q\n\n%s", strings.Join(args, " "), usage)}
+		err = usageError{fmt.Errorf("unknown command or wrong number of arguments (got %q)\n\n%s", strings.Join(args, " "), usage)}
 	}
 	if err != nil {
 		return err
@@ -106,7 +104,7 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	return out.appendTo(variable(env, "GITHUB_OUTPUT"))
 }
 
-// outputs are what a workflow reads: NAME=value lines.
+// outputs are the NAME=value lines that a workflow reads.
 type outputs []string
 
 func (o *outputs) set(name, value string) {
@@ -125,7 +123,8 @@ func (o *outputs) appendTo(path string) error {
 	return errors.Join(err, f.Close())
 }
 
-// variable is the value of an environment variable, of which the last counts.
+// variable returns the value of an environment variable. Of several entries the
+// last one counts.
 func variable(env []string, name string) string {
 	value := ""
 	for _, entry := range env {

@@ -11,25 +11,25 @@ import (
 	"strings"
 )
 
-// What derpd is built on, besides Go.
+// Modules whose releases derpd follows.
 const (
 	tailscale = "tailscale.com"
 	certmagic = "github.com/caddyserver/certmagic"
 )
 
-// module is what go.mod says.
+// module is the content of go.mod.
 type module struct {
 	goVersion string
 	requires  map[string]string
 }
 
-// goCommand runs the go command, which knows GOPROXY, proxies' faults,
-// retractions and checksums better than anything else could.
+// goCommand runs the go command, which handles GOPROXY, failing proxies,
+// retractions and checksums.
 func goCommand(ctx context.Context, dir string, env []string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = dir
-	// Whoever pinned the toolchain pinned the old one: a release may need a
-	// newer one than that.
+	// The environment may pin the old toolchain; a new release may need a newer
+	// one.
 	cmd.Env = append(env[:len(env):len(env)], "GOTOOLCHAIN=auto", "GOWORK=off")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -59,8 +59,8 @@ func readModule(ctx context.Context, env []string) (module, error) {
 	return m, nil
 }
 
-// releasesOf lists the versions of a module without the retracted ones. It asks
-// from a module of its own, so that nothing depends on the state of go.sum.
+// releasesOf lists the versions of a module without the retracted ones. It runs
+// in an empty module, so that the state of go.sum has no influence.
 func releasesOf(ctx context.Context, env []string, path string) ([]string, error) {
 	dir, err := os.MkdirTemp("", "upstream")
 	if err != nil {
@@ -81,9 +81,9 @@ func releasesOf(ctx context.Context, env []string, path string) ([]string, error
 	return parsed.Versions, nil
 }
 
-// get takes modules at versions, MODULE@VERSION, and Go with them if they need
-// a newer one. -e goes on where what only the tests of dependencies need cannot
-// be fetched; what derpd needs itself is found missing when it is built.
+// get adds modules, MODULE@VERSION, to go.mod, and a newer Go if they need one.
+// With -e, tidy ignores modules that cannot be fetched. Only the tests of
+// dependencies need such modules; a module that derpd needs fails the build.
 func get(ctx context.Context, env, targets []string) error {
 	if _, err := goCommand(ctx, "", env, append([]string{"get"}, targets...)...); err != nil {
 		return err

@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// A release is named after the Tailscale release in it and a number that counts
-// derpd's own releases on that one: 1.104.5-2.
+// releaseName matches the name of a release: the Tailscale release in it, and a
+// number that counts derpd's releases on that one, as in 1.104.5-2.
 var releaseName = regexp.MustCompile(`^(\d+)\.(\d+)\.(\d+)-([1-9]\d*)$`)
 
 // history is the changelog, newest section first.
@@ -21,10 +21,10 @@ type history struct {
 	sections []section
 }
 
-// section is what is under one heading.
+// section is one heading of the changelog and the text below.
 type section struct{ name, body string }
 
-// unreleased is the heading of what no release has yet.
+// unreleased is the heading of changes that no release has yet.
 const unreleased = "Unreleased"
 
 func parseHistory(text string) *history {
@@ -46,8 +46,8 @@ func (h *history) String() string {
 	return b.String()
 }
 
-// close names the first section as the next release on this version of
-// Tailscale, with lines added to what is there unreleased.
+// close adds lines to the unreleased section and gives that section the name of
+// the next release on this version of Tailscale, which it returns.
 func (h *history) close(tailscaleVersion string, lines []string) (string, error) {
 	on := strings.TrimPrefix(tailscaleVersion, "v")
 	last := 0
@@ -62,7 +62,7 @@ func (h *history) close(tailscaleVersion string, lines []string) (string, error)
 	}
 	release := fmt.Sprintf("%s-%d", on, last+1)
 	if !releaseName.MatchString(release) {
-		return "", fmt.Errorf("go.mod requires %s %s, which is no release", tailscale, tailscaleVersion)
+		return "", fmt.Errorf("go.mod requires %s %s, which is not a release", tailscale, tailscaleVersion)
 	}
 	if len(h.sections) == 0 || h.sections[0].name != unreleased {
 		h.sections = append([]section{{}}, h.sections...)
@@ -70,7 +70,7 @@ func (h *history) close(tailscaleVersion string, lines []string) (string, error)
 	first := &h.sections[0]
 	first.name = release
 	for _, line := range lines {
-		// A line after a list goes on with it.
+		// A line after a list continues the list.
 		gap := "\n\n"
 		if last := first.body[strings.LastIndex(first.body, "\n")+1:]; first.body == "" {
 			gap = ""
@@ -85,7 +85,7 @@ func (h *history) close(tailscaleVersion string, lines []string) (string, error)
 	return release, nil
 }
 
-// closeRelease makes a release of what is unreleased.
+// closeRelease turns the unreleased section of the changelog into a release.
 func closeRelease(ctx context.Context, env, lines []string, stdout io.Writer) (outputs, error) {
 	m, err := readModule(ctx, env)
 	if err != nil {
@@ -109,7 +109,7 @@ func closeRelease(ctx context.Context, env, lines []string, stdout io.Writer) (o
 	return out, err
 }
 
-// printNotes prints what the changelog says of a release.
+// printNotes prints the changelog's section of a release.
 func printNotes(release string, stdout io.Writer) error {
 	text, err := os.ReadFile(changelog)
 	if err != nil {
@@ -124,28 +124,29 @@ func printNotes(release string, stdout io.Writer) error {
 	return fmt.Errorf("%s has no section %q", changelog, "## "+release)
 }
 
-// printTags prints the names of a release's images: one that never moves, and
-// those of which it is the newest, for people to follow as closely as they like.
+// printTags prints the tags of a release's images: one that never moves, and the
+// moving ones (1.104.5, 1.104, 1, latest), so that people choose how closely they
+// follow.
 func printTags(ctx context.Context, env []string, release string, images []string, stdout io.Writer) (outputs, error) {
 	numbers := releaseName.FindStringSubmatch(release)
 	if numbers == nil {
-		return nil, usageError{fmt.Errorf("%q is no release, such as 1.104.5-1", release)}
+		return nil, usageError{fmt.Errorf("%q is not the name of a release; use one such as 1.104.5-1", release)}
 	}
 	major, minor, patch := numbers[1], numbers[1]+"."+numbers[2], numbers[1]+"."+numbers[2]+"."+numbers[3]
 	m, err := readModule(ctx, env)
 	if err != nil {
 		return nil, err
 	}
-	// Or an image would be named after what is not in it.
+	// An image must not be named after a Tailscale release that is not in it.
 	if m.requires[tailscale] != "v"+patch {
-		return nil, fmt.Errorf("release %s would be built on %s %s of go.mod", release, tailscale, m.requires[tailscale])
+		return nil, fmt.Errorf("release %s must be built on %s v%s, but go.mod requires %s", release, tailscale, patch, m.requires[tailscale])
 	}
 	var names, tags []string
 	for _, image := range images {
 		if image == "" {
 			continue
 		}
-		// GitHub's owners may have capitals, which registries refuse.
+		// Owners on GitHub may have capitals, which registries refuse.
 		image = strings.ToLower(image)
 		names = append(names, image)
 		for _, tag := range []string{release, patch, minor, major, "latest"} {

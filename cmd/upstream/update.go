@@ -7,9 +7,11 @@ import (
 	"io"
 	"maps"
 	"strings"
+
+	"golang.org/x/mod/semver"
 )
 
-// updater finds what is newer, and takes it.
+// updater finds newer versions and takes them.
 type updater struct {
 	env         []string
 	images      images
@@ -22,8 +24,8 @@ func (u *updater) say(what, format string, args ...any) {
 	_, _ = fmt.Fprintf(u.stdout, "%-33s%s\n", what, fmt.Sprintf(format, args...))
 }
 
-// update says what is newer and takes it if it may. After a failure all files
-// are as they were.
+// update prints newer versions, and takes them if write is set. A failure restores
+// all files.
 func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error) {
 	files, err := readFiles()
 	if err != nil {
@@ -48,7 +50,7 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 			return nil, err
 		}
 	}
-	// Only now: what is newer may be the fix.
+	// After taking newer versions, because one of them may be the fix.
 	fixes, err := u.vulnerabilities(ctx)
 	if err != nil {
 		return nil, err
@@ -94,7 +96,7 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 	return out, nil
 }
 
-// newer finds the releases to take, MODULE@VERSION.
+// newer returns the releases to take, MODULE@VERSION.
 func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
 	var targets []string
 	for _, path := range []string{tailscale, certmagic} {
@@ -106,25 +108,26 @@ func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		best, ok := newest(released, path == tailscale)
-		if !ok {
+		best := newest(released, path == tailscale)
+		if best == "" {
 			return nil, fmt.Errorf("%s: no stable release among the %d versions that the module proxy lists", path, len(released))
 		}
-		// What is no release is never replaced: somebody chose it.
-		if current, ok := parseVersion(have); !ok {
-			u.say(path, "%s, no release; the newest one is %s", have, best)
-		} else if best.compare(current) > 0 {
+		switch {
+		case !isRelease(have):
+			// Somebody chose a version that is not a release: keep it.
+			u.say(path, "%s, not a release; the newest one is %s", have, best)
+		case semver.Compare(best, have) > 0:
 			u.say(path, "%s -> %s", have, best)
-			targets = append(targets, path+"@"+best.String())
-		} else {
+			targets = append(targets, path+"@"+best)
+		default:
 			u.say(path, "%s, the newest", have)
 		}
 	}
 	return targets, nil
 }
 
-// base says whether there is a newer base image. To take it is for people: a
-// newer Debian may come without what derpd needs.
+// base prints whether there is a newer base image. It does not take one: a newer
+// Debian may lack something that derpd needs, so a person decides.
 func (u *updater) base(ctx context.Context, dockerfile string) error {
 	image, err := baseImage(dockerfile)
 	if err != nil {
@@ -132,16 +135,16 @@ func (u *updater) base(ctx context.Context, dockerfile string) error {
 	}
 	next, ok := nextBase(image)
 	if !ok {
-		u.say("base image", "%s, which has no number to count on from", image)
+		u.say("base image", "%s; its name has no Debian version, so it is not checked for a newer one", image)
 		return nil
 	}
 	switch _, err := u.images.digest(ctx, next); {
 	case errors.Is(err, errNoImage):
 		u.say("base image", "%s, the newest", image)
 	case err != nil:
-		u.say("base image", "%s; not asked for a newer one: %v", image, err)
+		u.say("base image", "%s; not checked for a newer one: %v", image, err)
 	default:
-		u.say("base image", "%s; there is %s, try it as BASE_IMAGE", image, next)
+		u.say("base image", "%s; %s exists: try it as BASE_IMAGE", image, next)
 	}
 	return ctx.Err()
 }

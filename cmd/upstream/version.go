@@ -1,57 +1,38 @@
 package main
 
 import (
-	"cmp"
-	"fmt"
-	"strconv"
 	"strings"
+
+	"golang.org/x/mod/semver"
 )
 
-// version is a release: three numbers and nothing after them.
-type version [3]int
+// isRelease reports whether a version is three numbers and nothing after them:
+// pre-releases and pseudo-versions are not releases.
+func isRelease(version string) bool {
+	return semver.Canonical(version) == version && version != "" && semver.Prerelease(version) == ""
+}
 
-// parseVersion reads v1.104.5. Pre-releases and pseudo-versions are no releases.
-func parseVersion(s string) (version, bool) {
-	var v version
-	rest, ok := strings.CutPrefix(s, "v")
-	parts := strings.Split(rest, ".")
-	if !ok || len(parts) != len(v) {
-		return version{}, false
-	}
-	for i, part := range parts {
-		n, err := strconv.ParseUint(part, 10, 31)
-		if err != nil || strconv.Itoa(int(n)) != part {
-			return version{}, false
+// newest returns the highest release, or "" if there is none. Odd minor versions
+// of Tailscale are unstable. Tailscale skips patch numbers, so the next version
+// is searched and never counted.
+func newest(released []string, evenMinor bool) string {
+	best := ""
+	for _, v := range released {
+		if isRelease(v) && (!evenMinor || hasEvenMinor(v)) && semver.Compare(v, best) > 0 {
+			best = v
 		}
-		v[i] = int(n)
 	}
-	return v, true
+	return best
 }
 
-func (v version) String() string { return fmt.Sprintf("v%d.%d.%d", v[0], v[1], v[2]) }
-
-func (v version) compare(w version) int {
-	return cmp.Or(cmp.Compare(v[0], w[0]), cmp.Compare(v[1], w[1]), cmp.Compare(v[2], w[2]))
+// hasEvenMinor reports whether the second number of a valid version is even.
+func hasEvenMinor(version string) bool {
+	minor := semver.MajorMinor(version)
+	return strings.ContainsRune("02468", rune(minor[len(minor)-1]))
 }
 
-// newest is the highest release that there is. Tailscale's odd minor versions
-// are unstable ones, and it skips patch numbers, so the next one is looked for
-// and never counted.
-func newest(released []string, evenMinor bool) (version, bool) {
-	var best version
-	found := false
-	for _, s := range released {
-		v, ok := parseVersion(s)
-		if !ok || evenMinor && v[1]%2 != 0 || found && v.compare(best) <= 0 {
-			continue
-		}
-		best, found = v, true
-	}
-	return best, found
-}
-
-// replaceVersion replaces old where it stands by itself, which it does not in
-// 11.27.3, in 1.27.31 and in 1.27.3.1.
+// replaceVersion replaces old where it is a whole version. It leaves 11.27.3,
+// 1.27.31 and 1.27.3.1 alone when old is 1.27.3.
 func replaceVersion(text, old, replacement string) string {
 	var b strings.Builder
 	for {
@@ -61,7 +42,7 @@ func replaceVersion(text, old, replacement string) string {
 			return b.String()
 		}
 		next := strings.TrimPrefix(after, ".")
-		if endsInside(before) || next != "" && isDigit(next[0]) {
+		if endsInNumber(before) || next != "" && isDigit(next[0]) {
 			b.WriteString(old)
 		} else {
 			b.WriteString(replacement)
@@ -70,9 +51,9 @@ func replaceVersion(text, old, replacement string) string {
 	}
 }
 
-// endsInside reports whether a number that follows text goes on with what is
-// in it.
-func endsInside(text string) bool {
+// endsInNumber reports whether a digit that follows text would continue a number
+// or a version.
+func endsInNumber(text string) bool {
 	return text != "" && (isDigit(text[len(text)-1]) || text[len(text)-1] == '.')
 }
 

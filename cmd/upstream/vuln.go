@@ -10,12 +10,14 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+
+	"golang.org/x/mod/semver"
 )
 
 // stdlib is the standard library as a module; its version is Go's.
 const stdlib = "stdlib"
 
-// fix is a module's version in which a vulnerability that concerns derpd is no more.
+// fix is the version of a module in which a vulnerability of derpd is fixed.
 type fix struct {
 	id      string
 	module  string
@@ -31,28 +33,27 @@ func (f fix) String() string {
 
 type fixes []fix
 
-// targets are what to take, MODULE, each module once.
+// targets returns MODULE@VERSION of each module once, with the highest version.
 func (f fixes) targets() []string {
-	highest := map[string]version{}
+	highest := map[string]string{}
 	for _, fix := range f {
-		if v, ok := parseVersion(fix.version); ok && v.compare(highest[fix.module]) > 0 {
-			highest[fix.module] = v
+		if isRelease(fix.version) && semver.Compare(fix.version, highest[fix.module]) > 0 {
+			highest[fix.module] = fix.version
 		}
 	}
 	var targets []string
-	for module, v := range highest {
-		target := module + "@" + v.String()
+	for module, version := range highest {
 		if module == stdlib {
-			target = "go@" + strings.TrimPrefix(v.String(), "v")
+			module, version = "go", strings.TrimPrefix(version, "v")
 		}
-		targets = append(targets, target)
+		targets = append(targets, module+"@"+version)
 	}
 	return targets
 }
 
-// vulnerabilities says which known ones are in the code that derpd calls, and
-// returns those that a newer version fixes. Not to know is no failure: the
-// database is out of reach from many networks.
+// vulnerabilities prints the known vulnerabilities in the code that derpd calls,
+// and returns those that a newer version fixes. It succeeds without govulncheck or
+// its database, which many networks cannot reach.
 func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 	const what = "vulnerabilities"
 	cmd := exec.CommandContext(ctx, u.govulncheck, "-format", "json", "./...")
@@ -64,12 +65,12 @@ func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 		return nil, ctx.Err()
 	}
 	if errors.Is(err, exec.ErrNotFound) {
-		u.say(what, "not looked for: there is no %s", u.govulncheck)
+		u.say(what, "not checked: %s is not installed", u.govulncheck)
 		return nil, nil
 	}
 	if err != nil {
 		reason, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n")
-		u.say(what, "not looked for: %v: %s", err, reason)
+		u.say(what, "not checked: %v: %s", err, reason)
 		return nil, nil
 	}
 	found, err := parseFindings(bytes.NewReader(out))
@@ -77,7 +78,7 @@ func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 		return nil, fmt.Errorf("%s: %w", u.govulncheck, err)
 	}
 	if len(found) == 0 {
-		u.say(what, "none known in what is used")
+		u.say(what, "none known in the code that is used")
 	}
 	var fixed fixes
 	for _, f := range found {
@@ -91,8 +92,8 @@ func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 	return fixed, nil
 }
 
-// parseFindings reads govulncheck's stream for the vulnerabilities in functions
-// that are called, each once.
+// parseFindings returns the vulnerabilities in functions that derpd calls from the
+// output of govulncheck, each once.
 func parseFindings(r io.Reader) ([]fix, error) {
 	var found []fix
 	for decoder := json.NewDecoder(r); ; {
@@ -109,7 +110,8 @@ func parseFindings(r io.Reader) ([]fix, error) {
 			return nil, err
 		}
 		f := message.Finding
-		// The first frame is the vulnerable one; without a function it is only imported.
+		// The first frame is the vulnerable one. Without a function, the package
+		// is imported but not called.
 		if f == nil || len(f.Trace) == 0 || f.Trace[0].Function == "" {
 			continue
 		}
