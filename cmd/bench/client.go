@@ -24,25 +24,25 @@ import (
 
 const (
 	handshakeWithin = 10 * time.Second
-	bigBuffer       = 64 << 10 // bytes; what one read of a socket may bring
+	bigBuffer       = 64 << 10 // bytes; most that one read of a socket returns
 )
 
-// client is one connection to a relay, after its handshake. From there on frames
-// are read and written as they are: what a real client does with each packet
-// would cost the load as much as the server's work costs the server.
+// client is one connection to a relay, after its handshake. The load reads and
+// writes plain frames. A real client's work for each packet would cost the load as
+// much CPU as the server's work costs the server.
 type client struct {
 	conn   net.Conn // TLS
 	reader *bufio.Reader
 	public key.NodePublic
-	held   *bufferedConn // below TLS; nil unless the client is busy
+	held   *bufferedConn // connection below TLS; nil unless the client is busy
 }
 
-// flush sends what a busy client has written.
+// flush sends the buffered writes of a busy client.
 func (c *client) flush() error { return c.held.writer.Flush() }
 
-// dial connects as derphttp does, with the fast start: TLS, an HTTP request
-// whose answer is not waited for, DERP's keys. It returns when the server has
-// accepted the client. A busy client reads and writes in large pieces.
+// dial connects as derphttp does, with DERP's fast start: TLS handshake, an HTTP
+// request without waiting for its response, exchange of keys. It returns when the
+// server has accepted the client. A busy client reads and writes in large pieces.
 func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Addr, busy bool) (*client, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeWithin)
 	defer cancel()
@@ -67,7 +67,7 @@ func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Ad
 		return nil, err
 	}
 	if c.held = held; busy {
-		// From here on, what is written waits for flush.
+		// Writes are buffered until flush from here on.
 		held.writer = bufio.NewWriterSize(tcp, bigBuffer)
 	}
 	return c, nil
@@ -105,7 +105,7 @@ func handshake(ctx context.Context, conn *tls.Conn, private key.NodePrivate, siz
 	for {
 		kind, length, err := derp.ReadFrameHeader(c.reader)
 		if err != nil {
-			return nil, fmt.Errorf("waiting for the server's greeting: %w", err)
+			return nil, fmt.Errorf("waiting for the server's info frame: %w", err)
 		}
 		if _, err := c.reader.Discard(int(length)); err != nil {
 			return nil, err
@@ -116,9 +116,8 @@ func handshake(ctx context.Context, conn *tls.Conn, private key.NodePrivate, siz
 	}
 }
 
-// readAtLeast lets a busy client sleep until so many bytes have arrived. Who is
-// woken by every segment that the server writes spends more on that than the
-// server on writing it.
+// readAtLeast lets a busy client sleep until so many bytes have arrived. Waking for
+// every segment would cost the client more CPU than sending it costs the server.
 func (c *client) readAtLeast(bytes int) error {
 	raw, err := c.held.Conn.(*net.TCPConn).SyscallConn()
 	if err != nil {
@@ -131,8 +130,9 @@ func (c *client) readAtLeast(bytes int) error {
 	return errors.Join(err, failed)
 }
 
-// close may be called while a busy client reads and writes, and cuts it off: TLS
-// would say goodbye through the writer that is in use.
+// close closes the connection. It may be called while a busy client reads and
+// writes. It then closes the socket without TLS's close message, because another
+// goroutine may be using the writer.
 func (c *client) close() {
 	if c.held != nil {
 		_ = c.held.Close()
@@ -141,24 +141,24 @@ func (c *client) close() {
 	_ = c.conn.Close()
 }
 
-// clientTLS is what derphttp would use, but that the certificate is known. The
+// clientTLS returns derphttp's TLS configuration, but trusts one certificate. The
 // key exchange is Go's default for both servers: X25519MLKEM768.
 func clientTLS(want *x509.Certificate) *tls.Config {
 	return &tls.Config{
 		ServerName: hostname, MinVersion: tls.VersionTLS13,
-		InsecureSkipVerify: true, // for VerifyConnection, which knows better
+		InsecureSkipVerify: true, // VerifyConnection checks the certificate
 		VerifyConnection: func(state tls.ConnectionState) error {
 			if !state.PeerCertificates[0].Equal(want) {
-				return errors.New("another certificate than the one made for this measurement")
+				return errors.New("the server has another certificate than the one made for this measurement")
 			}
 			return nil
 		},
-		// A burst is one record from the start, as it is later on.
+		// A burst is one record also at the start of a connection.
 		DynamicRecordSizingDisabled: true,
 	}
 }
 
-// serverKey finds the relay's key in its meta certificate.
+// serverKey returns the relay's key from its meta certificate.
 func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
 	for _, certificate := range chain {
 		if hex, found := strings.CutPrefix(certificate.Subject.CommonName, derpconst.MetaCertCommonNamePrefix); found {
@@ -167,12 +167,11 @@ func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
 			return public, err
 		}
 	}
-	return key.NodePublic{}, errors.New("no meta certificate: the server has no fast start")
+	return key.NodePublic{}, errors.New("no meta certificate; the server does not support the fast start")
 }
 
-// bufferedConn is a socket whose many TLS records cost the load one system call:
-// on two CPUs, a load that made as many of them as the server would be slower
-// than the server.
+// bufferedConn reads and writes many TLS records by one system call. A load with
+// as many calls as the server would be slower than the server.
 type bufferedConn struct {
 	net.Conn
 	reader *bufio.Reader

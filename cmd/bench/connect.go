@@ -18,26 +18,27 @@ import (
 
 const (
 	connectors = 16
-	// keysInTurn is how many node keys connect in turn: one that comes again
-	// while its last connection is there would be a different case.
+	// keysInTurn is the number of node keys that connect in turn. It is large, so
+	// that the last connection of a key has ended before the next one begins.
 	keysInTurn = 4096
 
-	settle     = 2 * time.Second // until memory is looked at
-	spareFiles = 100             // of the limit of open files, beside connections
+	settle     = 2 * time.Second // wait before memory is measured
+	spareFiles = 100             // open files besides the connections
 )
 
-// source is a loopback address of its own for every so many connections: one has
-// ports for some tens of thousands, and they come back a minute later.
+// source returns the loopback address from which a connection comes, another one
+// for every hundred connections. One address has ports for some tens of thousands,
+// and a used port is free only a minute later.
 func source(i int) netip.Addr {
 	i /= 100
 	return netip.AddrFrom4([4]byte{127, 1, byte(i / 250), byte(1 + i%250)})
 }
 
-// connects measures clients that connect, and leave once they are accepted.
+// connects measures clients that connect, and disconnect once they are accepted.
 type connects struct {
 	time time.Duration
 	keys []key.NodePrivate
-	made atomic.Int64 // connections, for their keys and addresses
+	made atomic.Int64 // number of connections, which selects key and address
 }
 
 func newConnects(d time.Duration) *connects {
@@ -78,16 +79,15 @@ func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
 	return out, nil
 }
 
-// measureIdle measures the memory of a server whose clients do nothing: how much
-// more it is than without clients, for each of them. The server is one of its own,
-// or what was before would count.
+// measureIdle measures the memory that each idle client adds to a server. It starts
+// a server of its own, because memory of earlier measurements would count.
 func measureIdle(ctx context.Context, p *program, count int, settle time.Duration) (sample, error) {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
 		return nil, err
 	}
 	if files.Cur < uint64(count+spareFiles) {
-		return nil, fmt.Errorf("%d connections need more open files than the limit of %d: raise it with ulimit -n", count, files.Cur)
+		return nil, fmt.Errorf("limit of open files: too low for %d connections (got %d); raise it with ulimit -n", count, files.Cur)
 	}
 	s, err := p.start(ctx)
 	if err != nil {
@@ -143,9 +143,8 @@ func measureIdle(ctx context.Context, p *program, count int, settle time.Duratio
 	}, nil
 }
 
-// measureStart measures from the execution of the program to the first DERP
-// handshake and to the first STUN answer, the key and the certificate being
-// there already.
+// measureStart measures the time from the execution of a program to the first DERP
+// handshake and to the first STUN answer. Key and certificate exist already.
 func measureStart(ctx context.Context, p *program, times int) (sample, error) {
 	var derps, stuns []time.Duration
 	for range times {

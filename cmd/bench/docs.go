@@ -19,14 +19,14 @@ const (
 	docsEnd     = "<!-- end -->\n"
 )
 
-// languages are the READMEs, and what is said in each.
+// languages are the READMEs with the words of their tables.
 var languages = []struct {
 	file, header, caption string
 	label                 func(target) string
 }{
 	{
 		"README.md", "| | derper | derpd | ratio |",
-		"%s, %s, %d rounds in turns: medians, and derpd's ratio to derper with its least and greatest. In the picture, longer is better.",
+		"%s, %s, %d rounds in turns: medians, and the ratio derpd / derper (lowest–highest). In the picture, longer is better.",
 		func(t target) string { return t.en },
 	},
 	{
@@ -36,10 +36,10 @@ var languages = []struct {
 	},
 }
 
-// writeDocs writes the picture, and the table into the READMEs.
+// writeDocs writes the picture, and the tables in the READMEs.
 func (r *report) writeDocs(root string) error {
 	if len(r.Targets) == 0 {
-		return errors.New("nothing that the documents tell about was measured")
+		return errors.New("no target was measured, so the documents have no table")
 	}
 	if err := os.WriteFile(filepath.Join(root, pictureFile), r.picture(), 0o644); err != nil {
 		return err
@@ -61,16 +61,17 @@ func (r *report) writeDocs(root string) error {
 	return nil
 }
 
-// withDocs puts the table of a language between its marks.
+// withDocs replaces the table between the marks in a README.
 func (r *report) withDocs(old string, language int) (string, error) {
 	before, rest, found := strings.Cut(old, docsBegin)
 	_, after, closed := strings.Cut(rest, docsEnd)
 	if !found || !closed {
-		return "", fmt.Errorf("no place for the table: want the lines %q and %q", docsBegin, docsEnd)
+		return "", fmt.Errorf("no place for the table; add the lines %q and %q", docsBegin, docsEnd)
 	}
 	return before + docsBegin + r.docs(language) + docsEnd + after, nil
 }
 
+// docs returns the table in a language.
 func (r *report) docs(language int) string {
 	l := languages[language]
 	var b strings.Builder
@@ -90,7 +91,7 @@ func withUnit(x float64, unit string) string {
 	return number(x) + " " + unit
 }
 
-// The picture's measures, in its own units.
+// Sizes in the picture, in its own units.
 const (
 	pictureWidth = 760
 	labelWidth   = 310
@@ -98,11 +99,11 @@ const (
 	barHeight    = 14
 	barsWidth    = 360
 	topMargin    = 44
-	oneTick      = 1.0 // as good as derper
+	oneTick      = 1.0 // derper itself
 )
 
-// picture is bars of how many times as good as derper's derpd's values are. It
-// has no background, and colours that are read on a light and on a dark one.
+// picture draws a bar for each target: how many times as good as derper derpd is.
+// It has no background, and its colours are readable on a light and a dark one.
 func (r *report) picture() []byte {
 	longest := 1.25
 	for _, v := range r.Targets {

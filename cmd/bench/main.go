@@ -1,12 +1,11 @@
 //go:build linux
 
-// Command bench measures derpd beside derper, upstream's own server, with the
-// same clients, the same certificate and in turns: speeds of a machine that
-// others use too go up and down, and only ratios of what was measured one after
-// the other mean anything. It runs in the current directory, which is derpd's.
+// Command bench measures derpd beside derper, upstream's own server, in turns and
+// with the same clients and certificate. The speed of a shared machine varies, so
+// only ratios of measurements that follow each other mean anything. Command bench
+// runs in the root of derpd's repository.
 //
-// Both servers and all of the load are on loopback. `make bench` builds what it
-// needs.
+// Both servers and all of the load are on loopback. `make bench` builds both.
 package main
 
 import (
@@ -36,20 +35,17 @@ const usage = `usage: bench [flags]
 
   --derper FILE   upstream's server
   --derpd FILE    the derpd to measure
-  --derpd-env X=Y a variable for derpd, to measure a setting; may be repeated
-  --quick         three minutes: what the targets need, in short measurements
+  --derpd-env X=Y set a variable of derpd, to measure a setting; may be repeated
+  --quick         three minutes: few and short measurements
   --full          half an hour: every size, burst and number of pairs
-  --path          instead, what arrives at a client behind a long path with
-                  losses; in a network namespace of its own: unshare --net
+  --path          measure only the rate that arrives at a client behind a long
+                  path with losses; needs a network namespace: unshare --net
   --only REGEXP   only measurements whose name matches
-  --rounds N      how often both are measured, 5 at least for ratios to believe
-  --window N      packets under way from one sender, when it sends all it can
-  --pin=false     let servers and load share all CPUs, instead of half for each
+  --rounds N      number of rounds; ratios are reliable from 5 on
 
-  --json FILE     write every value that was measured
-  --from FILE     measure nothing, report what --json has written
-  --svg FILE      write the picture
-  --docs          write docker/bench.svg, and its part of the READMEs
+  --json FILE     write all measured values
+  --from FILE     measure nothing, and report the values of such a file
+  --docs          write docker/bench.svg and the tables in the READMEs
   --check         exit with 1 when a target is not reached
 `
 
@@ -59,7 +55,7 @@ func main() {
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Stdout, os.Stderr), os.Stderr))
 }
 
-// usageError is a command line that means nothing.
+// usageError is an error in the command line.
 type usageError struct{ error }
 
 func exitCode(err error, stderr io.Writer) int {
@@ -75,15 +71,14 @@ func exitCode(err error, stderr io.Writer) int {
 
 // options are the command line.
 type options struct {
-	derper, derpd   string
-	derpdEnv        []string
-	quick, full     bool
-	path            bool
-	only            *regexp.Regexp
-	rounds, window  int
-	pin             bool
-	json, from, svg string
-	docs, check     bool
+	derper, derpd string
+	derpdEnv      []string
+	quick, full   bool
+	path          bool
+	only          *regexp.Regexp
+	rounds        int
+	json, from    string
+	docs, check   bool
 }
 
 func parse(args []string) (options, error) {
@@ -95,7 +90,7 @@ func parse(args []string) (options, error) {
 	flags.StringVar(&o.derpd, "derpd", "", "")
 	flags.Func("derpd-env", "", func(s string) error {
 		if !strings.Contains(s, "=") {
-			return errors.New("not NAME=VALUE")
+			return errors.New("not a variable; use NAME=VALUE")
 		}
 		o.derpdEnv = append(o.derpdEnv, s)
 		return nil
@@ -105,11 +100,8 @@ func parse(args []string) (options, error) {
 	flags.BoolVar(&o.path, "path", false, "")
 	flags.StringVar(&only, "only", "", "")
 	flags.IntVar(&o.rounds, "rounds", 5, "")
-	flags.IntVar(&o.window, "window", queueDepth, "")
-	flags.BoolVar(&o.pin, "pin", true, "")
 	flags.StringVar(&o.json, "json", "", "")
 	flags.StringVar(&o.from, "from", "", "")
-	flags.StringVar(&o.svg, "svg", "", "")
 	flags.BoolVar(&o.docs, "docs", false, "")
 	flags.BoolVar(&o.check, "check", false, "")
 	err := flags.Parse(args)
@@ -121,13 +113,11 @@ func parse(args []string) (options, error) {
 	case flags.NArg() > 0:
 		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case o.quick && o.full:
-		err = errors.New("--quick and --full exclude each other")
+		err = errors.New("--quick and --full are both set; use one of them")
 	case o.rounds < 1:
-		err = fmt.Errorf("--rounds %d: at least one is needed", o.rounds)
-	case o.window < largestBurst:
-		err = fmt.Errorf("--window %d: a burst of %d must fit", o.window, largestBurst)
+		err = fmt.Errorf("--rounds: too few (got %d); use 1 or more", o.rounds)
 	case o.from == "" && (o.derper == "" || o.derpd == ""):
-		err = errors.New("--derper and --derpd are needed; make bench builds and names them")
+		err = errors.New("--derper and --derpd are not both set; use make bench, which sets them")
 	}
 	return o, err
 }
@@ -159,11 +149,6 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return err
 		}
 	}
-	if o.svg != "" {
-		if err := os.WriteFile(o.svg, r.picture(), 0o644); err != nil {
-			return err
-		}
-	}
 	if o.docs {
 		if err := r.writeDocs("."); err != nil {
 			return err
@@ -175,22 +160,22 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return nil
 }
 
-// measure runs all measurements, every round on servers started anew.
+// measure runs all measurements, and starts both servers again for every round.
 func measure(ctx context.Context, o options, progress io.Writer) (*report, error) {
 	list := selection(o)
 	if len(list) == 0 {
-		return nil, usageError{fmt.Errorf("--only %s: no measurement has such a name", o.only)}
+		return nil, usageError{fmt.Errorf("--only: no measurement matches (got %s)", o.only)}
 	}
 	if o.path {
 		if err := ownNetwork(ctx); err != nil {
 			return nil, err
 		}
 	}
-	serverCPUs, err := share(o.pin)
+	serverCPUs, err := share()
 	if err != nil {
 		return nil, err
 	}
-	// The load's own garbage is not what is measured, and there is memory.
+	// The load collects its garbage rarely, to spend its CPU time on the load.
 	debug.SetGCPercent(400)
 
 	dir, err := os.MkdirTemp("", "derpd-bench")
@@ -207,7 +192,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 		{name: derper, path: o.derper, describe: derperCommand},
 		{name: derpd, path: o.derpd, describe: derpdCommand, env: o.derpdEnv},
 	} {
-		if p.path, err = filepath.Abs(p.path); err != nil { // it runs in dir
+		if p.path, err = filepath.Abs(p.path); err != nil { // the program's working directory is dir
 			return nil, err
 		}
 		p.dir, p.cpus, p.certificate = dir, serverCPUs, certificate
@@ -230,8 +215,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 	return r, nil
 }
 
-// measureRound measures everything once with both programs. Who goes first
-// changes from round to round.
+// measureRound measures everything once with both programs.
 func measureRound(ctx context.Context, list []measurement, programs []*program, round int, r *report, progress io.Writer) error {
 	servers := make([]*server, len(programs))
 	for i, p := range programs {
@@ -262,9 +246,9 @@ func measureRound(ctx context.Context, list []measurement, programs []*program, 
 	return nil
 }
 
-// order is which of the two programs is measured when. What is measured again is
-// so in the order 0 1 1 0: a machine that becomes faster or slower all the while
-// is the same for both.
+// order returns the order in which the two programs are measured. The first one
+// alternates from round to round. Measuring again uses the order 0 1 1 0, so that
+// a machine that steadily becomes slower affects both programs alike.
 func order(round int, again bool) []int {
 	first, second := round%2, 1-round%2
 	if again {

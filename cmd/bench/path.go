@@ -23,28 +23,27 @@ import (
 	"tailscale.com/types/key"
 )
 
-// The path between a relay and one of its clients, as it may be from one side
-// of the world to the other.
+// The path between a relay and a client on the other side of the world.
 const (
 	pathDelay = 50 * time.Millisecond  // one way
-	pathLoss  = 0.01                   // of the packets to the client, which get lost on their way
+	pathLoss  = 0.01                   // share of the packets to the client that are lost
 	pathRate  = 50e6 / 8               // bytes per second
-	pathQueue = 100 * time.Millisecond // how long packets wait for each other at most, before they are dropped
+	pathQueue = 100 * time.Millisecond // longest wait in the queue; packets that would wait longer are dropped
 
-	pathLoad   = 2000            // packets per second that the relay is given for the client
-	pathSize   = 1280            // of each, bytes
-	pathWarmup = 3 * time.Second // until congestion control has found its rate
+	pathLoad   = 2000            // packets per second that are sent to the client
+	pathSize   = 1280            // bytes of each
+	pathWarmup = 3 * time.Second // time for congestion control to find its rate
 	pathTime   = 5 * time.Second
 )
 
-// congestionControls are measured with derpd. derper has what the system has.
+// congestionControls are measured with derpd. derper uses that of the system.
 var congestionControls = []string{"cubic", "bbr"}
 
 func pathName(congestion string) string { return "a client far away, " + congestion }
 
-// measurePath measures what arrives at a client at the other end of the path.
-// It needs a network namespace that nobody else uses, and makes another one for
-// the client. Between them, packets pass through this process.
+// measurePath measures the rate that arrives at a client at the far end of the path.
+// It needs a network namespace of its own, and makes another one for the client.
+// This process carries the packets between them.
 func measurePath(ctx context.Context, p *program, congestion string) (sample, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -91,8 +90,8 @@ func measurePath(ctx context.Context, p *program, congestion string) (sample, er
 	return out, nil
 }
 
-// ownNetwork makes the network namespace of this process ready, which must not be
-// the machine's.
+// ownNetwork prepares the network namespace of this process, which must not be the
+// machine's.
 func ownNetwork(ctx context.Context) error {
 	devices, err := net.Interfaces()
 	if err != nil {
@@ -100,13 +99,13 @@ func ownNetwork(ctx context.Context) error {
 	}
 	for _, device := range devices {
 		if device.Flags&net.FlagLoopback == 0 {
-			return fmt.Errorf("this network has a device, %s: the long path is measured in a network namespace of its own, as root: unshare --net", device.Name)
+			return fmt.Errorf("--path: this network namespace has other devices (got %s); use an empty one, as root: unshare --net", device.Name)
 		}
 	}
 	return ip(ctx, "link", "set", "lo", "up")
 }
 
-// systemCongestion is what connections have that nobody has set another for.
+// systemCongestion returns the congestion control that the system uses by default.
 func systemCongestion() string {
 	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
 	if err != nil {
@@ -122,18 +121,17 @@ func ip(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// The addresses of both ends are of a network that is there for measurements
-// (RFC 2544).
+// Addresses of both ends, from the network for measurements (RFC 2544).
 var (
 	pathNear = netip.MustParseAddr("198.18.0.1")
 	pathFar  = netip.MustParseAddr("198.18.0.2")
 )
 
-// path is a network device in each of two namespaces, whose packets this process
-// carries from one to the other.
+// path is a network device in each of two namespaces. This process carries packets
+// from one to the other.
 type path struct {
 	near, far *os.File
-	work      chan func() // for the thread in the far namespace
+	work      chan func() // functions for the thread in the far namespace
 }
 
 func newPath(ctx context.Context) (*path, error) {
@@ -144,7 +142,7 @@ func newPath(ctx context.Context) (*path, error) {
 	}
 	context.AfterFunc(ctx, func() { close(p.work) })
 	go func() {
-		// Never unlocked: the thread ends with this, and its namespace too.
+		// Never unlocked, so the thread and its namespace end with this goroutine.
 		runtime.LockOSThread()
 		for f := range p.work {
 			f()
@@ -174,8 +172,8 @@ func (p *path) inFar(f func() error) error {
 // dial connects from the far end.
 func (p *path) dial(ctx context.Context, s *server) (c *client, err error) {
 	err = p.inFar(func() (err error) {
-		// A socket stays in the namespace of the thread that makes it, and
-		// that is this one: nothing is done beside it for one address.
+		// A socket belongs to the namespace of the thread that creates it. With
+		// one address to dial, that is the calling thread.
 		c, err = dial(ctx, s, key.NewNode(), pathFar, true)
 		return err
 	})
@@ -189,8 +187,8 @@ func (p *path) close() {
 	}
 }
 
-// openDevice makes a network device in this thread's namespace whose packets are
-// read and written by us.
+// openDevice creates a network device in this thread's namespace. The file reads
+// the packets that the device sends, and writes those that it receives.
 func openDevice(ctx context.Context, addr netip.Addr) (*os.File, error) {
 	const name = "path"
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -200,7 +198,7 @@ func openDevice(ctx context.Context, addr netip.Addr) (*os.File, error) {
 	request, err := unix.NewIfreq(name)
 	if err == nil {
 		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-		err = os.NewSyscallError("making a network device", unix.IoctlIfreq(fd, unix.TUNSETIFF, request))
+		err = os.NewSyscallError("creating a network device", unix.IoctlIfreq(fd, unix.TUNSETIFF, request))
 	}
 	if err != nil {
 		_ = unix.Close(fd)
@@ -227,22 +225,22 @@ func (p *path) carry() error {
 	return g.Wait()
 }
 
-// parcel is a packet that is under way.
+// parcel is a packet on the path.
 type parcel struct {
 	packet []byte
 	due    time.Time
 }
 
-// carry carries what one device sends to the other, with this share of losses.
+// carry carries packets from one device to the other, with this share of losses.
 func carry(from io.Reader, to io.Writer, loss float64) error {
 	const longest = 64 << 10
-	under := make(chan parcel, int(pathRate*(pathDelay+pathQueue).Seconds())/20) // as many as there can be
+	under := make(chan parcel, int(pathRate*(pathDelay+pathQueue).Seconds())/20) // IP packets have 20 bytes or more
 	var g errgroup.Group
 	g.Go(func() error {
 		defer close(under)
-		random := rand.New(rand.NewPCG(1, 2)) // the same losses for both servers
+		random := rand.New(rand.NewPCG(1, 2)) // same losses for both servers
 		buffer := make([]byte, longest)
-		var free time.Time // when the one before has left
+		var free time.Time // end of the last packet on the line
 		for {
 			n, err := from.Read(buffer)
 			if err != nil {
@@ -264,7 +262,7 @@ func carry(from io.Reader, to io.Writer, loss float64) error {
 			if wait := time.Until(p.due); wait > 0 {
 				pause(wait)
 			}
-			// A device that is not up yet, or any more.
+			// The device is not up yet, or no longer.
 			if _, err := to.Write(p.packet); err != nil && !errors.Is(err, unix.EIO) {
 				return err
 			}

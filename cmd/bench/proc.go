@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cpuTime is how long a process has been on a CPU, all of its threads together,
-// also those that have ended; 0 is this process. The kernel counts nanoseconds,
-// of which /proc/PID/stat shows hundredths of a second.
+// cpuTime returns the CPU time of a process: all its threads together, ended ones
+// included. PID 0 is this process. This clock has nanoseconds, /proc/PID/stat only
+// hundredths of a second.
 func cpuTime(pid int) (time.Duration, error) {
 	// clock_getcpuclockid(3), CPUCLOCK_SCHED.
 	clock := int32(^pid<<3 | 2)
@@ -30,15 +30,15 @@ func cpuTime(pid int) (time.Duration, error) {
 	return time.Duration(t.Nano()), nil
 }
 
-// residentBytes is the resident memory of a process. Of the places where the
-// kernel tells it, this one is exact.
+// residentBytes returns the resident memory of a process. The kernel's other
+// counts of it, as in /proc/PID/statm, may lag behind.
 func residentBytes(pid int) (int64, error) {
 	kib, err := procValue(pid, "smaps_rollup", "Rss")
 	return kib << 10, err
 }
 
-// readsAndWrites is how often a process has called read and write and their
-// relatives (readv, pread, sendfile and so on; not recvmsg and sendmsg).
+// readsAndWrites counts the calls of read, write and their variants (readv, pread,
+// sendfile and so on, but not recvmsg and sendmsg) by a process.
 func readsAndWrites(pid int) (int64, error) {
 	reads, err := procValue(pid, "io", "syscr")
 	if err != nil {
@@ -61,8 +61,7 @@ func procValue(pid int, file, name string) (int64, error) {
 	return value, nil
 }
 
-// parseValue finds a line such as "Rss:  1234 kB" or "syscr: 12", without its
-// unit.
+// parseValue returns the number in a line such as "Rss:  1234 kB" or "syscr: 12".
 func parseValue(text, name string) (int64, error) {
 	for line := range strings.Lines(text) {
 		rest, found := strings.CutPrefix(line, name+":")
@@ -75,11 +74,11 @@ func parseValue(text, name string) (int64, error) {
 		}
 		return strconv.ParseInt(fields[0], 10, 64)
 	}
-	return 0, fmt.Errorf("no value of %s", name)
+	return 0, fmt.Errorf("%s has no value", name)
 }
 
-// machineTime is how long the CPUs of this machine were in use, all together, by
-// whomever: processes, the network, other machines beside this one.
+// machineTime returns the time for which the CPUs of this machine were in use, all
+// together: by processes, the kernel, and other virtual machines.
 func machineTime() (time.Duration, error) {
 	text, err := os.ReadFile("/proc/stat")
 	if err != nil {
@@ -92,7 +91,7 @@ func machineTime() (time.Duration, error) {
 	return t, nil
 }
 
-// tick is the unit of /proc/stat, USER_HZ, which is the same everywhere.
+// tick is the unit of /proc/stat, USER_HZ, which is 100 on every platform.
 const tick = 10 * time.Millisecond
 
 // parseStat reads "cpu user nice system idle iowait irq softirq steal …", the
@@ -102,7 +101,7 @@ func parseStat(text string) (time.Duration, error) {
 	line, _, _ := strings.Cut(text, "\n")
 	fields := strings.Fields(line)
 	if len(fields) <= steal || fields[0] != "cpu" {
-		return 0, fmt.Errorf("no times of the CPUs in %q", line)
+		return 0, fmt.Errorf("no CPU times in %q", line)
 	}
 	var sum time.Duration
 	for i, field := range fields[1 : steal+1] {
@@ -117,16 +116,16 @@ func parseStat(text string) (time.Duration, error) {
 	return sum, nil
 }
 
-// share keeps half of the CPUs for the load and returns the others, for the
-// servers: only then is a server that cannot do more told from a load that
-// cannot. It returns nil if there is nothing to share.
-func share(pin bool) ([]int, error) {
+// share pins the load to half of the CPUs and returns the others, for the servers.
+// Only then does the CPU time show which of the two is the bottleneck. It returns
+// nil on a machine with one CPU.
+func share() ([]int, error) {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &set); err != nil {
 		return nil, fmt.Errorf("sched_getaffinity: %w", err)
 	}
 	cpus := members(set)
-	if !pin || len(cpus) < 2 {
+	if len(cpus) < 2 {
 		return nil, nil
 	}
 	servers, load := cpus[:len(cpus)/2], cpus[len(cpus)/2:]
@@ -134,7 +133,7 @@ func share(pin bool) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A thread that is made from now on takes after the one that makes it.
+	// A new thread inherits the CPUs of the thread that creates it.
 	for _, task := range tasks {
 		id, err := strconv.Atoi(task.Name())
 		if err != nil {
@@ -144,12 +143,13 @@ func share(pin bool) ([]int, error) {
 			return nil, err
 		}
 	}
-	// One more, for the one that sleeps in the kernel; see [pause].
+	// One more, for the thread that sleeps in the kernel; see [pause].
 	runtime.GOMAXPROCS(len(load) + 1)
 	return servers, nil
 }
 
-// setAffinity says where a thread may run, 0 for this one. No CPUs are any.
+// setAffinity limits a thread to these CPUs; thread 0 is the calling one. Without
+// CPUs there is no limit.
 func setAffinity(thread int, cpus []int) error {
 	if len(cpus) == 0 {
 		return nil
@@ -174,9 +174,9 @@ func members(set unix.CPUSet) []int {
 	return list
 }
 
-// pause sleeps in the kernel: Go's own timers are a millisecond late, and a
-// tenth of that is what is measured here.
+// pause sleeps in the kernel. Go's timers may be a millisecond late, ten times the
+// latencies that are measured here.
 func pause(d time.Duration) {
 	t := unix.NsecToTimespec(int64(d))
-	_ = unix.Nanosleep(&t, nil) // woken early is no harm
+	_ = unix.Nanosleep(&t, nil) // a signal may end it early; callers accept that
 }

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,13 +21,13 @@ import (
 )
 
 const (
-	// queueDepth is how many packets derpserver keeps for a client before it
-	// drops the oldest. With no more than these under way none is dropped, and
-	// both servers do the same work for a packet that arrives.
-	queueDepth   = 32
+	// window is the number of packets under way from one sender. It is the
+	// length of derpserver's queue for a client, so that no packet is dropped,
+	// and both servers do the same work for each packet.
+	window       = 32
 	largestBurst = 8
 
-	// fixedRate is the packets per second of what is not at saturation.
+	// fixedRate is the rate of a lightly loaded relay, in packets per second.
 	fixedRate = 10_000
 
 	keyLen       = 32
@@ -38,15 +37,14 @@ const (
 	pairWithin   = 5 * time.Second
 )
 
-// load is what is sent through a relay.
+// load describes the packets that are sent through a relay.
 type load struct {
 	size, pairs, burst int // bytes, senders, packets that are written at once
-	rate               int // packets per second of all pairs; 0 is all they can
-	window             int // packets under way from one sender
-	// alone makes a system call of each burst when all is sent that can be.
-	// Else what waits is written together, a TLS record for each burst all the
-	// same: a server that is behind finds that in its socket in any case, and
-	// a load that makes a call of each packet is slower than a server.
+	rate               int // packets per second of all pairs; 0 is the maximum
+	// alone sends each burst by a system call of its own at the maximum rate.
+	// Without it, one call sends all bursts for which the window has room, each
+	// as a TLS record. A busy server finds the same in its socket either way, and
+	// a load that makes a call for each packet is slower than a server.
 	alone bool
 	time  time.Duration
 }
@@ -65,30 +63,30 @@ func (l load) name() string {
 	return fmt.Sprintf("relay %d B, %d pairs, %s, %s", l.size, l.pairs, burst, how)
 }
 
-// pair is a client that sends and one that receives. The frames are made once;
-// a packet begins with its number and the time when it was sent.
+// pair is a client that sends and one that receives. The frames are made once. A
+// packet begins with its number and the time of sending.
 type pair struct {
 	from, to *client
 	frames   []byte // one burst
 	size     int    // of a packet, bytes
 	next     uint64 // number of the next packet to send
 
-	arrived  atomic.Uint64 // the number after the last packet that arrived
-	received atomic.Uint64 // packets that did
-	lost     atomic.Uint64 // packets that never did
-	wake     chan struct{} // something arrived
+	arrived  atomic.Uint64 // number of the last packet that arrived, plus 1
+	received atomic.Uint64 // packets that arrived
+	lost     atomic.Uint64 // packets that did not arrive
+	wake     chan struct{} // receives after arrived has changed
 
-	timed   *atomic.Bool // whether how long packets take is of interest now
+	timed   *atomic.Bool // whether receive appends to delays
 	delays  []time.Duration
-	endedBy error // of the receiver
+	endedBy error // result of receive
 }
 
-// dialBusy connects a client of either kind.
+// dialBusy connects a client that reads and writes in large pieces.
 func dialBusy(ctx context.Context, s *server) (*client, error) {
 	return dial(ctx, s, key.NewNode(), netip.Addr{}, true)
 }
 
-// newPair connects both clients, the one that receives by dialTo.
+// newPair connects both clients, and the receiving one by dialTo.
 func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool, dialTo func(context.Context, *server) (*client, error)) (*pair, error) {
 	p := &pair{size: l.size, wake: make(chan struct{}, 1), timed: timed}
 	var err error
@@ -100,8 +98,8 @@ func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool, dialTo 
 		return nil, err
 	}
 	if l.rate == 0 {
-		// A sender that waits has more than this under way.
-		if err := p.to.readAtLeast(min(l.window/2*(headerLen+l.size), bigBuffer/2)); err != nil {
+		// Half a window is under way at least whenever the sender waits.
+		if err := p.to.readAtLeast(min(window/2*(headerLen+l.size), bigBuffer/2)); err != nil {
 			p.close()
 			return nil, err
 		}
@@ -117,7 +115,7 @@ func (p *pair) close() {
 	p.to.close()
 }
 
-// appendFrame appends a frame that sends a packet of this size.
+// appendFrame appends a frame that sends a packet of this size to a client.
 func appendFrame(b []byte, to key.NodePublic, size int) []byte {
 	b = append(b, byte(derp.FrameSendPacket))
 	b = binary.BigEndian.AppendUint32(b, uint32(keyLen+size))
@@ -125,11 +123,11 @@ func appendFrame(b []byte, to key.NodePublic, size int) []byte {
 	return append(b, make([]byte, size)...)
 }
 
-// start of the clock in the packets.
+// epoch is time 0 in the packets.
 var epoch = time.Now()
 
-// send writes one burst, which is a TLS record of its own unless it is too large
-// for one. It leaves with the next flush.
+// send writes one burst into the buffer of the sender, as one TLS record if it
+// fits.
 func (p *pair) send() error {
 	now := uint64(time.Since(epoch))
 	step := headerLen + p.size
@@ -142,12 +140,12 @@ func (p *pair) send() error {
 	return err
 }
 
-// saturate sends whenever there is room, until ctx ends: what there is room for
-// leaves together, or each burst alone.
-func (p *pair) saturate(ctx context.Context, window int, alone bool) error {
+// saturate sends whenever the window has room, until ctx ends. It flushes all that
+// fits together, or each burst alone.
+func (p *pair) saturate(ctx context.Context, alone bool) error {
 	burst := uint64(len(p.frames) / (headerLen + p.size))
 	for ctx.Err() == nil {
-		for p.next+burst-p.arrived.Load() > uint64(window) {
+		for p.next+burst-p.arrived.Load() > window {
 			if err := p.from.flush(); err != nil {
 				return ended(ctx, err)
 			}
@@ -168,7 +166,7 @@ func (p *pair) saturate(ctx context.Context, window int, alone bool) error {
 	return nil
 }
 
-// receive counts what arrives, until the connection is closed.
+// receive counts packets until the connection is closed.
 func (p *pair) receive() error {
 	var arrived uint64
 	for {
@@ -197,7 +195,7 @@ func (p *pair) receive() error {
 		if _, err := p.to.reader.Discard(int(length)); err != nil {
 			return err
 		}
-		// Once for all that came together, or for as much as fits a burst.
+		// Wake the sender once for all packets of a read, or for every burst.
 		if p.to.reader.Buffered() < int(length) || arrived%largestBurst == 0 {
 			p.arrived.Store(arrived)
 			select {
@@ -208,7 +206,7 @@ func (p *pair) receive() error {
 	}
 }
 
-// pace sends bursts of all pairs in turn, at a rate that they keep together.
+// pace sends bursts of all pairs in turn, at one rate for all pairs together.
 func pace(ctx context.Context, pairs []*pair, l load) error {
 	every := time.Duration(l.burst) * time.Second / time.Duration(l.rate)
 	due := time.Now()
@@ -225,7 +223,8 @@ func pace(ctx context.Context, pairs []*pair, l load) error {
 	return nil
 }
 
-// ended tells the end of a connection that was wanted from one that was not.
+// ended returns nil for an error after ctx has ended: the measurement itself closed
+// the connection.
 func ended(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -233,7 +232,7 @@ func ended(ctx context.Context, err error) error {
 	return err
 }
 
-// measureRelay passes packets through a server.
+// measureRelay measures a server that relays packets.
 func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -241,11 +240,12 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 	pairs := make([]*pair, 0, l.pairs)
 	var receivers sync.WaitGroup
 	defer receivers.Wait()
-	defer func() {
+	closeAll := func() {
 		for _, p := range pairs {
 			p.close()
 		}
-	}()
+	}
+	defer closeAll()
 	for range l.pairs {
 		p, err := newPair(ctx, s, l, &timed, dialBusy)
 		if err != nil {
@@ -256,59 +256,45 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 	}
 
 	g, gctx := errgroup.WithContext(ctx)
-	// A write that waits for a server that reads no more has to end too. It
-	// fails, and by then gctx must have ended: of two children of ctx, either
-	// may end first.
-	stop := context.AfterFunc(gctx, func() {
-		for _, p := range pairs {
-			p.close()
-		}
-	})
+	// Closing ends writes that wait for a server that does not read. It must
+	// follow the end of gctx, by which ended judges the errors of those writes.
+	stop := context.AfterFunc(gctx, closeAll)
 	defer stop()
 	if l.rate > 0 {
 		g.Go(func() error { return pace(gctx, pairs, l) })
 	} else {
 		for _, p := range pairs {
-			g.Go(func() error { return p.saturate(gctx, l.window, l.alone) })
+			g.Go(func() error { return p.saturate(gctx, l.alone) })
 		}
 	}
 	arrived := func() (n uint64) {
-		// From the first look on, which is after the warming up.
+		// First called after the warmup.
 		timed.Store(l.rate > 0)
 		for _, p := range pairs {
 			n += p.received.Load()
 		}
 		return n
 	}
-	var u interval
 	var systemCalls float64
-	g.Go(func() error {
-		defer cancel()
-		var err error
-		if u, err = observe(gctx, s, l.time, arrived); err == nil && l.rate == 0 {
+	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
+		u, err := observe(gctx, s, l.time, arrived)
+		if err == nil && l.rate == 0 {
 			systemCalls, err = countSystemCalls(gctx, s, arrived)
 		}
-		return err
+		return u, err
 	})
-	err := g.Wait()
-	for _, p := range pairs {
-		p.close()
-	}
+	closeAll()
 	receivers.Wait()
-	if err != nil {
-		return nil, err
-	}
 
 	var delays []time.Duration
 	var lost uint64
 	for i, p := range pairs {
 		if p.received.Load() == 0 {
-			return nil, fmt.Errorf("pair %d of %d passed no packet; its receiver ended with: %w", i+1, len(pairs), p.endedBy)
+			return nil, errors.Join(err, fmt.Errorf("pair %d of %d passed no packet; its receiver ended with: %w", i+1, len(pairs), p.endedBy))
 		}
 		lost += p.lost.Load()
 		delays = append(delays, p.delays...)
 	}
-	out, err := u.sample(s)
 	if err != nil {
 		return nil, err
 	}
@@ -318,23 +304,20 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 	out[lostPackets] = float64(lost)
 	if l.rate == 0 {
 		out[packetRate] = u.count / u.span
-		if systemCalls > 0 {
-			out[systemCallsPer] = systemCalls
-		}
-	} else {
-		slices.Sort(delays)
-		out[delayMedian] = quantile(delays, 0.50).Seconds() * 1e3
-		out[delayP99] = quantile(delays, 0.99).Seconds() * 1e3
 	}
+	if systemCalls > 0 {
+		out[systemCallsPer] = systemCalls
+	}
+	out.setDelays(delays)
 	return out, nil
 }
 
-// perfTime is how long system calls are counted, after everything else: counting
-// makes them slower.
+// perfTime is the time for which system calls are counted, after everything else,
+// because counting makes them slower.
 const perfTime = 200 * time.Millisecond
 
-// countSystemCalls is the server's system calls of all kinds for each packet, by
-// perf; 0 where that is not there or not allowed.
+// countSystemCalls returns the server's system calls for each packet, as perf
+// counts them. It returns 0 where perf is missing or not allowed.
 func countSystemCalls(ctx context.Context, s *server, arrived func() uint64) (float64, error) {
 	perf, err := exec.LookPath("perf")
 	if err != nil {
@@ -368,7 +351,7 @@ func parsePerf(out string) (float64, error) {
 	return 0, errors.New("no count of system calls")
 }
 
-// waitFor lets the load run.
+// waitFor waits, at most until ctx ends.
 func waitFor(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

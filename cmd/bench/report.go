@@ -14,15 +14,15 @@ import (
 	"time"
 )
 
-// report is everything that was measured, and what follows from it.
+// report holds all measured values, and the targets and notes that follow.
 type report struct {
 	Date       time.Time `json:"date"`
 	Go         string    `json:"go"`
 	Platform   string    `json:"platform"`
 	Rounds     int       `json:"rounds"`
-	ServerCPUs int       `json:"server_cpus,omitempty"` // 0 is all of them
+	ServerCPUs int       `json:"server_cpus,omitempty"` // 0 is all
 	Pinned     bool      `json:"pinned"`
-	Congestion string    `json:"congestion,omitempty"` // congestion control of the system, where it matters
+	Congestion string    `json:"congestion,omitempty"` // congestion control of the system, with --path only
 	Results    []*result `json:"results"`
 	Targets    []verdict `json:"targets,omitempty"`
 	Notes      []string  `json:"notes,omitempty"`
@@ -34,12 +34,12 @@ type result struct {
 	Metric      metric    `json:"metric"`
 	Derper      []float64 `json:"derper"`
 	Derpd       []float64 `json:"derpd"`
-	// Ratio is derpd's to derper's of each round; nil if there is none, or if
-	// the metric is about the measurement itself.
+	// Ratio is the spread of derpd's value divided by derper's. It is nil if no
+	// round has a ratio, or if the metric is about the measurement itself.
 	Ratio *spread `json:"ratio,omitempty"`
 }
 
-// of is the values of one of the two.
+// of returns the values of one server.
 func (r *result) of(server string) []float64 {
 	if r == nil {
 		return nil
@@ -50,6 +50,7 @@ func (r *result) of(server string) []float64 {
 	return r.Derpd
 }
 
+// find returns the values of a metric; nil if it was not measured.
 func (r *report) find(measurement string, m metric) *result {
 	for _, found := range r.Results {
 		if found.Measurement == measurement && found.Metric == m {
@@ -59,7 +60,7 @@ func (r *report) find(measurement string, m metric) *result {
 	return nil
 }
 
-// add takes what one measurement of one server gave.
+// add appends the values of one measurement of one server.
 func (r *report) add(measurement, server string, s sample) {
 	for m, value := range s {
 		found := r.find(measurement, m)
@@ -75,8 +76,8 @@ func (r *report) add(measurement, server string, s sample) {
 	}
 }
 
-// conclude computes ratios, targets and notes from the values. The results of
-// one measurement are put into the order of the metrics.
+// conclude computes ratios, targets and notes from the values. It sorts the results
+// of each measurement by the order of metrics.
 func (r *report) conclude() {
 	var order []string
 	for _, found := range r.Results {
@@ -84,7 +85,7 @@ func (r *report) conclude() {
 			order = append(order, found.Measurement)
 		}
 		found.Ratio = nil
-		if list := ratios(found.Derpd, found.Derper); rank(found.Metric) < len(metrics) && len(list) > 0 {
+		if list := ratios(found.Derpd, found.Derper); isCompared(found.Metric) && len(list) > 0 {
 			ratio := spreadOf(list)
 			found.Ratio = &ratio
 		}
@@ -99,14 +100,14 @@ func (r *report) conclude() {
 	r.Notes = notes(r)
 }
 
-// enough is the share of its CPUs that a server must have used, and the load must
-// not have used, for what the server did to be all that it can.
+// enough is a share of CPUs. A server that used more of its CPUs, beside a load that
+// used less, was at its limit.
 const enough = 0.9
 
-// quiet is the share of the machine that others may use without being mentioned.
+// quiet is the share of the machine that other processes may use without a note.
 const quiet = 0.1
 
-// notes say what to know before the numbers are believed.
+// notes returns what makes the values less reliable.
 func notes(r *report) []string {
 	var list []string
 	add := func(format string, args ...any) { list = append(list, fmt.Sprintf(format, args...)) }
@@ -123,39 +124,41 @@ func notes(r *report) []string {
 			case found.Metric == othersBusy:
 				others = max(others, s.Median)
 			case found.Metric == lostPackets && s.Max > 0:
-				add("%s: with %s, up to %.0f were lost in a round", found.Measurement, name, s.Max)
+				add("%s: %s lost up to %.0f packets in a round", found.Measurement, name, s.Max)
 			case found.Metric == serverBusy && saturates(r, found.Measurement):
 				loaded := load.of(name)
 				switch {
 				case loaded == nil && s.Median < enough:
-					add("%s: %s used %.0f%% of its CPUs: the load was the limit of the rate", found.Measurement, name, s.Median*100)
+					add("%s: %s used %.0f%% of its CPUs: the load limited the rate", found.Measurement, name, s.Median*100)
 				case loaded != nil && (s.Median < enough || spreadOf(loaded).Median >= enough):
-					add("%s: %s used %.0f%% of its CPUs, the load %.0f%%: the load may have been the limit, of the rate above all",
+					add("%s: %s used %.0f%% of its CPUs, the load %.0f%%: the load may have limited the rate",
 						found.Measurement, name, s.Median*100, spreadOf(loaded).Median*100)
 				}
 			}
 		}
 	}
 	if others > quiet {
-		add("others used up to %.0f%% of the CPUs meanwhile: rates and latencies are not to be trusted; on such a machine try chrt --rr 1 make bench", others*100)
+		add("other processes used up to %.0f%% of the CPUs: rates and latencies are unreliable; use a quiet machine, or chrt --rr 1 make bench", others*100)
 	}
 	if r.Rounds < 5 {
-		add("%d rounds are too few for a spread to mean much", r.Rounds)
+		add("%d rounds are too few for a reliable spread; use --rounds 5 or more", r.Rounds)
 	}
 	if r.Congestion != "" {
-		add("derper has no choice of congestion control: it had the system's, %s", r.Congestion)
+		add("derper cannot choose its congestion control: it used that of the system, %s", r.Congestion)
 	}
 	if !r.Pinned {
-		add("servers and load shared all CPUs: rates depend on both")
+		add("servers and load shared all CPUs: rates depend on both; use a machine with two CPUs or more")
 	}
 	return list
 }
 
-// saturates reports whether a measurement is to bring a server to its limit.
+// saturates reports whether the load of a measurement is meant to reach the
+// server's limit.
 func saturates(r *report, measurement string) bool {
 	return r.find(measurement, packetRate) != nil || measurement == connectName || measurement == stunName(stunBurst)
 }
 
+// missed returns the number of targets that are not reached.
 func (r *report) missed() int {
 	n := 0
 	for _, v := range r.Targets {
@@ -173,7 +176,7 @@ func (r *report) writeTable(w io.Writer) error {
 	if r.Pinned && r.ServerCPUs > 0 {
 		print(", servers on %d of the CPUs, the load on the others", r.ServerCPUs)
 	}
-	print("\nmedians, and the ratio derpd / derper (its least and greatest of all rounds)\n")
+	print("\nmedians, and the ratio derpd / derper (lowest and highest of all rounds)\n")
 	last := ""
 	for _, found := range r.Results {
 		if len(found.Derper) == 0 || len(found.Derpd) == 0 {
@@ -190,7 +193,7 @@ func (r *report) writeTable(w io.Writer) error {
 		print("  %s\t%s\t%s\t%s\n", found.Metric, number(spreadOf(found.Derper).Median), number(spreadOf(found.Derpd).Median), ratio)
 	}
 	if len(r.Targets) > 0 {
-		print("\ntargets\tratio\tit must be\t\n")
+		print("\ntargets\tratio\tlimit\t\n")
 	}
 	for _, v := range r.Targets {
 		reached := "reached"
@@ -212,7 +215,7 @@ func (s spread) String() string {
 	return fmt.Sprintf("%.2f (%.2f–%.2f)", s.Median, s.Min, s.Max)
 }
 
-// number shows three digits, and thousands apart.
+// number formats three digits, with a comma between thousands.
 func number(x float64) string {
 	if x == 0 {
 		return "0"
@@ -238,8 +241,8 @@ func (r *report) writeJSON(path string) error {
 	return os.WriteFile(path, append(b, '\n'), 0o644)
 }
 
-// readReport reads what writeJSON wrote, and concludes anew: targets and notes
-// may be others by now.
+// readReport reads a file of writeJSON. It computes targets and notes again, as
+// their rules may have changed since.
 func readReport(path string) (*report, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {

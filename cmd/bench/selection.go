@@ -12,17 +12,15 @@ import (
 // measurement is one thing that is measured with both servers in turn.
 type measurement struct {
 	name string
-	// run is given a server that is warm. What needs one of its own makes it.
+	// run measures a running server. A measurement that needs a fresh server
+	// starts one of the same program.
 	run func(context.Context, *server) (sample, error)
-	// again is for what is short enough to be measured twice in a round.
+	// again means that it is measured twice in a round.
 	again bool
 }
 
 // metric is a value of a measurement.
 type metric string
-
-// sample is what one measurement of one server gave.
-type sample map[metric]float64
 
 const (
 	packetRate      metric = "packets/s"
@@ -42,57 +40,44 @@ const (
 	startDERP       metric = "ms to the first DERP handshake"
 	startSTUN       metric = "ms to the first STUN answer"
 
-	// How the measurement itself went: these have no better and no worse.
+	// Metrics about the measurement itself, neither better nor worse.
 	lostPackets metric = "packets lost"
 	serverBusy  metric = "share of the server's CPUs in use"
 	loadBusy    metric = "share of the load's CPUs in use"
 	othersBusy  metric = "share of all CPUs that others used"
 )
 
-// metrics are in the order of the report. More is better where it says so.
-var metrics = []struct {
-	metric
-	more bool
-}{
-	{packetRate, true},
-	{arrivedRate, true},
-	{cpuPerPacket, false},
-	{cpuPerByte, false},
-	{callsPer, false},
-	{systemCallsPer, false},
-	{connectRate, true},
-	{cpuPerConnect, false},
-	{memoryPerClient, false},
-	{memoryAlone, false},
-	{answerRate, true},
-	{answersPer, true},
-	{delayMedian, false},
-	{delayP99, false},
-	{startDERP, false},
-	{startSTUN, false},
+// metrics is the order of the report. The last ones are about the measurement
+// itself.
+var metrics = []metric{
+	packetRate, arrivedRate, cpuPerPacket, cpuPerByte, callsPer, systemCallsPer, connectRate, cpuPerConnect,
+	memoryPerClient, memoryAlone, answerRate, answersPer, delayMedian, delayP99, startDERP, startSTUN,
+	serverBusy, loadBusy, othersBusy, lostPackets,
 }
 
-// rank is where a metric stands in the report, the ones about the measurement
-// itself last.
-func rank(m metric) int {
-	for i, known := range metrics {
-		if known.metric == m {
-			return i
-		}
-	}
-	return len(metrics) + slices.Index([]metric{serverBusy, loadBusy, othersBusy, lostPackets}, m)
-}
+func rank(m metric) int { return slices.Index(metrics, m) }
+
+// isCompared reports whether the ratio of a metric says which server is better.
+func isCompared(m metric) bool { return rank(m) < rank(serverBusy) }
 
 func moreIsBetter(m metric) bool {
-	for _, known := range metrics {
-		if known.metric == m {
-			return known.more
-		}
-	}
-	return false
+	return slices.Contains([]metric{packetRate, arrivedRate, connectRate, answerRate, answersPer}, m)
 }
 
-// The names of measurements that are not of a relay under load.
+// sample holds the values of one measurement of one server.
+type sample map[metric]float64
+
+// setDelays adds the median and the 99th percentile, if there are any delays.
+func (s sample) setDelays(delays []time.Duration) {
+	if len(delays) == 0 {
+		return
+	}
+	slices.Sort(delays)
+	s[delayMedian] = quantile(delays, 0.50).Seconds() * 1e3
+	s[delayP99] = quantile(delays, 0.99).Seconds() * 1e3
+}
+
+// Names of measurements other than [load.name] and [pathName].
 const (
 	connectName = "connect"
 	startName   = "start"
@@ -102,12 +87,12 @@ func idleName(count int) string { return fmt.Sprintf("%d idle connections", coun
 
 func stunName(burst int) string {
 	if burst > 1 {
-		return fmt.Sprintf("STUN, bursts of %d", burst)
+		return fmt.Sprintf("STUN, %d clients at once", burst)
 	}
 	return "STUN, one at a time"
 }
 
-// selection is what the options ask for.
+// selection returns the measurements that the options ask for.
 func selection(o options) []measurement {
 	span, idle, starts := time.Second, []int{1000, 5000, 10000}, 11
 	loads := []load{
@@ -129,8 +114,6 @@ func selection(o options) []measurement {
 			{size: 64, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 8},
-			{size: 1280, pairs: 8, burst: 1, alone: true},
-			{size: 8192, pairs: 8, burst: 1},
 			{size: 1280, pairs: 8, burst: 1, rate: fixedRate},
 		}
 	case o.full:
@@ -159,7 +142,7 @@ func selection(o options) []measurement {
 		return list
 	}
 	for _, l := range loads {
-		l.window, l.time = o.window, span
+		l.time = span
 		add(l.name(), true, func(ctx context.Context, s *server) (sample, error) { return measureRelay(ctx, s, l) })
 	}
 	add(connectName, true, newConnects(span).measure)

@@ -30,35 +30,35 @@ import (
 	"tailscale.com/types/key"
 )
 
-// The names of the two, as reports have them.
+// Names of the two servers in reports.
 const (
 	derper = "derper"
 	derpd  = "derpd"
 )
 
 const (
-	hostname    = "derp.example.com" // in the certificate; nobody resolves it
+	hostname    = "derp.example.com" // name in the certificate, never resolved
 	startWithin = 10 * time.Second
 	retryAfter  = 100 * time.Microsecond
-	askAgain    = 2 * time.Millisecond // a STUN server that was silent
-	stopWithin  = 3 * time.Second      // before a server is killed
-	logTail     = 4 << 10              // of a server that failed, in bytes
+	askAgain    = 2 * time.Millisecond // wait for a STUN answer before the next request
+	stopWithin  = 3 * time.Second      // a server that runs longer is killed
+	logTail     = 4 << 10              // bytes of a failed server's log in the error
 )
 
 // program is one of the two servers that are compared.
 type program struct {
 	name, path string
 	env        []string
-	dir        string     // where the certificate is, and where keys are kept
-	address    netip.Addr // where it listens; 127.0.0.1 if it is not set
-	cpus       []int      // where it may run; nil is anywhere
+	dir        string     // directory of the certificate and the keys
+	address    netip.Addr // listening address; 127.0.0.1 if it is not set
+	cpus       []int      // CPUs it may use; nil is all
 
-	certificate *x509.Certificate // what it must show
+	certificate *x509.Certificate
 
 	describe func(program, ports) (args, env []string)
 }
 
-// listen is the address on which it listens.
+// listen returns the listening address.
 func (p program) listen() netip.Addr {
 	if p.address.IsValid() {
 		return p.address
@@ -66,11 +66,11 @@ func (p program) listen() netip.Addr {
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
 }
 
-// ports are where a server listens.
+// ports are the ports of a server.
 type ports struct{ https, stun, admin int }
 
-// derperCommand is derper as it is run by hand, without what only needs time:
-// plain HTTP, and the mesh key that it looks for by default.
+// derperCommand returns derper's command line, without plain HTTP and without the
+// mesh key that derper looks for by default.
 func derperCommand(p program, at ports) (args, env []string) {
 	return []string{
 		"-a", net.JoinHostPort(p.listen().String(), strconv.Itoa(at.https)), "-http-port", "-1",
@@ -80,7 +80,7 @@ func derperCommand(p program, at ports) (args, env []string) {
 	}, nil
 }
 
-// derpdCommand is derpd doing the same.
+// derpdCommand returns derpd's environment for the same.
 func derpdCommand(p program, at ports) (args, env []string) {
 	return nil, []string{
 		"DERP_ADDR=" + net.JoinHostPort(p.listen().String(), strconv.Itoa(at.https)), "DERP_HTTP_PORT=-1",
@@ -91,17 +91,17 @@ func derpdCommand(p program, at ports) (args, env []string) {
 	}
 }
 
-// server is a program that runs.
+// server is a running program.
 type server struct {
 	*program
 	https, stun netip.AddrPort
 	pid         int
-	log         string // file
+	log         string // path of its log
 	command     *exec.Cmd
-	ended       <-chan struct{} // closed when the process is gone
+	ended       <-chan struct{} // closed when the process has ended
 }
 
-// launch executes the program and does not wait until it serves.
+// launch executes the program without waiting until it serves.
 func (p *program) launch(ctx context.Context) (*server, error) {
 	at, err := freePorts()
 	if err != nil {
@@ -121,7 +121,7 @@ func (p *program) launch(ctx context.Context) (*server, error) {
 		command.Env = append(command.Env, "GOMAXPROCS="+strconv.Itoa(len(p.cpus)))
 	}
 	command.Stdout, command.Stderr = log, log
-	// It must not outlive the measurement, however that ends.
+	// A server must not outlive this process, however that ends.
 	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	ended, err := startOn(p.cpus, command)
 	if err != nil {
@@ -150,8 +150,8 @@ func (p *program) start(ctx context.Context) (*server, error) {
 	return s, nil
 }
 
-// awaitDERP returns after the first DERP handshake that succeeds. It tries again
-// at once, for it is the clock of the start as well.
+// awaitDERP returns after the first DERP handshake that succeeds. Its retries have
+// hardly a delay, because it also measures the time of a start.
 func (s *server) awaitDERP(ctx context.Context) error {
 	private := key.NewNode()
 	return s.await(ctx, "a DERP handshake", func(ctx context.Context) error {
@@ -163,7 +163,7 @@ func (s *server) awaitDERP(ctx context.Context) error {
 	})
 }
 
-// awaitSTUN returns after the first STUN answer, to whichever request it is.
+// awaitSTUN returns after the first STUN answer to any of its requests.
 func (s *server) awaitSTUN(ctx context.Context) error {
 	conn, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(s.stun))
 	if err != nil {
@@ -173,7 +173,7 @@ func (s *server) awaitSTUN(ctx context.Context) error {
 	request, answer := stun.Request(stun.NewTxID()), make([]byte, maxAnswer)
 	return s.await(ctx, "a STUN answer", func(context.Context) error {
 		if _, err := conn.Write(request); err != nil {
-			return err // that nobody listens yet
+			return err // refused: no server listens yet
 		}
 		if err := conn.SetReadDeadline(time.Now().Add(askAgain)); err != nil {
 			return err
@@ -197,7 +197,7 @@ func (s *server) await(ctx context.Context, what string, try func(context.Contex
 		}
 		select {
 		case <-s.ended:
-			return fmt.Errorf("waiting for %s of %s: it has ended", what, s.name)
+			return fmt.Errorf("waiting for %s of %s: the process has ended", what, s.name)
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for %s of %s: %w", what, s.name, err)
 		default:
@@ -206,7 +206,7 @@ func (s *server) await(ctx context.Context, what string, try func(context.Contex
 	}
 }
 
-// stop ends the process and waits until it is gone.
+// stop ends the process and waits until it has ended.
 func (s *server) stop() {
 	defer func() { _ = os.Remove(s.log) }()
 	_ = s.command.Process.Signal(syscall.SIGTERM)
@@ -220,7 +220,7 @@ func (s *server) stop() {
 	}
 }
 
-// lastWords is the end of the server's log, for an error message.
+// lastWords returns the end of the server's log, for an error message.
 func (s *server) lastWords() string {
 	b, err := os.ReadFile(s.log)
 	if err != nil || len(b) == 0 {
@@ -229,8 +229,8 @@ func (s *server) lastWords() string {
 	return fmt.Sprintf("\nthe end of the log of %s:\n%s", s.name, bytes.TrimSpace(b[max(0, len(b)-logTail):]))
 }
 
-// freePorts finds ports that nobody has. They are below those that systems give
-// to whoever asks for any, or the load would take them in between.
+// freePorts returns ports that are free. They are below the ephemeral ports, which
+// the load may take at any time.
 func freePorts() (ports, error) {
 	var found []int
 	for range 100 {
@@ -252,14 +252,15 @@ func freePorts() (ports, error) {
 	return ports{}, errors.New("no free ports on 127.0.0.1")
 }
 
-// startOn starts a command that may run on these CPUs only, and says when it has
-// ended. A child inherits them from the thread that makes it, and is killed when
-// that ends: so it is a thread of its own, for as long as the command lives.
+// startOn starts a command that may run on these CPUs only. The channel is closed
+// when the command has ended. A child inherits the CPUs of the thread that starts
+// it, and is killed when that thread ends. So that thread is used for nothing else
+// and lives as long as the command.
 func startOn(cpus []int, command *exec.Cmd) (ended <-chan struct{}, err error) {
 	gone := make(chan struct{})
 	started := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlock: the thread ends here
+		runtime.LockOSThread() // never unlocked, so the thread ends with this goroutine
 		err := setAffinity(0, cpus)
 		if err == nil {
 			err = command.Start()
@@ -273,8 +274,8 @@ func startOn(cpus []int, command *exec.Cmd) (ended <-chan struct{}, err error) {
 	return gone, <-started
 }
 
-// makeCertificate writes the certificate of both servers, with a P-256 key, to
-// where either looks for it.
+// makeCertificate writes the certificate of both servers and its P-256 key to dir,
+// under the names that both servers use.
 func makeCertificate(dir string) (*x509.Certificate, error) {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -304,8 +305,8 @@ func makeCertificate(dir string) (*x509.Certificate, error) {
 	return x509.ParseCertificate(der)
 }
 
-// share is how many CPUs the server has, and the load too; both have all of them
-// if they are not pinned.
+// share returns the number of CPUs of the server, which is that of the load too.
+// Without pinning both have all CPUs.
 func (p *program) share() float64 {
 	if len(p.cpus) > 0 {
 		return float64(len(p.cpus))

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// quantile is a value that the given share of the sorted list does not exceed;
-// 0 of an empty list.
+// quantile returns the value that the given share of the sorted list does not
+// exceed; 0 for an empty list.
 func quantile(sorted []time.Duration, share float64) time.Duration {
 	if len(sorted) == 0 {
 		return 0
@@ -16,14 +16,14 @@ func quantile(sorted []time.Duration, share float64) time.Duration {
 	return sorted[min(int(share*float64(len(sorted))), len(sorted)-1)]
 }
 
-// spread is what a list of values is like.
+// spread is the median and the range of a list of values.
 type spread struct {
 	Median float64 `json:"median"`
 	Min    float64 `json:"min"`
 	Max    float64 `json:"max"`
 }
 
-// spreadOf describes a list that is not empty.
+// spreadOf returns the spread of a list that is not empty.
 func spreadOf(values []float64) spread {
 	sorted := slices.Sorted(slices.Values(values))
 	middle := len(sorted) / 2
@@ -34,8 +34,8 @@ func spreadOf(values []float64) spread {
 	return spread{Median: median, Min: sorted[0], Max: sorted[len(sorted)-1]}
 }
 
-// ratios divides what derpd did by what derper did just before or after, round
-// by round. Rounds in which derper's value is 0 have no ratio.
+// ratios divides derpd's values by derper's, round by round. A round in which
+// derper's value is 0 has no ratio.
 func ratios(derpd, derper []float64) []float64 {
 	var list []float64
 	for i := range min(len(derpd), len(derper)) {
@@ -46,7 +46,7 @@ func ratios(derpd, derper []float64) []float64 {
 	return list
 }
 
-// mean is the mean of each metric that all samples have.
+// mean returns the mean of each metric that all samples have.
 func mean(samples []sample) sample {
 	out := sample{}
 	for m := range samples[0] {

@@ -7,40 +7,40 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"sync/atomic"
-	"syscall"
 	"time"
-	"unsafe"
 
+	"golang.org/x/net/ipv4"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"tailscale.com/net/stun"
 )
 
 const (
-	stunBurst    = 16
-	burstAskers  = 4   // so that the server has the next burst before it is through
-	keptRequests = 256 // made once, and asked in turn: making one costs more than answering it
+	stunBurst = 16 // requests of a burst, each of another client
+	// burstAskers is the number of bursts under way at once, so that the server
+	// has the next burst before it has answered the last one.
+	burstAskers  = 4
+	keptRequests = 256 // requests that are made once and sent in turn, to keep the load cheap
 	answerWithin = time.Second
 	answerType   = 0x0101 // binding success response, RFC 8489 §5
 	maxAnswer    = 128    // bytes
 )
 
-// asker asks a STUN server, some requests at a time that leave and arrive
-// together, and waits for all answers.
+// asker sends the requests of some clients to a STUN server, one of each client
+// at a time, and waits for all answers. It has one socket. Each client has an
+// address of its own, as real clients have, so the server can answer several
+// only by as many datagrams. One system call sends a whole burst.
 type asker struct {
 	conn  *net.UDPConn
-	raw   syscall.RawConn
-	burst int
+	batch *ipv4.PacketConn
 
-	requests []byte // one after the other
 	ids      []stun.TxID
-	next     int // request
+	requests []ipv4.Message // as many as ids
+	next     int            // first of the next burst, in ids and requests
 
-	answers  [][]byte
-	messages []message // of answers
+	answers []ipv4.Message // buffers for one burst
 
 	// The burst that is under way.
 	asked    []stun.TxID
@@ -49,75 +49,70 @@ type asker struct {
 	at       time.Time
 }
 
-// message is the kernel's struct mmsghdr.
-type message struct {
-	header unix.Msghdr
-	length uint32
-}
-
-func newAsker(server netip.AddrPort, burst int) (*asker, error) {
-	conn, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(server))
+func newAsker(server netip.AddrPort, clients int) (*asker, error) {
+	conn, err := net.ListenUDP("udp4", nil)
 	if err != nil {
 		return nil, err
 	}
-	a := &asker{conn: conn, burst: burst, answered: make([]bool, burst), messages: make([]message, burst)}
-	for range keptRequests {
+	a := &asker{conn: conn, batch: ipv4.NewPacketConn(conn), answered: make([]bool, clients)}
+	to := net.UDPAddrFromAddrPort(server)
+	for i := range keptRequests {
 		id := stun.NewTxID()
+		from := ipv4.ControlMessage{Src: stunClient(i % clients)}
 		a.ids = append(a.ids, id)
-		a.requests = append(a.requests, stun.Request(id)...)
+		a.requests = append(a.requests, ipv4.Message{Buffers: [][]byte{stun.Request(id)}, OOB: from.Marshal(), Addr: to})
 	}
-	for i := range a.messages {
-		b := make([]byte, maxAnswer)
-		a.answers = append(a.answers, b)
-		vector := &unix.Iovec{Base: &b[0]}
-		vector.SetLen(len(b))
-		a.messages[i].header.Iov = vector
-		a.messages[i].header.SetIovlen(1)
-	}
-	if a.raw, err = conn.SyscallConn(); err == nil && burst > 1 {
-		var failed error
-		// What is written at once is cut into datagrams of this size by the
-		// kernel, on the way to the server.
-		err = a.raw.Control(func(fd uintptr) {
-			failed = os.NewSyscallError("setting UDP_SEGMENT", unix.SetsockoptInt(int(fd), unix.IPPROTO_UDP, unix.UDP_SEGMENT, a.requestLen()))
-		})
-		err = errors.Join(err, failed)
-	}
-	if err != nil {
-		a.close()
-		return nil, err
+	for range clients {
+		a.answers = append(a.answers, ipv4.Message{Buffers: [][]byte{make([]byte, maxAnswer)}})
 	}
 	return a, nil
 }
 
-func (a *asker) requestLen() int { return len(a.requests) / len(a.ids) }
+// stunClient returns the loopback address of a client.
+func stunClient(i int) net.IP { return net.IPv4(127, 2, 0, byte(1+i)) }
 
 func (a *asker) close() { _ = a.conn.Close() }
 
-// ask sends one burst.
+// ask sends one request of each client.
 func (a *asker) ask() error {
-	if a.next+a.burst > len(a.ids) {
+	clients := len(a.answered)
+	if a.next+clients > len(a.ids) {
 		a.next = 0
 	}
-	a.asked = a.ids[a.next : a.next+a.burst]
-	requests := a.requests[a.next*a.requestLen() : (a.next+a.burst)*a.requestLen()]
-	a.next += a.burst
-	a.missing = a.burst
+	a.asked = a.ids[a.next : a.next+clients]
+	requests := a.requests[a.next : a.next+clients]
+	a.next += clients
+	a.missing = clients
 	clear(a.answered)
 	a.at = time.Now()
-	_, err := a.conn.Write(requests)
-	return err
+	for len(requests) > 0 {
+		n, err := a.batch.WriteBatch(requests, 0)
+		if err != nil {
+			return err
+		}
+		requests = requests[n:]
+	}
+	return nil
 }
 
-// take takes the answers that are there; with wait, it waits until there are
-// some. What comes late belongs to a burst that was given up.
+// take reads the answers that have arrived; with wait, it waits for the first.
+// It ignores answers to a burst that was given up.
 func (a *asker) take(wait bool) error {
-	n, err := a.receive(wait)
-	if err != nil {
+	flags := unix.MSG_DONTWAIT
+	if wait {
+		flags = 0
+		if err := a.conn.SetReadDeadline(a.at.Add(answerWithin)); err != nil {
+			return err
+		}
+	}
+	n, err := a.batch.ReadBatch(a.answers, flags)
+	if errors.Is(err, unix.EAGAIN) {
+		return nil
+	} else if err != nil {
 		return err
 	}
-	for i := range n {
-		id, err := answerTo(a.answers[i][:a.messages[i].length])
+	for _, answer := range a.answers[:n] {
+		id, err := answerTo(answer.Buffers[0][:answer.N])
 		if err != nil {
 			return err
 		}
@@ -129,33 +124,8 @@ func (a *asker) take(wait bool) error {
 	return nil
 }
 
-// receive takes all answers that are there, and with wait it waits for the first.
-func (a *asker) receive(wait bool) (n int, err error) {
-	if wait {
-		if err := a.conn.SetReadDeadline(a.at.Add(answerWithin)); err != nil {
-			return 0, err
-		}
-	}
-	var number syscall.Errno
-	err = a.raw.Read(func(fd uintptr) bool {
-		var r uintptr
-		r, _, number = unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&a.messages[0])), uintptr(len(a.messages)), unix.MSG_DONTWAIT, 0, 0)
-		n = int(r)
-		return number != unix.EAGAIN || !wait
-	})
-	switch {
-	case err != nil:
-		return 0, err
-	case number == unix.EAGAIN:
-		return 0, nil
-	case number != 0:
-		return 0, os.NewSyscallError("recvmmsg", number)
-	}
-	return n, nil
-}
-
-// answerTo is which request an answer belongs to. What is in it is looked at by
-// the test of this: parsing it would cost as much as the server's work.
+// answerTo returns the transaction of an answer. It does not parse the answer,
+// which would cost as much as the server's work.
 func answerTo(b []byte) (stun.TxID, error) {
 	const header, typeLen, lengthAndCookie = 20, 2, 6
 	if len(b) < header || int(b[0])<<8|int(b[1]) != answerType {
@@ -164,7 +134,8 @@ func answerTo(b []byte) (stun.TxID, error) {
 	return stun.TxID(b[typeLen+lengthAndCookie : header]), nil
 }
 
-// measureSTUN asks for some time, one request at a time or in bursts.
+// measureSTUN measures a STUN server for some time, with one request at a time
+// or with bursts.
 func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sample, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -193,7 +164,7 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 	}
 	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
 		return observe(gctx, s, d, func() uint64 {
-			t.timed.Store(true) // after the warming up
+			t.timed.Store(true) // first called after the warmup
 			return t.answers.Load()
 		})
 	})
@@ -201,29 +172,25 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 		return nil, err
 	}
 	if spins {
-		delete(out, loadBusy) // whatever there is to do, it is all of the time
+		delete(out, loadBusy) // always 1
 	}
 	out[answerRate] = u.count / u.span
 	out[answersPer] = u.count / u.server
 	out[lostPackets] = float64(t.lost.Load())
-	if len(t.delays) > 0 {
-		slices.Sort(t.delays)
-		out[delayMedian] = quantile(t.delays, 0.50).Seconds() * 1e3
-		out[delayP99] = quantile(t.delays, 0.99).Seconds() * 1e3
-	}
+	out.setDelays(t.delays)
 	return out, nil
 }
 
-// tally is what came of all requests.
+// tally counts the answers to all askers.
 type tally struct {
 	answers, lost atomic.Uint64
 	timed         atomic.Bool
 	delays        []time.Duration // of single requests, which have one asker
 }
 
-// spin is the load on CPUs of its own. It never sleeps: a load that does has to
-// be woken by the server, by an answer or more of each burst, and that is what
-// most of the server's time would go to.
+// spin is the load on CPUs of its own. It never sleeps. A load that sleeps is
+// woken by the server, once or more for each burst, and most of the server's time
+// would go into that.
 func (t *tally) spin(ctx context.Context, askers []*asker) error {
 	for ctx.Err() == nil {
 		for _, a := range askers {
@@ -241,7 +208,7 @@ func (t *tally) spin(ctx context.Context, askers []*asker) error {
 	return nil
 }
 
-// wait is one asker of a load that shares its CPUs with the server, and must
+// wait is one asker of a load that shares its CPUs with the server, and sleeps to
 // leave them to it.
 func (t *tally) wait(ctx context.Context, a *asker) error {
 	for ctx.Err() == nil {
@@ -258,11 +225,11 @@ func (t *tally) wait(ctx context.Context, a *asker) error {
 	return nil
 }
 
-// count looks whether a burst is through, or has to be given up.
+// count counts a burst that is answered or has timed out.
 func (t *tally) count(a *asker) {
 	if a.missing == 0 {
-		t.answers.Add(uint64(a.burst))
-		if a.burst == 1 && t.timed.Load() {
+		t.answers.Add(uint64(len(a.asked)))
+		if len(a.asked) == 1 && t.timed.Load() {
 			t.delays = append(t.delays, time.Since(a.at))
 		}
 	} else if time.Since(a.at) > answerWithin {

@@ -12,16 +12,16 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// used is what was used up to one moment.
+// used holds counters at one moment.
 type used struct {
 	at           time.Time
-	server, load time.Duration // on CPUs
+	server, load time.Duration // CPU time of each process
 	calls        int64         // reads and writes of the server
-	machine      time.Duration // all CPUs, by whomever
-	count        uint64        // of what was done: packets, connects, answers
+	machine      time.Duration // CPU time of the whole machine
+	count        uint64        // packets, connects or answers
 }
 
-// usedBy looks at everything at once.
+// usedBy reads all counters.
 func usedBy(s *server, count uint64) (used, error) {
 	u := used{at: time.Now(), count: count}
 	var errs [4]error
@@ -32,8 +32,7 @@ func usedBy(s *server, count uint64) (used, error) {
 	return u, errors.Join(errs[:]...)
 }
 
-// observe lets a load run for warmup and then for d, and returns what was used
-// from then on.
+// observe waits for the warmup and then for d, and returns what was used during d.
 func observe(ctx context.Context, s *server, d time.Duration, count func() uint64) (interval, error) {
 	if err := waitFor(ctx, warmup); err != nil {
 		return interval{}, err
@@ -49,8 +48,8 @@ func observe(ctx context.Context, s *server, d time.Duration, count func() uint6
 	return after.since(before), err
 }
 
-// observeWith runs look beside the load of g, which cancel ends, and begins the
-// sample with what it saw.
+// observeWith runs look beside the load in g, then ends that load by cancel. It
+// returns the result of look, and a sample that begins with it.
 func observeWith(g *errgroup.Group, cancel func(), s *server, look func() (interval, error)) (interval, sample, error) {
 	var u interval
 	g.Go(func() (err error) {
@@ -76,17 +75,16 @@ func (u used) since(before used) interval {
 	}
 }
 
-// interval is what was used between two moments, in seconds; CPU seconds but for
-// the span.
+// interval is the difference of two [used], in CPU seconds; span is in seconds.
 type interval struct {
 	span, server, load, machine float64
 	calls, count                float64
 }
 
-// sample begins a sample with how the measurement itself went.
+// sample returns a sample with the metrics about the measurement itself.
 func (i interval) sample(s *server) (sample, error) {
 	if i.count == 0 {
-		return nil, fmt.Errorf("nothing was done within %.1f s", i.span)
+		return nil, fmt.Errorf("no packet, connect or answer within %.1f s", i.span)
 	}
 	return sample{
 		serverBusy: i.server / i.span / s.share(),
