@@ -12,15 +12,15 @@ import (
 	"time"
 )
 
-// mesh has a node of the region for each of two clients, neither of which can
-// reach the other's: what one sends, the nodes forward.
+// mesh has two nodes in one region and two clients. Each client reaches only one of
+// the nodes, so the nodes have to forward packets to each other.
 func mesh(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	own := newAuthority(t)
 	own.saveRoot(w, "roots/roots.pem")
 	w.networks["between"] = closed
 	const name1, name2 = "derp1.example.test", "derp2.example.test"
-	describe := func(service, keys string) {
+	describe := func(service, key string) {
 		name, near := name1, "a"
 		if service != "relay" {
 			name, near = name2, "b"
@@ -28,7 +28,7 @@ func mesh(t *testing.T, r *row) {
 		w.addRelay(manualRelay(w, relay{
 			name: service, hostName: name, on: []string{near, "between"},
 			env: map[string]string{
-				"DERP_MESH_WITH": name1 + "," + name2, "DERP_MESH_KEY": keys,
+				"DERP_MESH_WITH": name1 + "," + name2, "DERP_MESH_KEY": key,
 				"DERP_ACME_CA_ROOTS": "/etc/roots/roots.pem",
 			},
 			volumes: []string{filepath.Join(w.dir, "roots") + ":/etc/roots:ro"},
@@ -43,10 +43,21 @@ func mesh(t *testing.T, r *row) {
 			return nil
 		})
 	}
+	// The health of a node names the cause when the other one refuses its key.
+	refused := func(service string) {
+		t.Helper()
+		w.eventually(service+" to be refused by the other", func() error {
+			out, _ := w.tryExec(service, "/derpd", "healthcheck")
+			if !strings.Contains(out, "0 of 1 nodes connected") || !strings.Contains(out, "mesh key") {
+				return fmt.Errorf("health: %s", out)
+			}
+			return nil
+		})
+	}
 	services := []string{"relay", "relay-two"}
 	own.issue(w, name1, name1, time.Hour)
 	own.issue(w, name2, name2, time.Hour)
-	const oldKey, newKey = "the secret that both have at first", "another one that comes after it"
+	const oldKey, newKey = "the first secret of both nodes", "the second secret of both nodes"
 	for _, service := range services {
 		describe(service, oldKey)
 	}
@@ -55,7 +66,7 @@ func mesh(t *testing.T, r *row) {
 		connected(service)
 	}
 	printed := w.headscaleMap("relay")
-	// Each tells of itself in a comment.
+	// A comment in each map names the node that printed it.
 	comments := regexp.MustCompile("(?m)^#.*\n")
 	if other := w.headscaleMap("relay-two"); comments.ReplaceAllString(other, "") != comments.ReplaceAllString(printed, "") {
 		t.Errorf("the nodes print different maps:\n%s\n%s", printed, other)
@@ -68,32 +79,33 @@ func mesh(t *testing.T, r *row) {
 	w.kill(w.process("relay-two"))
 	end := transfer.finish()
 	connected("relay-two")
-	w.saw("one node killed: traffic again after %.1f s", end.TCPSilence)
+	w.saw("one node killed: packets arrive again after %.1f s", end.TCPSilence)
 
-	// The key is changed as the README says, and the nodes forward at each step.
-	for _, step := range []struct{ service, keys string }{
-		{"relay", newKey + "," + oldKey},
-		{"relay-two", newKey + "," + oldKey},
-		{"relay", newKey},
-		{"relay-two", newKey},
-	} {
-		describe(step.service, step.keys)
-		w.start(step.service)
-		for _, service := range services {
-			connected(service)
-		}
-		w.pings("a", "b", "derpd")
+	// A node with the new key and one with the old key refuse each other.
+	describe("relay", newKey)
+	w.start("relay")
+	for _, service := range services {
+		refused(service)
 	}
-	w.saw("forwards at each of 4 steps of a new key")
+	w.unreachable("a", "b")
 
-	// One that has another key is told so, and is not let in.
+	// When every node has the new key, packets arrive again.
+	describe("relay-two", newKey)
+	w.start("relay-two")
+	for _, service := range services {
+		connected(service)
+	}
+	w.pings("a", "b", "derpd")
+	w.pings("b", "a", "derpd")
+	w.saw("forwards again after a change of the key: %s", w.copies("b", "a"))
+
+	// A node that still has the old key is refused.
 	describe("relay-two", oldKey)
 	w.start("relay-two")
-	w.eventually("the nodes to part", func() error {
-		if out, _ := w.tryExec("relay", "/derpd", "healthcheck"); !strings.Contains(out, "0 of 1 nodes connected") {
-			return fmt.Errorf("health: %s", out)
-		}
-		return nil
-	})
+	for _, service := range services {
+		refused(service)
+	}
 	w.unreachable("a", "b")
+	w.unreachable("b", "a")
+	w.saw("the old key is refused")
 }
