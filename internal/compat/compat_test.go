@@ -1,5 +1,5 @@
-// Package compat tests that derpd and earlier versions can take turns on one data
-// directory, so that an update can be undone.
+// Package compat tests that an update can be taken back: this derpd and an earlier
+// one run in turns on one data directory.
 package compat
 
 import (
@@ -8,11 +8,15 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -29,77 +33,97 @@ var root = filepath.Join("..", "..")
 
 const stopWithin = 10 * time.Second
 
-// Earlier commits that can read the data of derpd, and derpd theirs. They differ
-// in how they store a certificate.
-const (
-	commitApart    = "12aa3246098517347968f26df2dc526520c3d8c0" // certificate and key in two files
-	commitTogether = "15a40d1707176fda8517e70d3c955fe9a184d5c2" // certificate and key in one file
-)
+// firstVersion is the commit that wrote the first data directories in use.
+const firstVersion = "5a698a09834e272f54fd4c392ad0e815ddec2aa5"
 
-// TestBothWays runs derpd and an earlier version in turns on one data directory.
-// The node key and the certificate, which clients know, stay the same.
+// This derpd and the last one before it run in turns on one data directory. Clients
+// must find the same relay each time: its node key, its certificate, and, while the
+// source of admission fails, the memory of admitted nodes.
 func TestBothWays(t *testing.T) {
 	history(t)
-	commits := map[string]string{"files apart": commitApart, "one file": commitTogether}
-	// HEAD^ skips the tag of the current commit.
-	if tag, err := git(t, "describe", "--tags", "--abbrev=0", "--match", "v[0-9]*", "HEAD^"); err == nil {
-		commits[tag] = tag
-	}
-	current := build(t, root, "current")
-	for name, commit := range commits {
-		old := buildAt(t, commit)
-		for from, turns := range map[string][]string{"from old to new": {old, current, old, current}, "and back": {current, old, current, old}} {
-			t.Run(name+" "+from, func(t *testing.T) {
-				t.Run("pinned", func(t *testing.T) {
-					env := append(environment(t), "DERP_HTTP_PORT=0")
-					ran := serve(t, turns, env, nil)
-					for _, again := range ran {
-						if again != ran[0] {
-							t.Errorf("relay was %+v, is %+v", ran[0], again)
-						}
-					}
-				})
-				t.Run("letsencrypt", func(t *testing.T) {
-					authority := acmetest.Start(t)
-					httpPort := testkit.FreePort(t)
-					authority.Validate(t, httpPort, 1)
-					ran := serve(t, turns, append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+strconv.Itoa(httpPort),
-						"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), authority.Roots())
-					// A version obtains a certificate only if its own layout
-					// holds none: authorities limit the number.
-					if ran[2] != ran[0] || ran[3] != ran[1] {
-						t.Errorf("a version lost its key or certificate: %+v", ran)
-					}
-					if ran[1].nodeKey != ran[0].nodeKey {
-						t.Errorf("node key was %s, is %s", ran[0].nodeKey, ran[1].nodeKey)
-					}
-					if commit != commitApart && ran[1] != ran[0] {
-						t.Errorf("the versions do not share one certificate: %+v", ran[:2])
-					}
-				})
+	old, current := buildAt(t, lastVersion(t)), build(t, root, "current")
+	for name, turns := range map[string][]string{"update and back": {old, current, old}, "back and update": {current, old, current}} {
+		t.Run(name, func(t *testing.T) {
+			t.Run("pinned", func(t *testing.T) {
+				source := newSource(t)
+				same(t, serve(t, turns, append(environment(t), "DERP_HTTP_PORT=0", "DERP_VERIFY_CLIENT_URL="+source.URL), nil, source.fail))
 			})
-		}
+			t.Run("letsencrypt", func(t *testing.T) {
+				authority := acmetest.Start(t)
+				httpPort := testkit.FreePort(t)
+				authority.Validate(t, httpPort, 1)
+				// A certificate is obtained once: authorities limit their number.
+				same(t, serve(t, turns, append(environment(t), "DERP_DOMAIN=compatible.example.com", "DERP_HTTP_PORT="+strconv.Itoa(httpPort),
+					"DERP_ACME_CHALLENGES=http", "DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile), authority.Roots(), func() {}))
+			})
+		})
 	}
 }
 
-// serve runs the programs one after the other on one data directory.
-func serve(t *testing.T, binaries, env []string, roots *x509.CertPool) []identity {
+// lastVersion returns the last tag before this commit, or the first version.
+func lastVersion(t *testing.T) string {
 	t.Helper()
+	if tag, err := git(t, "describe", "--tags", "--abbrev=0", "--match", "v[0-9]*", "HEAD^"); err == nil {
+		return tag
+	}
+	return firstVersion
+}
+
+// source is an admission URL that admits every node until it fails.
+type source struct {
+	*httptest.Server
+	failing atomic.Bool
+}
+
+func newSource(t *testing.T) *source {
+	t.Helper()
+	s := new(source)
+	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if s.failing.Load() {
+			http.Error(w, "failing", http.StatusInternalServerError)
+			return
+		}
+		_, _ = io.WriteString(w, `{"Allow":true}`)
+	}))
+	t.Cleanup(s.Close)
+	return s
+}
+
+func (s *source) fail() { s.failing.Store(true) }
+
+// serve runs the binaries one after the other on one data directory, with the same
+// two clients, and calls first after the first one has stopped.
+func serve(t *testing.T, binaries, env []string, roots *x509.CertPool, first func()) []identity {
+	t.Helper()
+	clients := [2]key.NodePrivate{key.NewNode(), key.NewNode()}
 	var ran []identity
 	for _, binary := range binaries {
-		ran = append(ran, serveOnce(t, binary, env, roots))
+		ran = append(ran, serveOnce(t, binary, env, roots, clients))
+		if len(ran) == 1 {
+			first()
+		}
 	}
 	return ran
 }
 
-// identity is the part of a relay that clients know.
+// same fails the test if clients met different relays.
+func same(t *testing.T, ran []identity) {
+	t.Helper()
+	for i, again := range ran {
+		if again != ran[0] {
+			t.Errorf("relay was %+v in the first turn, is %+v in turn %d", ran[0], again, i+1)
+		}
+	}
+}
+
+// identity is what clients know about a relay.
 type identity struct {
 	nodeKey, certName string
 	serial            string // serial number of the certificate
 }
 
-// serveOnce runs derpd until two clients have exchanged packets, and stops it.
-func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) identity {
+// serveOnce runs derpd until it has relayed a packet, and stops it.
+func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool, clients [2]key.NodePrivate) identity {
 	t.Helper()
 	var log bytes.Buffer
 	relay := exec.CommandContext(t.Context(), binary)
@@ -109,13 +133,13 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 		t.Fatal(err)
 	}
 	var result error
-	ended := make(chan struct{}) // closed when result is set and the log is complete
+	ended := make(chan struct{}) // closed when result is set and log is complete
 	go func() {
 		defer close(ended)
 		result = relay.Wait()
 	}()
 	defer func() {
-		_ = relay.Process.Kill() // no effect after the regular stop
+		_ = relay.Process.Kill() // no effect after a stop
 		<-ended
 		if t.Failed() {
 			t.Logf("%s:\n%s", binary, log.String())
@@ -143,7 +167,7 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 	if err := json.Unmarshal(text, &m); err != nil || m.Regions[900] == nil {
 		t.Fatalf("%v in\n%s", err, text)
 	}
-	found := exchange(t, m.Regions[900], roots)
+	found := exchange(t, m.Regions[900], roots, clients)
 
 	asked := time.Now()
 	if err := relay.Process.Signal(syscall.SIGTERM); err != nil {
@@ -155,7 +179,7 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 			t.Errorf("%s ended with %v", binary, result)
 		}
 	case <-time.After(stopWithin):
-		t.Fatalf("%s does not stop", binary)
+		t.Fatalf("%s did not stop within %v", binary, stopWithin)
 	}
 	t.Logf("%s: ready after %v, stopped within %v", filepath.Base(binary), ready.Round(time.Millisecond), time.Since(asked).Round(time.Millisecond))
 	return found
@@ -163,9 +187,9 @@ func serveOnce(t *testing.T, binary string, env []string, roots *x509.CertPool) 
 
 // exchange passes packets between two clients that verify the certificate, and
 // returns the identity of the relay that they saw.
-func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) identity {
+func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool, clients [2]key.NodePrivate) identity {
 	t.Helper()
-	from, to := testkit.RegionClient(t, region, key.NewNode()), testkit.RegionClient(t, region, key.NewNode())
+	from, to := testkit.RegionClient(t, region, clients[0]), testkit.RegionClient(t, region, clients[1])
 	if roots != nil {
 		from.TLSConfig, to.TLSConfig = testkit.Trust(roots), testkit.Trust(roots)
 	}
@@ -178,8 +202,7 @@ func exchange(t *testing.T, region *tailcfg.DERPRegion, roots *x509.CertPool) id
 	return identity{from.ServerPublicKey().String(), region.Nodes[0].CertName, state.PeerCertificates[0].SerialNumber.String()}
 }
 
-// environment is the environment of a relay on loopback with a fresh data
-// directory.
+// environment returns that of a relay on loopback with a new data directory.
 func environment(t *testing.T) []string {
 	t.Helper()
 	return []string{
@@ -189,22 +212,22 @@ func environment(t *testing.T) []string {
 	}
 }
 
-// history skips the test in an archive of the sources and in a shallow clone,
-// which have no earlier commits. Elsewhere a missing commit fails the test.
+// history skips a test where git's history is missing: in an archive of the sources
+// and in a shallow clone. In a full clone, a missing commit is a failure.
 func history(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("git"); err != nil {
-		t.Skip("no git on this machine, so no earlier derpd to build")
+		t.Skip("git is not installed, so no earlier derpd can be built; install git")
 	}
 	if _, err := os.Stat(filepath.Join(root, ".git")); err != nil {
-		t.Skip("no earlier derpd to build: this is not a clone of the repository")
+		t.Skip("no earlier derpd can be built: the sources are not a git repository; use a clone")
 	}
 	shallow, err := git(t, "rev-parse", "--is-shallow-repository")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if shallow == "true" {
-		t.Skip("no earlier derpd to build: this clone has no history; git fetch --unshallow")
+		t.Skip("no earlier derpd can be built: this clone has no history; run git fetch --unshallow")
 	}
 }
 
@@ -216,7 +239,7 @@ func git(t *testing.T, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// buildAt builds derpd as it was at a commit.
+// buildAt builds derpd from an earlier commit.
 func buildAt(t *testing.T, commit string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -226,7 +249,7 @@ func buildAt(t *testing.T, commit string) string {
 	return build(t, dir, commit)
 }
 
-// build builds with the flags of `make build`, so that both share Go's cache.
+// build builds as `make build` does, so that both share cached packages.
 func build(t *testing.T, dir, name string) string {
 	t.Helper()
 	binary := filepath.Join(t.TempDir(), "derpd-"+name)
