@@ -12,7 +12,7 @@ import (
 
 	"github.com/rs/zerolog"
 
-	"derpd/filewatch"
+	"derpd/internal/filewatch"
 )
 
 // files is the [Manager] of a certificate in files. It reloads the certificate
@@ -82,7 +82,7 @@ func (f *files) reload() {
 
 // Run implements [Manager].
 func (f *files) Run(ctx context.Context) error {
-	return filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Look: f.reload, Log: f.log})
+	return filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Look: f.reload})
 }
 
 // GetCertificate implements [Manager].

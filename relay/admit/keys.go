@@ -15,7 +15,7 @@ import (
 	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
 
-	"derpd/filewatch"
+	"derpd/internal/filewatch"
 )
 
 // KeySet is a set of node keys.
@@ -137,7 +137,6 @@ func (f *keyFile) run(ctx context.Context, changed func()) error {
 				changed()
 			}
 		},
-		Log: f.log,
 	})
 }
 

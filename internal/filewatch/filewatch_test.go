@@ -1,0 +1,160 @@
+package filewatch_test
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"derpd/internal/filewatch"
+)
+
+// interval is the time between two readings, as the documents promise it.
+const interval = 2 * time.Second
+
+// watch runs a watch of the files in a bubble until the end of the test, and
+// counts its calls of Look. The call at the start has been made on return.
+func watch(t *testing.T, paths ...string) (looks *atomic.Int32) {
+	t.Helper()
+	looks = new(atomic.Int32)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- filewatch.Run(ctx, filewatch.Config{Paths: paths, Look: func() { looks.Add(1) }}) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	synctest.Wait()
+	want(t, looks, 0, "before the second reading")
+	pass(interval)
+	want(t, looks, 1, "at the start")
+	return looks
+}
+
+func pass(d time.Duration) {
+	<-time.After(d)
+	synctest.Wait()
+}
+
+func want(t *testing.T, looks *atomic.Int32, n int32, when string) {
+	t.Helper()
+	if got := looks.Load(); got != n {
+		t.Fatalf("%s: %d calls of Look, want %d", when, got, n)
+	}
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Every way in which programs replace a file is noticed, and noticed once.
+func TestReplaced(t *testing.T) {
+	for name, replace := range map[string]func(t *testing.T, dir string) error{
+		"written": func(_ *testing.T, dir string) error {
+			return os.WriteFile(filepath.Join(dir, "file"), []byte("new"), 0o600)
+		},
+		"written with the old time and size": func(t *testing.T, dir string) error {
+			path := filepath.Join(dir, "file")
+			info, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			write(t, path, "OLD")
+			return os.Chtimes(path, info.ModTime(), info.ModTime())
+		},
+		"renamed": func(t *testing.T, dir string) error {
+			write(t, filepath.Join(dir, "file.tmp"), "new")
+			return os.Rename(filepath.Join(dir, "file.tmp"), filepath.Join(dir, "file"))
+		},
+		"removed": func(_ *testing.T, dir string) error { return os.Remove(filepath.Join(dir, "file")) },
+		"linked to nothing": func(_ *testing.T, dir string) error {
+			return errors.Join(os.Symlink("elsewhere", filepath.Join(dir, "link")), os.Rename(filepath.Join(dir, "link"), filepath.Join(dir, "file")))
+		},
+		"in a folder that a link names": func(t *testing.T, dir string) error {
+			if err := os.Mkdir(filepath.Join(dir, "other"), 0o700); err != nil {
+				return err
+			}
+			write(t, filepath.Join(dir, "other", "file"), "new")
+			return errors.Join(os.Symlink("other", filepath.Join(dir, "link")), os.Rename(filepath.Join(dir, "link"), filepath.Join(dir, "current")))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				dir := t.TempDir()
+				write(t, filepath.Join(dir, "file"), "old")
+				if err := os.Symlink(".", filepath.Join(dir, "current")); err != nil {
+					t.Fatal(err)
+				}
+				looks := watch(t, filepath.Join(dir, "current", "file"))
+				pass(time.Hour)
+				want(t, looks, 1, "without a change")
+				if err := replace(t, dir); err != nil {
+					t.Fatal(err)
+				}
+				pass(2 * interval)
+				want(t, looks, 2, "after the change")
+				pass(time.Hour)
+				want(t, looks, 2, "an hour after the change")
+			})
+		})
+	}
+}
+
+// A file that appears is a change, in a folder that appears too.
+func TestAppears(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "later", "file")
+		looks := watch(t, path)
+		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			t.Fatal(err)
+		}
+		pass(time.Minute)
+		want(t, looks, 1, "the folder appeared")
+		write(t, path, "")
+		pass(2 * interval)
+		want(t, looks, 2, "the file appeared")
+	})
+}
+
+// Two files that are written one after the other are one change, and a change
+// that is taken back is none.
+func TestSettles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		cert, key := filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+		write(t, cert, "old")
+		write(t, key, "old")
+		looks := watch(t, cert, key)
+		pass(interval / 2)
+		write(t, cert, "new")
+		pass(interval)
+		want(t, looks, 1, "one reading after the first file")
+		write(t, key, "new")
+		pass(interval)
+		want(t, looks, 1, "one reading after the second file")
+		pass(interval)
+		want(t, looks, 2, "two readings after the second file")
+
+		write(t, cert, "newest")
+		pass(interval)
+		write(t, cert, "new")
+		pass(time.Minute)
+		want(t, looks, 2, "the change was taken back")
+
+		// The same bytes, divided in another way.
+		write(t, cert, "newn")
+		write(t, key, "ew")
+		pass(2 * interval)
+		want(t, looks, 3, "a byte moved to the other file")
+	})
+}
