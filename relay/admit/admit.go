@@ -1,8 +1,8 @@
-// Package admit decides who may use the relay. Each source of admission is one
-// file; the gate asks all of them, the first yes wins, a no needs an answer
-// from all, and while a source cannot tell, only nodes that were admitted not
-// long ago stay welcome (known.go). Connected nodes are asked about again
-// (recheck.go).
+// Package admit decides which nodes may use the relay. Each source of admission
+// is one file. The gate asks every source about a node: the first source that
+// admits it decides, and a refusal needs a refusal from every source. While a
+// source is unavailable, the gate admits only nodes that were admitted within
+// the grace (memory.go). It checks connected nodes again (recheck.go).
 package admit
 
 import (
@@ -18,105 +18,106 @@ import (
 	"tailscale.com/types/key"
 )
 
-// askTimeout bounds one question to all sources. derpserver gives the whole
-// question five seconds.
+// askTimeout limits one question to all sources. derpserver limits the whole
+// decision to five seconds.
 const askTimeout = 4 * time.Second
 
-// ErrRefused is a source's clear no.
+// ErrRefused is the answer of a source that refuses a node.
 var ErrRefused = errors.New("unknown node key")
 
-// errUnavailable is a refusal that is no no: some source could not tell.
-var errUnavailable = errors.New("no source knows this node, and not every source could tell")
+// errUnavailable means that no source admitted the node, and at least one gave
+// no answer.
+var errUnavailable = errors.New("no source admits this node, and at least one source is unavailable")
 
-// Source is one authority on who may connect.
+// Source is one authority that admits or refuses nodes.
 type Source struct {
-	// Name is for logs and health: the kind and where it is.
+	// Name is the kind of the source and its place, for logs and health.
 	Name string
 
-	// Local says that Ask answers from memory, at once.
+	// Local is true if Ask answers from memory, without waiting.
 	Local bool
 
-	// Ask returns nil for a yes and an error that wraps ErrRefused for a
-	// no. Any other error means that the source cannot tell. The time is
-	// that of what the source knows: now for an answer from afar, the time
-	// of reading for a list. A yes with the zero time is not remembered.
+	// Ask returns nil to admit the node, and an error that wraps ErrRefused to
+	// refuse it. Any other error means that the source is unavailable. The time
+	// is the age of the answer: now for an answer over the network, the time of
+	// reading for a list. The gate does not remember a node that was admitted
+	// with the zero time.
 	Ask func(ctx context.Context, node key.NodePublic, addr netip.Addr) (time.Time, error)
 
-	// Run keeps what the source knows current until ctx ends, and calls
-	// changed after that changed. Nil when there is nothing to do.
+	// Run keeps the source's data current until ctx ends, and calls changed
+	// after every change. It may be nil.
 	Run func(ctx context.Context, changed func()) error
 
-	// Trouble is what the operator should mend although the source can
-	// tell, nil if there is nothing. Nil for sources that have no such.
-	Trouble func() error
+	// Problem returns a problem that the operator should fix while the source
+	// still answers, or nil. The function may be nil.
+	Problem func() error
 }
 
-// Config is what a Gate needs.
+// Config holds the settings of a Gate.
 type Config struct {
 	Sources []Source
 
-	// Grace is how long a node stays welcome after a source's last yes
-	// while a source cannot tell.
+	// Grace is how long a node stays admitted after a source last admitted it,
+	// while a source is unavailable.
 	Grace time.Duration
 
-	// Path is the file in which admitted nodes outlive a restart.
+	// Path is the file that keeps admitted nodes over restarts.
 	Path string
 
-	// Interval is how often connected nodes are asked about again; 0 is
-	// never, but for lists, whose changes act at once.
+	// Interval is the time between two checks of the connected nodes. With 0
+	// they are checked only at the start and when a source's list changes.
 	Interval time.Duration
 
 	Log zerolog.Logger
 }
 
-// Gate admits the nodes that at least one source knows. The zero number of
-// sources admits nobody: an open relay has no gate.
+// Gate admits the nodes that at least one source admits. A Gate without sources
+// admits nobody. An open relay has no Gate at all.
 type Gate struct {
 	config  Config
-	known   *known
+	memory  *memory
 	changed chan struct{}
-	probe   key.NodePublic // known to nobody; asks for the state of sources
+	probe   key.NodePublic // a key that no source lists, to ask for the state of sources
 
-	mu      sync.Mutex
-	states  []State                     // by the index of the source; guarded by mu
-	counts  Counts                      // guarded by mu
-	strange map[key.NodePublic]struct{} // refused since the last summary, at most maxStrange; guarded by mu
+	mu          sync.Mutex
+	states      []State                     // by the index of the source; guarded by mu
+	counts      Counts                      // guarded by mu
+	refusedKeys map[key.NodePublic]struct{} // since the last summary, at most maxRefusedKeys; guarded by mu
 }
 
-// State is what one source said last.
+// State is the state of one source at its last answer.
 type State struct {
 	Source string
 
-	// AsOf is the time of what the source knows, zero while it has said
-	// nothing yet.
+	// AsOf is the age of the source's last answer, zero before the first.
 	AsOf time.Time
 
-	// Err is why it cannot tell; nil if it can.
+	// Err is why the source is unavailable, nil if it answers.
 	Err error
 
-	// Trouble is what to mend although it can tell.
-	Trouble error
+	// Problem is what the operator should fix although the source answers.
+	Problem error
 }
 
-// Counts are the decisions since the start.
+// Counts are the numbers of decisions since the start.
 type Counts struct {
-	Admitted     uint64 // a source said yes
-	Kept         uint64 // admitted by the grace, since a source could not tell
-	Refused      uint64 // all sources said no
-	Unavailable  uint64 // refused since a source could not tell
-	Disconnected uint64 // connected, and then refused
+	Admitted     uint64 // a source admitted the node
+	Kept         uint64 // admitted by the grace, while a source was unavailable
+	Refused      uint64 // every source refused the node
+	Unavailable  uint64 // refused while a source was unavailable
+	Disconnected uint64 // refused after it had connected
 }
 
-// NewGate returns a gate that remembers whom it admitted before the last
-// restart. Its tasks begin with [Gate.Run].
+// NewGate returns a gate that remembers the nodes admitted before the last
+// restart. [Gate.Run] starts its tasks.
 func NewGate(c Config) *Gate {
 	g := &Gate{
-		config:  c,
-		known:   loadKnown(c.Path, c.Grace, c.Log),
-		changed: make(chan struct{}, 1),
-		probe:   key.NewNode().Public(),
-		states:  make([]State, len(c.Sources)),
-		strange: make(map[key.NodePublic]struct{}),
+		config:      c,
+		memory:      loadMemory(c.Path, c.Grace, c.Log),
+		changed:     make(chan struct{}, 1),
+		probe:       key.NewNode().Public(),
+		states:      make([]State, len(c.Sources)),
+		refusedKeys: make(map[key.NodePublic]struct{}),
 	}
 	for i, s := range c.Sources {
 		g.states[i].Source = s.Name
@@ -124,15 +125,15 @@ func NewGate(c Config) *Gate {
 	return g
 }
 
-// Admit returns nil if the node may connect, and otherwise an error with every
-// source's answer.
+// Admit returns nil if the node may connect, and otherwise an error that holds
+// the answer of every source.
 func (g *Gate) Admit(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
 	d, err := g.decide(ctx, node, addr)
 	g.count(node, d)
 	return err
 }
 
-// decision is what the gate makes of the answers.
+// decision is the gate's result for one node.
 type decision int
 
 const (
@@ -142,122 +143,122 @@ const (
 	unavailable
 )
 
-// decide asks the sources about one node. Those that answer from memory come
-// first: what they admit is no question to anybody else.
+// decide asks the sources about one node. Local sources come first: if one of
+// them admits the node, no other source is asked.
 func (g *Gate) decide(ctx context.Context, node key.NodePublic, addr netip.Addr) (decision, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 
-	answers := make(chan Answer, len(g.config.Sources))
+	results := make(chan Answer, len(g.config.Sources))
 	for i, s := range g.config.Sources {
 		if !s.Local {
 			continue
 		}
 		a := g.ask(ctx, i, node, addr)
 		if a.Err == nil {
-			g.known.admitted(node, a.AsOf)
+			g.memory.remember(node, a.AsOf)
 			return admitted, nil
 		}
-		answers <- a
+		results <- a
 	}
 	for i, s := range g.config.Sources {
 		if !s.Local {
-			go func() { answers <- g.ask(ctx, i, node, addr) }()
+			go func() { results <- g.ask(ctx, i, node, addr) }()
 		}
 	}
 	errs := []error{fmt.Errorf("node %s is not admitted", node.ShortString())}
-	var noes []Answer
+	var answers []Answer
 	for range g.config.Sources {
-		a := <-answers
+		a := <-results
 		if a.Err == nil {
-			g.known.admitted(node, a.AsOf)
+			g.memory.remember(node, a.AsOf)
 			return admitted, nil
 		}
-		noes = append(noes, a)
+		answers = append(answers, a)
 		errs = append(errs, fmt.Errorf("%s: %w", a.Source, a.Err))
 	}
-	d := g.judge(node, noes)
+	d := g.judge(node, answers)
 	switch d {
 	case kept:
 		return kept, nil
 	case refused:
-		g.known.forget(node)
+		g.memory.forget(node)
 	case unavailable:
 		errs = append(errs, errUnavailable)
 	}
 	return d, errors.Join(errs...)
 }
 
-// judge is the decision that follows from the answers of all sources.
+// judge returns the decision that follows from the answers of all sources.
 func (g *Gate) judge(node key.NodePublic, answers []Answer) decision {
-	told := true
+	allRefuse := true
 	for _, a := range answers {
 		if a.Err == nil {
 			return admitted
 		}
-		told = told && errors.Is(a.Err, ErrRefused)
+		allRefuse = allRefuse && errors.Is(a.Err, ErrRefused)
 	}
 	switch {
-	case told:
+	case allRefuse:
 		return refused
-	case g.known.welcome(node):
+	case g.memory.holds(node):
 		return kept
 	}
 	return unavailable
 }
 
-// Answer is what one source says about one node.
+// Answer is the answer of one source about one node.
 type Answer struct {
 	Source string
-	AsOf   time.Time // of what the source knows
-	Err    error     // nil for a yes, ErrRefused for a no
+	AsOf   time.Time // age of the answer
+	Err    error     // nil if admitted, ErrRefused if refused, otherwise unavailable
 }
 
-// ask asks one source, and keeps its state.
+// ask asks one source, and updates its state.
 func (g *Gate) ask(ctx context.Context, i int, node key.NodePublic, addr netip.Addr) Answer {
 	s := g.config.Sources[i]
 	asOf, err := s.Ask(ctx, node, addr)
-	if !errors.Is(err, context.Canceled) { // another source was quicker
-		g.note(i, asOf, err)
+	if !errors.Is(err, context.Canceled) { // the question was dropped: another source was faster
+		g.setState(i, asOf, err)
 	}
 	return Answer{s.Name, asOf, err}
 }
 
-// note keeps the state of a source, and logs it when it changes.
-func (g *Gate) note(i int, asOf time.Time, err error) {
+// setState stores the state of a source, and logs it when it changes.
+func (g *Gate) setState(i int, asOf time.Time, err error) {
 	if errors.Is(err, ErrRefused) {
 		err = nil
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	state := &g.states[i]
-	wasDown := state.Err != nil
+	wasUnavailable := state.Err != nil
 	state.Err = err
 	if err == nil && !asOf.IsZero() {
 		state.AsOf = asOf
 	}
 	switch {
-	case err != nil && !wasDown:
+	case err != nil && !wasUnavailable:
 		g.config.Log.Warn().Err(err).Str("source", state.Source).Dur("grace_ms", g.config.Grace).
-			Msg("admission source unavailable: nodes that no other source knows stay welcome for the grace if they were admitted before, and are refused otherwise")
-	case err == nil && wasDown:
+			Msg("admission source unavailable: nodes that no other source admits are admitted only if they were admitted within the grace")
+	case err == nil && wasUnavailable:
 		g.config.Log.Info().Str("source", state.Source).Msg("admission source answers again")
 	}
 }
 
-// here is the address of a node that is asked about without being connected.
-var here = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+// loopback is the address in questions about a node that is not connected.
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
-// AskAll asks every source about one node, as if it connected from this host,
-// and waits for all answers. It changes nothing; [Gate.Admit] would admit the
-// node if the error is nil.
+// AskAll asks every source about one node, as if the node connected from this
+// host, and waits for all answers. It changes nothing. [Gate.Admit] would admit
+// the node if the error is nil.
 func (g *Gate) AskAll(ctx context.Context, node key.NodePublic) ([]Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	answers := make([]Answer, len(g.config.Sources))
 	var asking sync.WaitGroup
 	for i := range g.config.Sources {
-		asking.Go(func() { answers[i] = g.ask(ctx, i, node, here) })
+		asking.Go(func() { answers[i] = g.ask(ctx, i, node, loopback) })
 	}
 	asking.Wait()
 	switch g.judge(node, answers) {
@@ -269,25 +270,25 @@ func (g *Gate) AskAll(ctx context.Context, node key.NodePublic) ([]Answer, error
 	return answers, nil
 }
 
-// States returns what each source said last. Lists are looked at now.
+// States returns the state of every source. Local sources are asked first.
 func (g *Gate) States() []State {
 	for i, s := range g.config.Sources {
 		if s.Local {
-			g.ask(context.Background(), i, g.probe, here)
+			g.ask(context.Background(), i, g.probe, loopback)
 		}
 	}
 	g.mu.Lock()
 	states := slices.Clone(g.states)
 	g.mu.Unlock()
 	for i, s := range g.config.Sources {
-		if s.Trouble != nil {
-			states[i].Trouble = s.Trouble()
+		if s.Problem != nil {
+			states[i].Problem = s.Problem()
 		}
 	}
 	return states
 }
 
-// Counts returns the decisions since the start.
+// Counts returns the numbers of decisions since the start.
 func (g *Gate) Counts() Counts {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -303,8 +304,9 @@ func (g *Gate) Sources() []string {
 	return names
 }
 
-// maxStrange bounds what the gate remembers of strangers between two summaries.
-const maxStrange = 10_000
+// maxRefusedKeys limits the memory that refused nodes take between two
+// summaries.
+const maxRefusedKeys = 10_000
 
 func (g *Gate) count(node key.NodePublic, d decision) {
 	g.mu.Lock()
@@ -321,16 +323,16 @@ func (g *Gate) count(node key.NodePublic, d decision) {
 	case unavailable:
 		g.counts.Unavailable++
 	}
-	if len(g.strange) < maxStrange {
-		g.strange[node] = struct{}{}
+	if len(g.refusedKeys) < maxRefusedKeys {
+		g.refusedKeys[node] = struct{}{}
 	}
 }
 
-// takeStrange returns how many different nodes were refused since it was last
-// called.
-func (g *Gate) takeStrange() int {
+// takeRefusedKeys returns how many different nodes were refused since the last
+// call.
+func (g *Gate) takeRefusedKeys() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	defer clear(g.strange)
-	return len(g.strange)
+	defer clear(g.refusedKeys)
+	return len(g.refusedKeys)
 }

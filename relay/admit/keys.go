@@ -22,8 +22,8 @@ import (
 type KeySet map[key.NodePublic]struct{}
 
 // ParseKeys reads node keys ("nodekey:" and 64 hex digits, as `tailscale
-// status --json` prints them), separated by white space or commas; what
-// follows a # is a comment. All errors are returned at once, by line.
+// status --json` prints them), separated by white space or commas. A # starts a
+// comment. All errors are returned together, with their lines.
 func ParseKeys(text string) (KeySet, error) {
 	keys := make(KeySet)
 	var errs []error
@@ -59,7 +59,7 @@ func parseKey(field string) (key.NodePublic, error) {
 	return k, nil
 }
 
-// Keys admits the nodes of a fixed set.
+// Keys returns a source that admits the nodes of a fixed set.
 func Keys(keys KeySet) Source {
 	return Source{
 		Name:  fmt.Sprintf("%d keys", len(keys)),
@@ -90,16 +90,16 @@ func LoadKeys(path string) (KeySet, error) {
 	return keys, nil
 }
 
-// KeyFile admits the nodes listed in a file, which is read again when it
-// changes. A file that became empty, broken or unreadable keeps the last good
-// list, and says so.
+// KeyFile returns a source that admits the nodes listed in a file, which is read
+// again when it changes. While the file is empty, broken or unreadable, the last
+// good list stays in force, and the source reports the problem.
 func KeyFile(path string, log zerolog.Logger) (Source, error) {
 	keys, err := LoadKeys(path)
 	if err != nil {
 		return Source{}, err
 	}
 	f := &keyFile{path: path, log: log, keys: keys}
-	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Trouble: f.trouble}, nil
+	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Problem: f.problem}, nil
 }
 
 type keyFile struct {
@@ -108,19 +108,18 @@ type keyFile struct {
 
 	mu   sync.RWMutex
 	keys KeySet // the last good list; guarded by mu
-	err  error  // why the file as it is was not taken; guarded by mu
+	err  error  // why the present content is not in force; guarded by mu
 }
 
-// A list that was read is as good as on the day of reading: the file is here,
-// and its owner means what stood in it. So the answer is never stale.
+// ask answers as of now: a list does not go stale while the file is unchanged.
 func (f *keyFile) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	return time.Now(), f.keys.ask(node)
 }
 
-// trouble implements [Source].
-func (f *keyFile) trouble() error {
+// problem implements [Source].
+func (f *keyFile) problem() error {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.err != nil {
@@ -133,15 +132,15 @@ func (f *keyFile) run(ctx context.Context, changed func()) error {
 	return filewatch.Run(ctx, filewatch.Config{
 		Paths: []string{f.path},
 		Look: func() {
-			if f.look() {
+			if f.reload() {
 				changed()
 			}
 		},
 	})
 }
 
-// look reads the file, and reports whether another list is in force.
-func (f *keyFile) look() bool {
+// reload reads the file, and reports whether the list in force changed.
+func (f *keyFile) reload() bool {
 	keys, err := LoadKeys(f.path)
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -150,7 +149,7 @@ func (f *keyFile) look() bool {
 	switch {
 	case err != nil:
 		if before == nil || before.Error() != err.Error() {
-			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read: the last good list stays in force")
+			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read; the last good list stays in force")
 		}
 		return false
 	case before == nil && same:

@@ -13,21 +13,21 @@ import (
 )
 
 const (
-	// atOnce bounds the questions that a recheck asks at the same time.
-	atOnce = 16
+	// recheckAtOnce limits the concurrent questions of one recheck.
+	recheckAtOnce = 16
 
-	// summaryEvery is how often refused clients are told of in the log.
+	// summaryEvery is the time between log lines about refused clients.
 	summaryEvery = 10 * time.Minute
 )
 
-// Clients is who is connected, as the relay sees it.
+// Clients gives access to the connected clients of the relay.
 type Clients struct {
 	List       func() map[key.NodePublic]netip.Addr
 	Disconnect func(key.NodePublic) error
 }
 
-// Run keeps the sources current, asks about connected nodes again, and
-// disconnects those that are clearly refused, until ctx ends.
+// Run keeps the sources current, and disconnects connected nodes that every
+// source refuses, until ctx ends.
 func (g *Gate) Run(ctx context.Context, clients Clients) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, s := range g.config.Sources {
@@ -36,7 +36,7 @@ func (g *Gate) Run(ctx context.Context, clients Clients) error {
 		}
 	}
 	group.Go(func() error {
-		g.known.run(ctx)
+		g.memory.run(ctx)
 		return nil
 	})
 	group.Go(func() error {
@@ -50,7 +50,7 @@ func (g *Gate) Run(ctx context.Context, clients Clients) error {
 	return group.Wait()
 }
 
-// Changed makes Run ask about all connected nodes at once.
+// Changed makes Run check all connected nodes now.
 func (g *Gate) Changed() {
 	select {
 	case g.changed <- struct{}{}:
@@ -59,15 +59,15 @@ func (g *Gate) Changed() {
 }
 
 func (g *Gate) recheckLoop(ctx context.Context, clients Clients) {
-	var tick <-chan time.Time // never, if the interval is 0
+	var tick <-chan time.Time // stays nil for an interval of 0
 	if g.config.Interval > 0 {
 		ticker := time.NewTicker(g.config.Interval)
 		defer ticker.Stop()
 		tick = ticker.C
 	}
 	for {
-		// Also at the start: health can tell who does not answer before the
-		// first client comes.
+		// The first check is at the start, so that health shows an unavailable
+		// source before the first client connects.
 		if g.askSources(ctx) {
 			g.Recheck(ctx, clients)
 		}
@@ -80,27 +80,26 @@ func (g *Gate) recheckLoop(ctx context.Context, clients Clients) {
 	}
 }
 
-// askSources asks all sources about a node that nobody knows: whether they
-// answer is of interest also while no client comes. It reports whether one of
-// them did: without any, nobody can be refused, and each question would wait
-// in vain.
+// askSources asks all sources about a key that no source lists, so that their
+// states stay current while no client connects. It reports whether one of them
+// answers. While none does, no node can be refused, and every question of a
+// recheck would only wait for a timeout.
 func (g *Gate) askSources(ctx context.Context) bool {
 	answers, _ := g.AskAll(ctx, g.probe)
 	return slices.ContainsFunc(answers, func(a Answer) bool { return a.Err == nil || errors.Is(a.Err, ErrRefused) })
 }
 
 // Recheck asks about all connected nodes, and disconnects those that every
-// source refuses. A source that cannot tell is no reason to disconnect
-// anybody.
+// source refuses. An unavailable source disconnects no node.
 func (g *Gate) Recheck(ctx context.Context, clients Clients) {
 	var asking errgroup.Group
-	asking.SetLimit(atOnce)
+	asking.SetLimit(recheckAtOnce)
 	var mu sync.Mutex
-	var revoked []key.NodePublic
+	var refusedNow []key.NodePublic
 	check := func(node key.NodePublic, addr netip.Addr) {
 		if d, _ := g.decide(ctx, node, addr); d == refused {
 			mu.Lock()
-			revoked = append(revoked, node)
+			refusedNow = append(refusedNow, node)
 			mu.Unlock()
 		}
 	}
@@ -119,9 +118,9 @@ func (g *Gate) Recheck(ctx context.Context, clients Clients) {
 		})
 	}
 	_ = asking.Wait()
-	for _, node := range revoked {
+	for _, node := range refusedNow {
 		if err := clients.Disconnect(node); err != nil {
-			g.config.Log.Warn().Err(err).Str("node", node.ShortString()).Msg("node is no longer admitted but was not disconnected")
+			g.config.Log.Warn().Err(err).Str("node", node.ShortString()).Msg("node is no longer admitted, but could not be disconnected")
 			continue
 		}
 		g.mu.Lock()
@@ -140,8 +139,8 @@ func (g *Gate) allLocal() bool {
 	return true
 }
 
-// summaryLoop tells of refused clients, many in one line: a stranger tries
-// again every few seconds.
+// summaryLoop logs the number of refused clients in one line: a refused client
+// tries again every few seconds.
 func (g *Gate) summaryLoop(ctx context.Context) {
 	ticker := time.NewTicker(summaryEvery)
 	defer ticker.Stop()
@@ -152,7 +151,7 @@ func (g *Gate) summaryLoop(ctx context.Context) {
 			return
 		case <-ticker.C:
 		}
-		now, nodes := g.Counts(), g.takeStrange()
+		now, nodes := g.Counts(), g.takeRefusedKeys()
 		if nodes == 0 {
 			continue
 		}

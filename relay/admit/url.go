@@ -19,30 +19,30 @@ import (
 )
 
 const (
-	// maxAnswer bounds an admission answer, in bytes.
+	// maxAnswer limits the size of an admission answer, in bytes.
 	maxAnswer = 4 << 10
 
-	// urlTimeout bounds one question to an admission URL, waiting for the
-	// others included.
+	// urlTimeout limits one question to an admission URL, including the wait
+	// for a slot.
 	urlTimeout = 3 * time.Second
 
-	// urlAtOnce bounds the questions to one admission URL at the same time:
-	// after a restart of the relay all clients come at once.
+	// urlAtOnce limits the concurrent questions to one admission URL. After a
+	// restart of the relay, all clients connect at the same time.
 	urlAtOnce = 32
 
-	// After breakAfter failures in a row an admission URL is left alone for
-	// breakFor, and then asked one question: what is down must not cost every
-	// client a timeout, nor be kept down by our questions.
+	// After breakAfter consecutive failures an admission URL is not asked for
+	// breakFor, and then asked one question. Otherwise every client would wait
+	// for a timeout, and the questions could keep the server down.
 	breakAfter = 5
 	breakFor   = 2 * time.Second
 )
 
-// URLConfig is one admission URL.
+// URLConfig holds the settings of one admission URL.
 type URLConfig struct {
 	Target string
 
-	// FailOpen admits everybody while the URL cannot be reached, as
-	// derper's --verify-client-url-fail-open does.
+	// FailOpen admits every node while the URL cannot be reached, like
+	// derper's --verify-client-url-fail-open.
 	FailOpen bool
 }
 
@@ -50,26 +50,29 @@ type URLConfig struct {
 type admissionURL struct {
 	URLConfig
 	client  *http.Client
-	slots   chan struct{} // one for each question under way
+	slots   chan struct{} // holds one element for each running question
 	breaker *gobreaker.CircuitBreaker[struct{}]
-	last    atomic.Pointer[error] // why the last question failed
+	last    atomic.Pointer[error] // of the last question that failed
 }
 
-// errUnreachable tells a URL that gave no answer at all from one that gave a
-// bad one.
+// errUnreachable means that the URL gave no HTTP answer, not even a bad one.
 var errUnreachable = errors.New("admission URL cannot be reached")
 
-// URL asks an admission URL in the protocol of derper's --verify-client-url,
-// which Headscale's /verify speaks: a POST of tailcfg.DERPAdmitClientRequest,
-// answered by tailcfg.DERPAdmitClientResponse.
+// URL returns a source that asks an admission URL. The protocol is that of
+// derper's --verify-client-url and Headscale's /verify: a POST of
+// tailcfg.DERPAdmitClientRequest, answered with tailcfg.DERPAdmitClientResponse.
 func URL(c URLConfig) Source {
+	return Source{Name: "url " + RedactURL(c.Target), Ask: newAdmissionURL(c).ask}
+}
+
+func newAdmissionURL(c URLConfig) *admissionURL {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = urlAtOnce
-	u := &admissionURL{
+	return &admissionURL{
 		URLConfig: c,
 		client: &http.Client{
 			Transport: transport,
-			// The answer to a POST must not come from somewhere else.
+			// Only the configured URL may admit nodes: redirects are not followed.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 		slots: make(chan struct{}, urlAtOnce),
@@ -77,11 +80,10 @@ func URL(c URLConfig) Source {
 			Timeout:      breakFor,
 			ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
 			IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, ErrRefused) },
-			// Another source was quicker: that says nothing about this one.
+			// Another source was faster, so the question was dropped.
 			IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
 		}),
 	}
-	return Source{Name: "url " + redacted(c.Target), Ask: u.ask}
 }
 
 func (u *admissionURL) ask(ctx context.Context, node key.NodePublic, addr netip.Addr) (time.Time, error) {
@@ -93,7 +95,7 @@ func (u *admissionURL) ask(ctx context.Context, node key.NodePublic, addr netip.
 	switch {
 	case errors.Is(err, gobreaker.ErrOpenState), errors.Is(err, gobreaker.ErrTooManyRequests):
 		if last := u.last.Load(); last != nil {
-			err = fmt.Errorf("not asked for a moment, since: %w", *last)
+			err = fmt.Errorf("not asked for a moment after failures; the last one: %w", *last)
 		}
 	case err != nil && !errors.Is(err, ErrRefused) && !errors.Is(err, context.Canceled):
 		u.last.Store(&err)
@@ -109,7 +111,7 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	case u.slots <- struct{}{}:
 		defer func() { <-u.slots }()
 	case <-ctx.Done():
-		return fmt.Errorf("waiting for %d questions under way: %w", urlAtOnce, ctx.Err())
+		return fmt.Errorf("waiting for %d other questions: %w", urlAtOnce, ctx.Err())
 	}
 	body, err := json.Marshal(tailcfg.DERPAdmitClientRequest{NodePublic: node, Source: addr})
 	if err != nil {
@@ -134,8 +136,8 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	return parseAnswer(io.LimitReader(res.Body, maxAnswer))
 }
 
-// parseAnswer takes only a JSON object that holds Allow for an answer: a login
-// page or an empty object is neither a yes nor a no.
+// parseAnswer returns nil for Allow true and ErrRefused for Allow false. An
+// answer without Allow, such as a login page or an empty object, is an error.
 func parseAnswer(r io.Reader) error {
 	var answer struct{ Allow *bool }
 	if err := json.NewDecoder(r).Decode(&answer); err != nil {
@@ -143,18 +145,19 @@ func parseAnswer(r io.Reader) error {
 	}
 	switch {
 	case answer.Allow == nil:
-		return errors.New("admission answer holds no Allow")
+		return errors.New("admission answer has no field Allow")
 	case !*answer.Allow:
 		return ErrRefused
 	}
 	return nil
 }
 
-// redacted is target without what may be secret in it.
-func redacted(target string) string {
+// RedactURL returns target without the parts that may hold a secret: user,
+// password, query and fragment.
+func RedactURL(target string) string {
 	u, err := url.Parse(target)
 	if err != nil {
-		return "(unparsable)"
+		return "(unparsable URL)"
 	}
 	u.User, u.RawQuery, u.Fragment = nil, "", ""
 	return u.String()

@@ -1,0 +1,164 @@
+package admit
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"maps"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"tailscale.com/atomicfile"
+	"tailscale.com/types/key"
+)
+
+const (
+	// saveSoon is the delay between a change and its writing, so that many
+	// changes are written together.
+	saveSoon = time.Second
+
+	// saveLate is the time between writings of newer times alone. Times in the
+	// file are late by at most this.
+	saveLate = 10 * time.Minute
+)
+
+// memory holds the nodes that a source admitted, and when. They stay admitted
+// for the grace while a source is unavailable. A file keeps them over restarts.
+type memory struct {
+	path  string
+	grace time.Duration
+	log   zerolog.Logger
+	dirty chan struct{} // filled when a node is added or removed
+
+	mu      sync.Mutex
+	nodes   map[key.NodePublic]time.Time // time of the last admission; guarded by mu
+	unsaved bool                         // guarded by mu
+}
+
+// loadMemory reads the file. A file that cannot be read does not prevent the
+// start: only the grace of earlier nodes is lost.
+func loadMemory(path string, grace time.Duration, log zerolog.Logger) *memory {
+	m := &memory{path: path, grace: grace, log: log, dirty: make(chan struct{}, 1), nodes: make(map[key.NodePublic]time.Time)}
+	data, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(data, &m.nodes)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		log.Warn().Err(err).Str("file", path).Msg("admitted nodes not read: no node has a grace until a source admits it again")
+	}
+	if err != nil || m.nodes == nil { // null is JSON too
+		m.nodes = make(map[key.NodePublic]time.Time)
+	}
+	m.prune(time.Now())
+	return m
+}
+
+// prune drops the nodes whose grace is over, and those with a time in the
+// future: the clock was wrong then or is wrong now, and a grace must end. mu
+// must be held once the gate is in use.
+func (m *memory) prune(now time.Time) {
+	maps.DeleteFunc(m.nodes, func(_ key.NodePublic, at time.Time) bool {
+		return at.After(now) || now.Sub(at) > m.grace
+	})
+}
+
+// remember stores that a source admitted the node, as of a time.
+func (m *memory) remember(node key.NodePublic, asOf time.Time) {
+	if asOf.IsZero() || m.grace == 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before, ok := m.nodes[node]
+	if ok && !asOf.After(before) {
+		return
+	}
+	m.nodes[node] = asOf
+	m.unsaved = true
+	if !ok {
+		m.wake()
+	}
+}
+
+// forget removes a node that every source refuses.
+func (m *memory) forget(node key.NodePublic) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.nodes[node]; ok {
+		delete(m.nodes, node)
+		m.unsaved = true
+		m.wake()
+	}
+}
+
+func (m *memory) wake() {
+	select {
+	case m.dirty <- struct{}{}:
+	default:
+	}
+}
+
+// holds reports whether a source admitted the node within the grace.
+func (m *memory) holds(node key.NodePublic) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	at, ok := m.nodes[node]
+	return ok && time.Since(at) <= m.grace
+}
+
+// run writes the file until ctx ends, and then once more.
+func (m *memory) run(ctx context.Context) {
+	late := time.NewTicker(saveLate)
+	defer late.Stop()
+	var soon <-chan time.Time
+	failed := false
+	save := func() {
+		soon = nil
+		err := m.save()
+		if err != nil && !failed {
+			m.log.Warn().Err(err).Msg("admitted nodes not written: after a restart no node has a grace until a source admits it again")
+		}
+		failed = err != nil
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			save()
+			return
+		case <-m.dirty:
+			if soon == nil {
+				soon = time.After(saveSoon)
+			}
+		case <-soon:
+			save()
+		case <-late.C:
+			save()
+		}
+	}
+}
+
+func (m *memory) save() error {
+	m.mu.Lock()
+	m.prune(time.Now())
+	if !m.unsaved {
+		m.mu.Unlock()
+		return nil
+	}
+	nodes := maps.Clone(m.nodes)
+	m.unsaved = false
+	m.mu.Unlock()
+
+	data, err := json.Marshal(nodes)
+	if err == nil {
+		err = atomicfile.WriteFile(m.path, append(data, '\n'), 0o600)
+	}
+	if err != nil {
+		m.mu.Lock()
+		m.unsaved = true // retried at the next save
+		m.mu.Unlock()
+	}
+	return err
+}

@@ -1,0 +1,216 @@
+package admit
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"tailscale.com/client/local"
+)
+
+// fakeTailscaled answers as tailscaled's LocalAPI does, in a bubble.
+type fakeTailscaled struct {
+	mu       sync.Mutex
+	known    bool   // the node that is asked about
+	status   string // of the daemon, in JSON; empty for none
+	statuses int    // questions for the status
+	asked    int    // questions about a node
+	learns   int    // number of the question from which on the node is known; 0 for never
+}
+
+func (f *fakeTailscaled) set(known bool, status string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.known, f.status, f.statuses, f.asked, f.learns = known, status, 0, 0, 0
+}
+
+func (f *fakeTailscaled) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if strings.HasSuffix(r.URL.Path, "/status") {
+		f.statuses++
+		if f.status == "" {
+			http.Error(w, "broken", http.StatusInternalServerError)
+			return
+		}
+		_, _ = io.WriteString(w, f.status)
+		return
+	}
+	f.asked++
+	if f.known || f.learns > 0 && f.asked >= f.learns {
+		_, _ = io.WriteString(w, `{"Node":{"ID":1}}`)
+		return
+	}
+	http.Error(w, "no match for IP:port", http.StatusNotFound)
+}
+
+const (
+	online     = `{"BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`
+	starting   = `{"BackendState":"Starting","Self":{"InNetworkMap":true,"Online":true}}`
+	offline    = `{"BackendState":"Running","Self":{"InNetworkMap":true,"Online":false}}`
+	outside    = `{"BackendState":"Running","Self":{"InNetworkMap":false,"Online":true}}`
+	loggedOut  = `{"BackendState":"NeedsLogin","Self":{"InNetworkMap":true,"Online":true}}`
+	stopped    = `{"BackendState":"Stopped","Self":{"InNetworkMap":true,"Online":true}}`
+	withoutAny = `{"BackendState":"Running"}`
+)
+
+func newFakeTailscaled(t *testing.T, grace time.Duration) (*fakeTailscaled, *tailscaled) {
+	t.Helper()
+	f := new(fakeTailscaled)
+	transport := httptest.NewTestServer(t, f).Client().Transport
+	return f, &tailscaled{client: &local.Client{Transport: transport}, grace: grace}
+}
+
+func (t *tailscaled) source() Source { return Source{Ask: t.ask} }
+
+// A node that tailscaled knows is admitted while tailscaled is connected to its
+// control server, and a node that it does not know is refused only if it has
+// the whole network map.
+func TestTailscaledStates(t *testing.T) {
+	for _, tt := range []struct {
+		name, status   string
+		known, unknown string // the answers
+	}{
+		{"online", online, "yes", "no"},
+		{"starting", starting, "yes", "tailscaled is not connected yet (Starting): see tailscale status"},
+		{"stopped", stopped, "yes", "tailscaled is disconnected (Stopped): run tailscale up"},
+		{"offline", offline, "tailscaled has no connection to its control server: see tailscale status", "tailscaled has no connection to its control server: see tailscale status"},
+		{"outside", outside, "tailscaled has no connection to its control server: see tailscale status", "tailscaled has no connection to its control server: see tailscale status"},
+		{"without itself", withoutAny, "tailscaled has no connection to its control server: see tailscale status", "tailscaled has no connection to its control server: see tailscale status"},
+		{"logged out", loggedOut, "tailscaled is not logged in (NeedsLogin): run tailscale up", "tailscaled is not logged in (NeedsLogin): run tailscale up"},
+		{"no status", "", "asking tailscaled for its status: 500 Internal Server Error: broken", "asking tailscaled for its status: 500 Internal Server Error: broken"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f, source := newFakeTailscaled(t, time.Hour)
+				for known, want := range map[bool]string{true: tt.known, false: tt.unknown} {
+					f.set(known, tt.status)
+					if got := answers(t, source.source(), newNode()); strings.TrimSpace(got) != want {
+						t.Errorf("known %t: %q, want %q", known, got, want)
+					}
+				}
+			})
+		})
+	}
+}
+
+// Without its control server, the answers of tailscaled count for the grace.
+func TestTailscaledGrace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, source := newFakeTailscaled(t, time.Hour)
+		f.set(true, online)
+		began := time.Now()
+		if asOf, err := source.ask(t.Context(), newNode(), netip.Addr{}); err != nil || !asOf.Equal(began) {
+			t.Errorf("%v as of %s", err, asOf)
+		}
+		f.set(true, offline)
+		<-time.After(time.Hour)
+		if asOf, err := source.ask(t.Context(), newNode(), netip.Addr{}); err != nil || !asOf.Equal(began) {
+			t.Errorf("at the end of the grace: %v as of %s, want as of %s", err, asOf, began)
+		}
+		<-time.After(time.Second)
+		if got := answers(t, source.source(), newNode()); !strings.Contains(got, "no connection to its control server") {
+			t.Errorf("beyond the grace: %s", got)
+		}
+		f.set(true, online)
+		if asOf, err := source.ask(t.Context(), newNode(), netip.Addr{}); err != nil || time.Since(asOf) > 0 {
+			t.Errorf("connected again: %v as of %s", err, asOf)
+		}
+	})
+}
+
+// A good status serves for a second to admit, and never to refuse.
+func TestTailscaledStatusIsReused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, source := newFakeTailscaled(t, time.Hour)
+		want := func(when string, statuses int) {
+			t.Helper()
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if f.statuses != statuses {
+				t.Errorf("%s: %d questions for the status, want %d", when, f.statuses, statuses)
+			}
+		}
+		f.set(true, online)
+		for range 3 {
+			_ = answers(t, source.source(), newNode())
+		}
+		want("three nodes at the same time", 1)
+		<-time.After(time.Second)
+		_ = answers(t, source.source(), newNode())
+		want("after a second", 1)
+		<-time.After(time.Millisecond)
+		_ = answers(t, source.source(), newNode())
+		want("after more than a second", 2)
+		<-time.After(100 * time.Millisecond)
+		f.set(false, online)
+		_ = answers(t, source.source(), newNode())
+		want("a refusal soon after", 1)
+		<-time.After(2 * time.Second)
+		f.set(true, stopped)
+		_ = answers(t, source.source(), newNode())
+		_ = answers(t, source.source(), newNode())
+		want("a bad status", 2)
+	})
+}
+
+// A node that appears in the network map within half a second is not refused.
+func TestTailscaledLearns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, source := newFakeTailscaled(t, time.Hour)
+		f.set(false, online)
+		f.learns = 2
+		began := time.Now()
+		if asOf, err := source.ask(t.Context(), newNode(), netip.Addr{}); err != nil || time.Since(began) != 500*time.Millisecond || time.Since(asOf) > 0 {
+			t.Errorf("%v as of %s, after %s", err, asOf, time.Since(began))
+		}
+		f.set(false, online)
+		if asOf, err := source.ask(t.Context(), newNode(), netip.Addr{}); !errors.Is(err, ErrRefused) || time.Since(asOf) > 0 || f.asked != 2 {
+			t.Errorf("%v as of %s, after %d questions", err, asOf, f.asked)
+		}
+	})
+}
+
+// The versions are named if tailscaled is too old (tailscale/tailscale#12617).
+func TestTailscaledTooOld(t *testing.T) {
+	dir, err := os.MkdirTemp("", "admit") // t.TempDir is too long for a socket on some systems
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "socket")
+	source := Tailscaled(socket, time.Hour)
+	if source.Name != "tailscaled "+socket || source.Local {
+		t.Errorf("%+v", source)
+	}
+	if got := answers(t, source, newNode()); !strings.HasPrefix(got, "asking tailscaled: ") {
+		t.Errorf("without a socket: %s", got)
+	}
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &httptest.Server{Listener: ln, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/localapi/v0/status" {
+			_, _ = io.WriteString(w, `{"Version":"1.68.1-tf02ad8397-g1234","BackendState":"Running"}`)
+			return
+		}
+		http.Error(w, "invalid 'addr' parameter", http.StatusBadRequest)
+	})}}
+	server.Start()
+	t.Cleanup(server.Close)
+	want := "tailscaled 1.68.1 cannot be asked about node keys, which needs 1.70: update it to 1."
+	if got := answers(t, source, newNode()); !strings.HasPrefix(got, want) {
+		t.Errorf("%s, want %s…", got, want)
+	}
+}
