@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -66,7 +64,7 @@ func (p *parser) admission(c *config) {
 func (p *parser) verifyURL(c *config) {
 	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", p.VerifyURL) {
 		if _, ok := httpURL(target); !ok {
-			p.fail("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
+			p.fail("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", admit.RedactURL(target))
 			continue
 		}
 		c.verifyURLs = append(c.verifyURLs, target)
@@ -116,10 +114,6 @@ func (p *parser) allowKeys(c *config) {
 	c.keysFile = path
 }
 
-// leastAPIInterval is between two questions to Tailscale's API, which limits
-// how often it may be asked.
-const leastAPIInterval = 15 * time.Second
-
 // tailnet reads the credentials of Tailscale's API, one for each tailnet: API
 // keys first, then OAuth clients.
 func (p *parser) tailnet(c *config) {
@@ -142,7 +136,7 @@ func (p *parser) tailnet(c *config) {
 	}
 	base, ok := httpURL(p.APIURL)
 	if !ok {
-		p.fail("DERP_TAILNET_API_URL", "want an http or https URL, got %q", redactURL(p.APIURL))
+		p.fail("DERP_TAILNET_API_URL", "want an http or https URL, got %q", admit.RedactURL(p.APIURL))
 	}
 	external := p.yes("DERP_TAILNET_EXTERNAL", p.External)
 	switch {
@@ -160,12 +154,8 @@ func (p *parser) tailnet(c *config) {
 		}
 		list[i].BaseURL = base
 		list[i].External = external
-		list[i].Interval = max(c.verifyInterval, leastAPIInterval)
+		list[i].Interval = c.verifyInterval
 		list[i].Grace = c.grace
-		// By the credential, so that a list is not taken for another
-		// tailnet's when their order changes.
-		id := sha256.Sum256([]byte(list[i].Tailnet + "\n" + list[i].APIKey + "\n" + list[i].OAuthClientID))
-		list[i].Path = filepath.Join(c.dataDir, "tailnet-"+hex.EncodeToString(id[:6])+".json")
 	}
 	c.tailnets = list
 }

@@ -121,8 +121,8 @@ func (n *node) checkAdmission(context.Context) healthz.Result {
 			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Err))
 		case s.Err != nil:
 			bad = append(bad, fmt.Sprintf("%s: %v (it last could %s ago)", s.Source, s.Err, age(s.AsOf)))
-		case s.Trouble != nil:
-			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Trouble))
+		case s.Problem != nil:
+			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Problem))
 		case s.AsOf.IsZero():
 			good = append(good, s.Source+", not asked yet")
 		default:

@@ -208,7 +208,7 @@ var badConfigurations = []struct {
 	{env: "DERP_VERIFY_CLIENTS=yes", want: []string{`DERP_VERIFY_CLIENTS: want auto, true or false, got "yes"`}},
 	{env: "DERP_TAILSCALED_SOCKET=tailscaled.sock", want: []string{`DERP_TAILSCALED_SOCKET: want absolute paths, got "tailscaled.sock"`}},
 	{env: "DERP_VERIFY_CLIENT_URL=headscale.example.com/verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "headscale.example.com/verify"`}},
-	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://xxxxx@example.com/"`}},
+	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://example.com/"`}},
 	{env: "DERP_ALLOW_KEYS=nodekey:12", want: []string{`DERP_ALLOW_KEYS: line 1: want nodekey: and 64 hex digits, got "nodekey:12"`}},
 	{env: "DERP_ALLOW_KEYS=privkey:" + key64, want: []string{"DERP_ALLOW_KEYS: line 1: want a public node key (nodekey:…), got a private key; remove it from here"}},
 	{env: "DERP_ALLOW_KEYS=$D/none", want: []string{"DERP_ALLOW_KEYS: reading node keys: open $D/none: no such file or directory"}},
@@ -407,11 +407,11 @@ func TestEnvironmentSources(t *testing.T) {
 	shown := l.effective(map[string]string{"DERP_CERT_DIR": "/data/certs", "DERP_ADDR": ":1"})
 	for _, want := range []string{
 		"DERP_ACME_EAB_KEY=(secret)  # from " + secret + "\n",
-		"DERP_VERIFY_CLIENT_URL=https://xxxxx@h/v?xxxxx  # set\n",
+		"DERP_VERIFY_CLIENT_URL=https://h/v  # set\n",
 		"DERP_ADDR=:443  # default\n",
 		"DERP_CERT_DIR=/data/certs  # default: certs in DERP_DATA_DIR\n",
 		"DERP_PUBLIC_PORT=  # default: as listened; 443 when DERP_CERT_MODE is off\n",
-		"DERP_TAILNET_API_URL=https://xxxxx@api.example.com  # set\n",
+		"DERP_TAILNET_API_URL=https://api.example.com  # set\n",
 		"DERP_ALLOW_KEYS=(secret)  # set\n",
 		`DERP_DISALLOW_APPS="a\nb"  # from ` + lines + "\n",
 	} {

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"reflect"
 	"regexp"
@@ -13,6 +12,7 @@ import (
 	"sync"
 
 	"derpd/certs"
+	"derpd/relay/admit"
 )
 
 // environment is every variable that derpd reads, as it is given: config.go
@@ -170,26 +170,11 @@ func (v variable) shown() string {
 	case v.url:
 		targets := splitList(v.value)
 		for i, target := range targets {
-			targets[i] = redactURL(target)
+			targets[i] = admit.RedactURL(target)
 		}
 		return strings.Join(targets, ",")
 	}
 	return v.value
-}
-
-// redactURL leaves out the parts of a URL that people put tokens in.
-func redactURL(target string) string {
-	u, err := url.Parse(target)
-	if err != nil {
-		return "(unparsable URL)"
-	}
-	if u.User != nil {
-		u.User = url.User("xxxxx")
-	}
-	if u.RawQuery != "" {
-		u.RawQuery = "xxxxx"
-	}
-	return u.String()
 }
 
 // derperDebug are variables with our prefix that upstream's own code reads.

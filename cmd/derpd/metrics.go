@@ -65,7 +65,7 @@ func (n *node) admissionMetrics() []expvar.KeyValue {
 	asOf := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Time of what the source knows."}
 	for _, s := range n.gate.States() {
 		label := sourceLabel{s.Source}
-		up.Set(label, number(s.Err == nil && s.Trouble == nil))
+		up.Set(label, number(s.Err == nil && s.Problem == nil))
 		if !s.AsOf.IsZero() {
 			asOf.Set(label, number(s.AsOf.Unix()))
 		}
