@@ -10,6 +10,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"io/fs"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -58,6 +61,30 @@ func TestPinned(t *testing.T) {
 	}
 	if info, err := os.Stat(c.Path); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
+	}
+	if info, err := os.Stat(filepath.Dir(c.Path)); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v; want mode 0700", info.Mode(), err)
+	}
+	if pin, err := os.ReadFile(c.Path + ".pin"); err != nil || string(pin) != m.Status().Pin+"\n" {
+		t.Errorf("the file of the pin holds %q, %v; want %s", pin, err, m.Status().Pin)
+	}
+	trusted := x509.NewCertPool()
+	trusted.AddCert(leaf)
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: trusted, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err != nil || len(leaf.ExtKeyUsage) != 1 || leaf.KeyUsage != x509.KeyUsageDigitalSignature {
+		t.Errorf("the certificate is not one of a server: %v, key usage %v %v", err, leaf.KeyUsage, leaf.ExtKeyUsage)
+	}
+	if shown, err := m.GetCertificate(nil); err != nil || !shown.Leaf.Equal(leaf) {
+		t.Errorf("clients get %v, %v", shown, err)
+	}
+	select {
+	case <-m.Ready():
+	default:
+		t.Error("not ready with a certificate")
+	}
+	w := httptest.NewRecorder()
+	m.HTTPHandler(http.NotFoundHandler()).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody))
+	if w.Code != http.StatusNotFound {
+		t.Errorf("a request for the next handler: %d, want %d", w.Code, http.StatusNotFound)
 	}
 
 	// The certificate need not cover an address, because clients that dial an

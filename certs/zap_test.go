@@ -15,8 +15,8 @@ import (
 func TestZapLogger(t *testing.T) {
 	log := func(level zerolog.Level) string {
 		var out bytes.Buffer
-		logger := zapLogger(zerolog.New(&out).Level(level)).Named("acme_client").With(zap.String("identifier", "derp.example.com"))
-		logger.Error("challenge failed", zap.String("remote", "192.0.2.7:5000"), zap.Error(errors.New("no answer")))
+		logger := zapLogger(zerolog.New(&out).Level(level)).Named("acme_client").With(zap.String("identifier", "derp.example.com"), zap.String("remote_ip", "192.0.2.7"))
+		logger.Error("challenge failed", zap.String("remote", "192.0.2.7:5000"), zap.String("remote_addr", "192.0.2.7:5000"), zap.Int("remote_port", 5000), zap.Error(errors.New("no answer")))
 		return out.String()
 	}
 	if got := log(zerolog.InfoLevel); got != "" {

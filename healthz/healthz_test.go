@@ -121,8 +121,13 @@ func TestReportIsReused(t *testing.T) {
 			change bool
 			want   int64
 		}{
-			{0, false, 1}, {0, false, 1}, {999 * time.Millisecond, false, 1},
-			{time.Millisecond, false, 2}, {0, false, 2}, {0, true, 3}, {0, false, 3},
+			{0, false, 1},
+			{0, false, 1},
+			{999 * time.Millisecond, false, 1},
+			{time.Millisecond, false, 2},
+			{0, false, 2},
+			{0, true, 3},
+			{0, false, 3},
 		} {
 			<-time.After(step.after)
 			if step.change {
