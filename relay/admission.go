@@ -12,24 +12,25 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// derpserver asks about a client in one way only: it POSTs to an admission URL
-// through http.DefaultClient. A private scheme on http.DefaultTransport keeps
-// that question inside the process.
+// admissionScheme is the scheme of URLs that lead to an AdmitFunc. derpserver
+// sends an admission request only as a POST to a URL, through
+// http.DefaultClient. This private scheme on http.DefaultTransport keeps the
+// request inside the process.
 const admissionScheme = "derpd-admission"
 
-// admissions is what answers the private scheme. It is global because
-// http.DefaultTransport is, and a scheme can be registered there only once.
+// admissions serves the private scheme. It is global because
+// http.DefaultTransport is global, and accepts a scheme only once.
 var admissions admissionTransport
 
 type admissionTransport struct {
 	register sync.Once
 
 	mu    sync.Mutex
-	funcs []AdmitFunc // guarded by mu; the index is the URL's host
+	funcs []AdmitFunc // the index is the URL's host; guarded by mu
 }
 
-// admissionURL returns a URL to which a POST in the protocol of derper's
-// --verify-client-url is answered by admit.
+// admissionURL returns a URL for derpserver's admission requests (derper's
+// --verify-client-url). Admit decides about each request.
 func admissionURL(admit AdmitFunc) string {
 	admissions.register.Do(func() {
 		http.DefaultTransport.(*http.Transport).RegisterProtocol(admissionScheme, &admissions)

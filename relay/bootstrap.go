@@ -14,27 +14,27 @@ import (
 
 const (
 	bootstrapRefresh = 10 * time.Minute // as upstream's refreshBootstrapDNSLoop
-	bootstrapTimeout = time.Minute      // for one round of look-ups
+	bootstrapTimeout = time.Minute      // for the look-ups of all names
 )
 
-// BootstrapDNS answers /bootstrap-dns: clients whose DNS is broken ask a relay
-// for the addresses of their control server (derper's --bootstrap-dns-names).
+// BootstrapDNS serves /bootstrap-dns (derper's --bootstrap-dns-names). Clients
+// with broken DNS request the addresses of their control server there.
 type BootstrapDNS struct {
 	names    []string
 	log      zerolog.Logger
 	resolver *net.Resolver
-	answer   atomic.Pointer[[]byte] // JSON: name to addresses
+	answer   atomic.Pointer[[]byte] // JSON object of names and addresses
 }
 
-// NewBootstrapDNS answers for the given names; with none, always with an empty
-// object.
+// NewBootstrapDNS returns a handler for the given names. Its response is an
+// empty object before the first look-up, and without names.
 func NewBootstrapDNS(names []string, log zerolog.Logger) *BootstrapDNS {
 	b := &BootstrapDNS{names: names, log: log, resolver: net.DefaultResolver}
 	b.answer.Store(&[]byte{'{', '}'})
 	return b
 }
 
-// Run looks the names up every ten minutes until ctx ends.
+// Run looks up the names every ten minutes until ctx ends.
 func (b *BootstrapDNS) Run(ctx context.Context) error {
 	if len(b.names) == 0 {
 		<-ctx.Done()
@@ -62,17 +62,17 @@ func (b *BootstrapDNS) refresh(ctx context.Context) {
 			b.log.Warn().Err(err).Str("name", name).Msg("bootstrap DNS look-up failed")
 			continue
 		}
-		// Clients take the first address: without a shuffle they would all
-		// prefer the same family.
+		// Clients use the first address. The resolver's order would give all
+		// of them the same one.
 		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
 		found[name] = addrs
 	}
 	if len(found) == 0 {
-		return // what was found last time is better than nothing
+		return // keep the previous addresses
 	}
 	answer, err := json.MarshalIndent(found, "", "\t")
 	if err != nil {
-		b.log.Error().Err(err).Msg("encoding bootstrap DNS answer failed")
+		b.log.Error().Err(err).Msg("encoding the bootstrap DNS response failed")
 		return
 	}
 	b.answer.Store(&answer)
@@ -81,7 +81,7 @@ func (b *BootstrapDNS) refresh(ctx context.Context) {
 // ServeHTTP implements [http.Handler].
 func (b *BootstrapDNS) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	// Asked once, from far away: a connection kept open helps nobody.
+	// A client sends one request only.
 	w.Header().Set("Connection", "close")
 	_, _ = w.Write(*b.answer.Load())
 }

@@ -18,36 +18,36 @@ import (
 	"tailscale.com/types/logger"
 )
 
-// rewatchAfter is the pause before the list is asked for again.
+// rewatchAfter is the pause before the next watch.
 const rewatchAfter = time.Second
 
-// clients is the list of who is connected. derpserver tells it to peers of its
-// mesh only, who may also close the connections of a node: so this is such a
-// peer, over a pipe inside the process.
+// clients is the list of connected nodes. Only mesh peers may list clients and
+// close their connections. So clients connects to derpserver as a mesh peer,
+// over an in-process pipe.
 type clients struct {
 	server *derpserver.Server
 	log    zerolog.Logger
 
 	mu        sync.Mutex
-	connected map[key.NodePublic]netip.Addr // by the latest connection; guarded by mu
-	peer      *derp.Client                  // nil while not watching; guarded by mu
+	connected map[key.NodePublic]netip.Addr // address of the latest connection; guarded by mu
+	peer      *derp.Client                  // nil without a watch; guarded by mu
 }
 
-// run keeps the list until ctx ends.
+// run updates the list until ctx ends.
 func (c *clients) run(ctx context.Context) error {
 	for {
 		err := c.watch(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
-		c.log.Warn().Err(err).Msg("the list of clients was lost and is asked for again")
-		if !pause(ctx, rewatchAfter) {
+		c.log.Warn().Err(err).Msg("list of clients lost; requesting it again")
+		if !sleep(ctx, rewatchAfter) {
 			return nil
 		}
 	}
 }
 
-// watch follows the list over one pipe.
+// watch updates the list over one pipe.
 func (c *clients) watch(ctx context.Context) error {
 	ours, theirs := net.Pipe()
 	served := make(chan struct{})
@@ -66,17 +66,17 @@ func (c *clients) watch(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Beside Recv, since a pipe holds nothing: the server writes before it
-	// reads.
-	var asking sync.WaitGroup
-	asking.Go(func() {
+	// Concurrently with Recv: the server writes before it reads, and a pipe has
+	// no buffer.
+	var request sync.WaitGroup
+	request.Go(func() {
 		if err := peer.WatchConnectionChanges(); err != nil {
 			_ = ours.Close()
 		}
 	})
 	defer func() {
 		_ = ours.Close()
-		asking.Wait()
+		request.Wait()
 	}()
 	c.mu.Lock()
 	c.connected, c.peer = make(map[key.NodePublic]netip.Addr), peer
@@ -104,7 +104,7 @@ func (c *clients) watch(ctx context.Context) error {
 	}
 }
 
-// list is a copy.
+// list returns a copy of the list.
 func (c *clients) list() map[key.NodePublic]netip.Addr {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -117,7 +117,7 @@ func (c *clients) disconnect(node key.NodePublic) error {
 	peer := c.peer
 	c.mu.Unlock()
 	if peer == nil {
-		return errors.New("the list of clients is being asked for")
+		return errors.New("the list of clients is not complete yet")
 	}
 	if err := peer.ClosePeer(node); err != nil {
 		return fmt.Errorf("disconnecting %s: %w", node.ShortString(), err)

@@ -6,17 +6,17 @@ import (
 	"net/url"
 )
 
-// page says what a stranger who opens the address needs to know. It does not
-// resemble upstream's page, by which public scanners collect open relays.
+// page is the text for people who open the address. Public scanners find open
+// relays by the text of upstream's page, so this one differs.
 const page = `<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Private service</title>
 <p>This host carries traffic for a private network. There is nothing to see here.</p>
 </html>
 `
 
-// Home returns the handler for the paths that clients never ask for: "blank"
-// answers with nothing, "page" with one neutral sentence, and an http or https
-// URL redirects there.
+// Home returns the handler for the paths that clients never request: "blank" is
+// an empty page, "page" is one neutral sentence, and an http or https URL is a
+// redirect.
 func Home(value string) (http.Handler, error) {
 	switch value {
 	case "blank":

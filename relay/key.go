@@ -11,15 +11,15 @@ import (
 	"tailscale.com/types/key"
 )
 
-// keyFile has the shape of derper's own configuration file, so that the key of
-// an existing derper can be kept by copying the file.
+// keyFile has the format of derper's configuration file, so that an operator
+// can copy the file to keep the key of a derper.
 type keyFile struct {
 	PrivateKey key.NodePrivate
 }
 
-// LoadKey reads the node key from path. The error wraps [fs.ErrNotExist] when
-// there is no file; any other error means that a key may be there and must not
-// be replaced.
+// LoadKey reads the node key from path. The error wraps [fs.ErrNotExist] if
+// there is no file. After any other error the file may contain a key, and must
+// not be replaced.
 func LoadKey(path string) (key.NodePrivate, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -27,14 +27,14 @@ func LoadKey(path string) (key.NodePrivate, error) {
 	}
 	var f keyFile
 	if err := json.Unmarshal(data, &f); err != nil || f.PrivateKey.IsZero() {
-		// The cause is left out: it may quote the key.
+		// Without the cause, which may quote the key.
 		return key.NodePrivate{}, fmt.Errorf("reading node key: %s holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)", path)
 	}
 	return f.PrivateKey, nil
 }
 
-// LoadOrCreateKey reads the node key from path, or makes one there, mode 0600,
-// when there is no file. It never writes over a file.
+// LoadOrCreateKey reads the node key from path. If there is no file it creates
+// one with a new key and mode 0600. It never replaces a file.
 func LoadOrCreateKey(path string) (key.NodePrivate, error) {
 	private, err := LoadKey(path)
 	if !errors.Is(err, fs.ErrNotExist) {

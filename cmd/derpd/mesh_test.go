@@ -235,7 +235,7 @@ func TestMeshKeyChange(t *testing.T) {
 		testkit.Until(t, "health reports the other key", func() bool {
 			got := meshHealth(n)
 			return strings.HasPrefix(got, "warn 0 of 1 nodes connected; 127.0.0.1:"+list[1-i].port+" is down for ") &&
-				strings.HasSuffix(got, "s: it hung up on the mesh key: it has another one, or is stopping")
+				strings.HasSuffix(got, "s: the node closed the connection after the mesh key: it has another key, or is stopping")
 		})
 		if got := n.health.Report(t.Context()); !got.Ready || !strings.Contains(got.String(), "warn mesh: 0 of 1 nodes connected; ") {
 			t.Error(got)
@@ -266,7 +266,7 @@ func TestMeshOfClosedRelays(t *testing.T) {
 	nodes[1].stop()
 	nodes[1] = begin(t, append(list[1].env, "DERP_MESH_KEY="+otherSecret))
 	testkit.Until(t, "health tells about the key", func() bool {
-		return strings.Contains(meshHealth(nodes[0]), ": it hung up on the mesh key: it has another one")
+		return strings.Contains(meshHealth(nodes[0]), ": the node closed the connection after the mesh key: it has another key")
 	})
 }
 
@@ -503,7 +503,7 @@ func TestMeshNoticesSilence(t *testing.T) {
 
 	gate.Lock()
 	begun := time.Now()
-	testkit.Until(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "it does not answer any more") })
+	testkit.Until(t, "the silence is noticed", func() bool { return strings.Contains(meshHealth(n), "the node stopped answering") })
 	t.Logf("noticed after %s", time.Since(begun).Round(time.Millisecond))
 	gate.Unlock()
 	awaitMesh(t, n)
