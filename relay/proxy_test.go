@@ -1,17 +1,21 @@
 package relay
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/pires/go-proxyproto"
 	"github.com/rs/zerolog"
+	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/netmon"
 	"tailscale.com/types/key"
@@ -291,4 +295,95 @@ func FuzzProxyProtocol(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The wait for a header ends after five seconds. The address is then that of the
+// peer.
+func TestProxyHeaderTimeout(t *testing.T) {
+	for _, sent := range []string{"", "P", v2(t, nil)[:14]} {
+		for _, peer := range []string{"127.0.0.9:1", "127.0.0.8:1"} {
+			synctest.Test(t, func(t *testing.T) {
+				client, server := net.Pipe()
+				conn, err := (&proxyListener{&oneConn{fakePeer{tcpLike{server}, netip.MustParseAddrPort(peer)}}, proxies, zerolog.Nop()}).Accept()
+				if err != nil {
+					t.Fatal(err)
+				}
+				go func() { _, _ = io.WriteString(client, sent) }()
+				begun := time.Now()
+				if got := conn.RemoteAddr().String(); got != peer {
+					t.Errorf("after %q the client is %s, want %s", sent, got, peer)
+				}
+				if took := time.Since(begun); took != 5*time.Second {
+					t.Errorf("%s: after %q the header took %v, want 5s", peer, sent, took)
+				}
+				_ = client.Close()
+				_ = conn.Close()
+			})
+		}
+	}
+}
+
+// tcpLike is a pipe whose reads of no bytes return at once, as those of TCP do.
+type tcpLike struct{ net.Conn }
+
+func (c tcpLike) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	return c.Conn.Read(p)
+}
+
+// upgradeFrom connects a DERP client with a request of its own.
+func (p *proxiedRelay) upgradeFrom(t *testing.T, from, first, forwardedFor string) (asked netip.Addr, s *session) {
+	t.Helper()
+	conn, err := p.dial(t.Context(), from, first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := io.WriteString(conn, "GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\nX-Forwarded-For: "+forwardedFor+"\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	brw := bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(conn))
+	res, err := http.ReadResponse(brw.Reader, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = res.Body.Close()
+	c, err := derp.NewClient(key.NewNode(), conn, brw, logger.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if message, err := c.Recv(); err != nil {
+		t.Fatalf("%v, %v", message, err)
+	}
+	return testkit.Receive(t, "a question of admission", p.asked), onlySession(t, p.relay)
+}
+
+// The address of a client comes from X-Forwarded-For or from the PROXY header,
+// never from both, and only of trusted proxies.
+func TestClientAddress(t *testing.T) {
+	const proxy, stranger = "127.0.0.9", "127.0.0.8"
+	for name, tt := range map[string]struct {
+		headers      bool
+		from, first  string
+		forwardedFor string
+		want         string
+	}{
+		"X-Forwarded-For":                       {false, proxy, "", "198.51.100.1, 192.0.2.7", "192.0.2.7"},
+		"X-Forwarded-For of a stranger":         {false, stranger, "", "192.0.2.7", stranger},
+		"PROXY header":                          {true, proxy, v2(t, nil), "198.51.100.1", "192.0.2.7"},
+		"X-Forwarded-For with the PROXY option": {true, proxy, "", "198.51.100.1", proxy},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := startProxied(t, tt.headers)
+			asked, s := p.upgradeFrom(t, tt.from, tt.first, tt.forwardedFor)
+			if asked.String() != tt.want {
+				t.Errorf("admission is asked about %s, want %s", asked, tt.want)
+			}
+			if got := netip.MustParseAddrPort(s.RemoteAddr().String()).Addr(); got != asked {
+				t.Errorf("the session is of %s, want %s", got, asked)
+			}
+		})
+	}
 }

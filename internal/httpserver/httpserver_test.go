@@ -1,0 +1,147 @@
+package httpserver_test
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"derpd/internal/httpserver"
+)
+
+// pipes is a listener whose connections are pipes.
+type pipes struct {
+	conns  chan net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func newPipes() *pipes { return &pipes{conns: make(chan net.Conn), closed: make(chan struct{})} }
+
+func (l *pipes) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipes) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (l *pipes) dial() net.Conn {
+	near, far := net.Pipe()
+	l.conns <- far
+	return near
+}
+
+// serve starts a server of handler until the test ends.
+func serve(t *testing.T, handler http.HandlerFunc, log io.Writer) *pipes {
+	t.Helper()
+	l := newPipes()
+	server := httpserver.New(handler, zerolog.New(log))
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(l) }()
+	t.Cleanup(func() {
+		_ = server.Close()
+		<-ended
+	})
+	return l
+}
+
+// A connection without a whole request, and a response that nobody reads, end
+// after 30 seconds.
+func TestTimeouts(t *testing.T) {
+	for name, request := range map[string]string{
+		"no request":      "",
+		"half a request":  "GET / HTTP/1.1\r\nHost: x\r\n",
+		"half a body":     "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab",
+		"unread response": "GET /large HTTP/1.1\r\nHost: x\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				// net/http waits before it closes a connection.
+				t.Cleanup(func() { <-time.After(time.Second) })
+				failed := make(chan time.Duration, 1)
+				begun := time.Now()
+				l := serve(t, func(w http.ResponseWriter, r *http.Request) {
+					var err error
+					if r.URL.Path == "/large" {
+						_, err = w.Write(make([]byte, 1<<20))
+					} else {
+						_, err = io.ReadAll(r.Body)
+					}
+					if err != nil {
+						failed <- time.Since(begun)
+					}
+				}, io.Discard)
+				conn := l.dial()
+				defer func() { _ = conn.Close() }()
+				if _, err := io.WriteString(conn, request); err != nil {
+					t.Fatal(err)
+				}
+				var took time.Duration
+				if strings.HasPrefix(name, "half a body") || strings.HasPrefix(name, "unread") {
+					took = <-failed
+				} else {
+					_, _ = io.ReadAll(conn)
+					took = time.Since(begun)
+				}
+				if took != 30*time.Second {
+					t.Errorf("ended after %v, want 30s", took)
+				}
+			})
+		})
+	}
+}
+
+// Headers up to the limit are accepted, longer ones refused.
+func TestHeaderLimit(t *testing.T) {
+	l := serve(t, func(http.ResponseWriter, *http.Request) {}, io.Discard)
+	for length, want := range map[int]int{8 << 10: http.StatusOK, 15 << 10: http.StatusOK, 24 << 10: http.StatusRequestHeaderFieldsTooLarge} {
+		conn := l.dial()
+		go func() {
+			_, _ = io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", length)+"\r\n\r\n")
+		}()
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		_ = conn.Close()
+		if res.StatusCode != want {
+			t.Errorf("a header of %d bytes: %d, want %d", length, res.StatusCode, want)
+		}
+	}
+}
+
+// The protocol is HTTP/1.1 alone: a hijacked connection exists only there.
+func TestProtocols(t *testing.T) {
+	p := httpserver.New(http.NotFoundHandler(), zerolog.Nop()).Protocols
+	if !p.HTTP1() || p.HTTP2() || p.UnencryptedHTTP2() {
+		t.Errorf("protocols %v, want HTTP/1 alone", p)
+	}
+}
+
+// Errors of connections are logged at debug level, one line each.
+func TestErrorLog(t *testing.T) {
+	var log bytes.Buffer
+	server := httpserver.New(http.NotFoundHandler(), zerolog.New(&log))
+	server.ErrorLog.Print("TLS handshake error from 192.0.2.7:1")
+	if got, want := log.String(), `{"level":"debug","component":"http","message":"TLS handshake error from 192.0.2.7:1"}`+"\n"; got != want {
+		t.Errorf("logged %s, want %s", got, want)
+	}
+}
