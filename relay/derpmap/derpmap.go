@@ -1,6 +1,5 @@
-// Package derpmap writes the documents by which clients learn about a relay:
-// the region and its node, as Tailscale's policy file, Headscale's
-// configuration and tailcfg's own JSON want them.
+// Package derpmap builds the DERP map of a region and its nodes, and prints it
+// for Tailscale's policy file, for Headscale and as tailcfg's own JSON.
 package derpmap
 
 import (
@@ -11,27 +10,25 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// None in an address field tells clients not to use that address family, and
-// not to ask DNS about it.
+// None in an address field makes clients skip that address family, without a DNS
+// query.
 const None = "none"
 
-// Node is what clients need to know about one relay, as they see it from
-// outside.
+// Node describes one relay as clients reach it from outside.
 type Node struct {
-	RegionID   int    // 900 to 999 are for users
+	RegionID   int    // 900 to 999 are reserved for users
 	RegionCode string // short, such as "sha"
 	RegionName string // for people, such as "Shanghai"
 	Name       string // unique over the whole map
 
-	// HostName is dialled, and sent as SNI: a DNS name or an address.
+	// HostName is a DNS name or an address. Clients dial it and send it as SNI.
 	HostName string
 
-	// CertName is empty when HostName is the name to verify; otherwise
-	// another name, or "sha256-raw:" and the hash of a self-signed
-	// certificate.
+	// CertName is what clients verify in the certificate: empty for HostName,
+	// another name, or "sha256-raw:" and the hash of a self-signed certificate.
 	CertName string
 
-	// IPv4 and IPv6 are addresses, empty for a DNS look-up, or None.
+	// IPv4 and IPv6 are addresses, None, or empty for a DNS query.
 	IPv4, IPv6 string
 
 	Port     int // of DERP over HTTPS
@@ -39,18 +36,18 @@ type Node struct {
 	HTTPPort int // of plain HTTP; -1 when there is none
 }
 
-// defaultPort is the port that a zero in a map means.
-func defaultPort(port, zeroMeans int) int {
-	if port == zeroMeans {
+// mapPort returns the port as a map holds it: 0 stands for the default.
+func mapPort(port, standard int) int {
+	if port == standard {
 		return 0
 	}
 	return port
 }
 
-// New returns the map of one region with the given nodes, of which there is at
-// least one. The order is that of their names, whoever prints the map: clients
-// try them in this order. A node that is given twice is in it once, and nodes
-// that were left with the same name get other letters.
+// New returns the map of one region with the given nodes, of which there must be
+// at least one. Clients try nodes in the order of the map, so nodes are sorted
+// by name, and the result does not depend on the order of the arguments.
+// Duplicates are dropped. Nodes with the same name get other names.
 func New(nodes ...Node) *tailcfg.DERPMap {
 	id := tailcfg.DERPRegionID(nodes[0].RegionID)
 	region := &tailcfg.DERPRegion{RegionID: id, RegionCode: nodes[0].RegionCode, RegionName: nodes[0].RegionName}
@@ -62,16 +59,17 @@ func New(nodes ...Node) *tailcfg.DERPMap {
 			CertName: n.CertName,
 			IPv4:     n.IPv4,
 			IPv6:     n.IPv6,
-			DERPPort: defaultPort(n.Port, 443),
-			STUNPort: defaultPort(n.STUNPort, 3478),
-			// Clients ask port 80 of the IPv4 address itself, and no
-			// other port (tailscale.com/net/captivedetection).
+			DERPPort: mapPort(n.Port, 443),
+			STUNPort: mapPort(n.STUNPort, 3478),
+			// Captive portal detection uses port 80 of the IPv4 address
+			// only (tailscale.com/net/captivedetection).
 			CanPort80: n.HTTPPort == 80 && n.IPv4 != "" && n.IPv4 != None,
 		})
 	}
 	return &tailcfg.DERPMap{Regions: map[tailcfg.DERPRegionID]*tailcfg.DERPRegion{id: region}}
 }
 
+// distinct returns the nodes sorted, without duplicates, and with distinct names.
 func distinct(nodes []Node) []Node {
 	nodes = slices.Clone(nodes)
 	byName := func(a, b Node) int {
@@ -94,9 +92,9 @@ func distinct(nodes []Node) []Node {
 	return nodes
 }
 
-// freeName is the first in upstream's custom that is not taken.
+// freeName returns the first name that is not taken, in upstream's style.
 func freeName(regionID int, taken map[string]bool) string {
-	for i := 0; ; i++ {
+	for i := 0; ; i++ { // ends, since taken is finite
 		letter := string(rune('a' + i%26))
 		if i >= 26 {
 			letter += strconv.Itoa(i / 26)
@@ -107,6 +105,6 @@ func freeName(regionID int, taken map[string]bool) string {
 	}
 }
 
-// DefaultNodeName is the name of the first node of a region, by upstream's
-// custom ("1a", "1b", …).
+// DefaultNodeName returns the name of the first node of a region, in upstream's
+// style ("1a", "1b", …).
 func DefaultNodeName(regionID int) string { return strconv.Itoa(regionID) + "a" }

@@ -3,6 +3,8 @@ package derpmap
 import (
 	"bytes"
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strconv"
@@ -23,7 +25,7 @@ var nodes = map[string]Node{
 	"no STUN, no IPv4": {RegionID: 999, RegionCode: "x", RegionName: `quote " and # and 中`, Name: "999a", HostName: "2001:db8::7", IPv4: None, IPv6: "2001:db8::7", Port: 443, STUNPort: -1, HTTPPort: 80},
 }
 
-// Every format, read back as its reader reads it, is the same map.
+// Every format, read as its reader reads it, is the same map.
 func TestFormatsRoundTrip(t *testing.T) {
 	for name, n := range nodes {
 		want := New(n)
@@ -89,10 +91,15 @@ func TestNew(t *testing.T) {
 	if n := node("no STUN, no IPv4"); n.STUNPort != -1 || n.CanPort80 {
 		t.Errorf("got %+v", n)
 	}
+	other := nodes["pinned on an address"]
+	other.HTTPPort = 8080
+	if n := New(other).Regions[901].Nodes[0]; n.CanPort80 {
+		t.Errorf("port 8080 is called 80: %+v", n)
+	}
 }
 
-// The nodes of a region have names of their own, and the same order whoever
-// prints them.
+// The nodes of a region have distinct names, and their order does not depend on
+// the order of the arguments.
 func TestNewWithSeveralNodes(t *testing.T) {
 	node := func(name, host string) Node {
 		return Node{RegionID: 900, Name: name, HostName: host, Port: 443, STUNPort: 3478, HTTPPort: 80}
@@ -129,16 +136,48 @@ func TestNewWithSeveralNodes(t *testing.T) {
 	if len(names) != len(many) {
 		t.Errorf("%d names for %d nodes", len(names), len(many))
 	}
+	for _, name := range []string{"900a", "900z", "900a1", "900d1"} {
+		if !names[name] {
+			t.Errorf("no node is called %s", name)
+		}
+	}
+	if many[0] != node("900a", "0") {
+		t.Errorf("an argument was changed: %+v", many[0])
+	}
+	// Nodes on one host differ by their ports.
+	ports := []Node{node("900a", "a"), node("900a", "a")}
+	ports[1].Port = 8443
+	region := New(ports...).Regions[900]
+	if len(region.Nodes) != 2 || region.Nodes[0].DERPPort != 0 || region.Nodes[1].DERPPort != 8443 || region.Nodes[1].Name != "900b" {
+		t.Errorf("got %+v", region.Nodes)
+	}
+	if name := DefaultNodeName(900); name != "900a" {
+		t.Errorf("the default name is %s", name)
+	}
 }
 
-// The policy shows the key that people look for, with the value that keeps
-// their network up when this relay is down.
-func TestPolicyKeepsDefaultRegions(t *testing.T) {
-	out, err := Format("policy", New(nodes["all defaults"]), nil)
-	if err != nil {
-		t.Fatal(err)
+// The formats stay as they are, byte for byte: operators compare the printed map
+// with the one in their policy.
+func TestFormatsStay(t *testing.T) {
+	m := New(
+		Node{RegionID: 901, RegionCode: "sha", RegionName: "Shanghai 上海", Name: "901b", HostName: "b.example.com", CertName: "c.example.com", IPv4: "203.0.113.8", IPv6: "2001:db8::8", Port: 8443, STUNPort: -1, HTTPPort: 80},
+		Node{RegionID: 901, RegionCode: "other", RegionName: "Other", Name: "901a", HostName: "a.example.com", Port: 443, STUNPort: 3479, HTTPPort: -1},
+	)
+	for _, format := range Formats {
+		got, err := Format(format, m, []string{"a note", "another note"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := os.ReadFile(filepath.Join("testdata", format))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s: got\n%s\nwant\n%s", format, got, want)
+		}
 	}
-	if !strings.Contains(string(out), `"OmitDefaultRegions": false,`) {
-		t.Errorf("got\n%s", out)
+	_, err := Format("xml", m, nil)
+	if want := `want one of policy, headscale, json, got "xml"`; err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
 	}
 }

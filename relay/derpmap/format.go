@@ -11,11 +11,11 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// Formats are the names that Format knows.
+// Formats are the names of the formats.
 var Formats = []string{"policy", "headscale", "json"}
 
-// Format writes m in one of Formats. The notes become comments where the
-// format has them; they are for the person who pastes the map.
+// Format returns m in one of Formats. The notes are for the person who pastes
+// the map. They become comments, and are dropped from JSON.
 func Format(format string, m *tailcfg.DERPMap, notes []string) ([]byte, error) {
 	switch format {
 	case "policy":
@@ -29,8 +29,8 @@ func Format(format string, m *tailcfg.DERPMap, notes []string) ([]byte, error) {
 	return nil, fmt.Errorf("want one of %s, got %q", strings.Join(Formats, ", "), format)
 }
 
-// policyMap is tailcfg.DERPMap with the key that people's policy files have,
-// written even when false: it is the one they ask about.
+// policyMap is tailcfg.DERPMap, but OmitDefaultRegions is written even when it is
+// false: operators look for that key.
 type policyMap struct {
 	OmitDefaultRegions bool
 	Regions            map[tailcfg.DERPRegionID]*tailcfg.DERPRegion
@@ -52,7 +52,7 @@ func policy(m *tailcfg.DERPMap, notes []string) ([]byte, error) {
 		"Keep false: Tailscale's own relays stay as the fallback when this one",
 		"is down. With true, a single relay is a single point of failure.",
 	})
-	// The first byte of value is the brace that is already written.
+	// The opening brace is already written.
 	doc.Write(value[1:])
 	doc.WriteString("}")
 	parsed, err := hujson.Parse(doc.Bytes())
@@ -63,8 +63,8 @@ func policy(m *tailcfg.DERPMap, notes []string) ([]byte, error) {
 	return parsed.Pack(), nil
 }
 
-// These mirror tailcfg's types with the keys that headscale reads: the field
-// names in lower case (headscale decodes the file into tailcfg.DERPMap).
+// The yaml types mirror tailcfg's. Headscale decodes the file into
+// tailcfg.DERPMap, so the keys are the field names in lower case.
 type (
 	yamlMap struct {
 		Regions map[tailcfg.DERPRegionID]yamlRegion `yaml:"regions"`
