@@ -152,9 +152,13 @@ func TestSettles(t *testing.T) {
 		want(t, looks, 2, "the change was taken back")
 
 		// The same bytes, divided in another way.
-		write(t, cert, "newn")
-		write(t, key, "ew")
+		write(t, cert, "a<nil>\nb")
+		write(t, key, "c")
 		pass(2 * interval)
-		want(t, looks, 3, "a byte moved to the other file")
+		want(t, looks, 3, "both files were written")
+		write(t, cert, "a")
+		write(t, key, "b<nil>\nc")
+		pass(2 * interval)
+		want(t, looks, 4, "bytes moved to the other file")
 	})
 }

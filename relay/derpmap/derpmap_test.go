@@ -162,6 +162,7 @@ func TestFormatsStay(t *testing.T) {
 	m := New(
 		Node{RegionID: 901, RegionCode: "sha", RegionName: "Shanghai 上海", Name: "901b", HostName: "b.example.com", CertName: "c.example.com", IPv4: "203.0.113.8", IPv6: "2001:db8::8", Port: 8443, STUNPort: -1, HTTPPort: 80},
 		Node{RegionID: 901, RegionCode: "other", RegionName: "Other", Name: "901a", HostName: "a.example.com", Port: 443, STUNPort: 3479, HTTPPort: -1},
+		Node{RegionID: 901, RegionCode: "other", RegionName: "Other", Name: "901c", HostName: "203.0.113.9", IPv4: "203.0.113.9", IPv6: None, Port: 443, STUNPort: 3478, HTTPPort: 8080},
 	)
 	for _, format := range Formats {
 		got, err := Format(format, m, []string{"a note", "another note"})
