@@ -5,12 +5,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -19,10 +21,9 @@ import (
 	"derpd/internal/testkit"
 )
 
-// served runs a manager behind a TLS listener.
+// served is a manager that runs, and the authorities that its clients trust.
 type served struct {
 	certs.Manager
-	addr  string
 	roots *x509.CertPool
 }
 
@@ -45,40 +46,35 @@ func runManager(t *testing.T, m certs.Manager) {
 	})
 }
 
+// serve runs a manager in a bubble, whose clock begins at now.
 func serve(t *testing.T, m certs.Manager, roots *x509.CertPool) served {
 	t.Helper()
-	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	secure := tls.NewListener(ln, &tls.Config{GetCertificate: m.GetCertificate, MinVersion: tls.VersionTLS12})
-	go func() {
-		for {
-			conn, err := secure.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				_ = conn.(*tls.Conn).HandshakeContext(context.Background())
-				_ = conn.Close()
-			}()
-		}
-	}()
-	t.Cleanup(func() { _ = ln.Close() })
 	runManager(t, m)
-	return served{m, ln.Addr().String(), roots}
+	return served{m, roots}
 }
+
+// setClock sets the clock of a bubble to now: certificates are valid then.
+func setClock() { <-time.After(time.Until(now)) }
 
 // leaf returns the certificate that a client gets and verifies.
 func (s served) leaf(t *testing.T) *x509.Certificate {
 	t.Helper()
-	dialer := &tls.Dialer{Config: &tls.Config{ServerName: "derp.example.com", RootCAs: s.roots, MinVersion: tls.VersionTLS12}}
-	conn, err := dialer.DialContext(t.Context(), "tcp", s.addr)
+	there, here := net.Pipe()
+	server := tls.Server(there, &tls.Config{GetCertificate: s.GetCertificate, MinVersion: tls.VersionTLS12})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.HandshakeContext(t.Context())
+		_, _ = io.Copy(io.Discard, server)
+	}()
+	client := tls.Client(here, &tls.Config{ServerName: "derp.example.com", RootCAs: s.roots, MinVersion: tls.VersionTLS12})
+	err := client.HandshakeContext(t.Context())
+	_ = here.Close()
+	<-done
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = conn.Close() }()
-	return conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
+	return client.ConnectionState().PeerCertificates[0]
 }
 
 // until waits until the status satisfies the condition.
@@ -208,61 +204,67 @@ func TestManualReplacedWhileServing(t *testing.T) {
 	for _, l := range layouts {
 		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
-			dir := t.TempDir()
-			version := 0
-			publish := func(cert, key []byte) {
-				t.Helper()
-				version++
-				l.publish(t, dir, strconv.Itoa(version), cert, key)
-			}
-			publish(chainPEM(t, first, middle), keyPEM(t, first))
-			m, err := certs.LoadManual(certs.ManualConfig{
-				CertFile: filepath.Join(dir, l.certFile), KeyFile: filepath.Join(dir, l.keyFile),
-				Names: []string{"derp.example.com"}, Roots: roots, Log: zerolog.Nop(),
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			s := serve(t, m, roots)
-			seen := func(when string, want *tls.Certificate) {
-				t.Helper()
-				if !s.leaf(t).Equal(want.Leaf) {
-					t.Errorf("%s: clients get the wrong certificate", when)
+			synctest.Test(t, func(t *testing.T) {
+				setClock()
+				dir := t.TempDir()
+				version := 0
+				publish := func(cert, key []byte) {
+					t.Helper()
+					version++
+					l.publish(t, dir, strconv.Itoa(version), cert, key)
 				}
-			}
-			seen("at the start", first)
-			for _, fault := range faults {
-				publish(fault.cert, fault.key)
-				s.until(t, fault.name, func(st certs.Status) bool { return st.Err != nil && strings.Contains(st.Err.Error(), fault.want) })
-				seen(fault.name, first)
-			}
-			if err := os.Remove(filepath.Join(dir, l.keyFile)); err != nil {
-				t.Fatal(err)
-			}
-			s.until(t, "gone", func(st certs.Status) bool { return strings.Contains(st.Err.Error(), "no such file or directory") })
-			seen("gone", first)
+				publish(chainPEM(t, first, middle), keyPEM(t, first))
+				m, err := certs.LoadManual(certs.ManualConfig{
+					CertFile: filepath.Join(dir, l.certFile), KeyFile: filepath.Join(dir, l.keyFile),
+					Names: []string{"derp.example.com"}, Roots: roots, Log: zerolog.Nop(),
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				s := serve(t, m, roots)
+				seen := func(when string, want *tls.Certificate) {
+					t.Helper()
+					if !s.leaf(t).Equal(want.Leaf) {
+						t.Errorf("%s: clients get the wrong certificate", when)
+					}
+				}
+				seen("at the start", first)
+				for _, fault := range faults {
+					publish(fault.cert, fault.key)
+					s.until(t, fault.name, func(st certs.Status) bool { return st.Err != nil && strings.Contains(st.Err.Error(), fault.want) })
+					seen(fault.name, first)
+				}
+				if err := os.Remove(filepath.Join(dir, l.keyFile)); err != nil {
+					t.Fatal(err)
+				}
+				s.until(t, "gone", func(st certs.Status) bool { return strings.Contains(st.Err.Error(), "no such file or directory") })
+				seen("gone", first)
 
-			publish(chainPEM(t, second, middle), keyPEM(t, second))
-			s.until(t, "good files", func(st certs.Status) bool { return st.Leaf.Equal(second.Leaf) && st.Err == nil })
-			seen("good files", second)
-			if st := s.Status(); st.Reloads != 1 || st.ReloadErrors < uint64(len(faults)) {
-				t.Errorf("counted %d reloads and %d errors, want 1 and at least %d", st.Reloads, st.ReloadErrors, len(faults))
-			}
+				publish(chainPEM(t, second, middle), keyPEM(t, second))
+				s.until(t, "good files", func(st certs.Status) bool { return st.Leaf.Equal(second.Leaf) && st.Err == nil })
+				seen("good files", second)
+				if st := s.Status(); st.Reloads != 1 || st.ReloadErrors != uint64(len(faults)+1) {
+					t.Errorf("counted %d reloads and %d errors, want 1 and %d", st.Reloads, st.ReloadErrors, len(faults)+1)
+				}
+			})
 		})
 	}
 }
 
 // A running relay reloads a rotated pinned certificate.
 func TestPinnedRotatedWhileServing(t *testing.T) {
-	c := certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "pinned.pem"), Names: []string{"derp.example.com"}, Log: zerolog.Nop()}
-	m, err := certs.LoadOrCreatePinned(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := serve(t, m, nil)
-	old := s.Status().Pin
-	if err := certs.RotatePinned(c, now); err != nil {
-		t.Fatal(err)
-	}
-	s.until(t, "rotated", func(st certs.Status) bool { return st.Pin != old && st.Err == nil })
+	synctest.Test(t, func(t *testing.T) {
+		setClock()
+		c := certs.PinnedConfig{Path: filepath.Join(t.TempDir(), "pinned.pem"), Names: []string{"derp.example.com"}, Log: zerolog.Nop()}
+		m, err := certs.LoadOrCreatePinned(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := serve(t, m, nil)
+		old := s.Status().Pin
+		if err := certs.RotatePinned(c, now); err != nil {
+			t.Fatal(err)
+		}
+		s.until(t, "rotated", func(st certs.Status) bool { return st.Pin != old && st.Err == nil })
+	})
 }
