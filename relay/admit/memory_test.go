@@ -17,11 +17,19 @@ import (
 // While its source is unavailable, a node that was admitted stays admitted for
 // the grace, over restarts too. All others are refused.
 func TestGrace(t *testing.T) {
+	for _, local := range []bool{false, true} {
+		testGrace(t, local)
+	}
+}
+
+func testGrace(t *testing.T, local bool) {
 	path := filepath.Join(t.TempDir(), "admitted.json")
 	synctest.Test(t, func(t *testing.T) {
 		var s switched
 		gate := func() (*Gate, func()) {
-			g := NewGate(Config{Sources: []Source{s.source()}, Grace: time.Hour, Path: path, Log: zerolog.Nop()})
+			source := s.source()
+			source.Local = local
+			g := NewGate(Config{Sources: []Source{source}, Grace: time.Hour, Path: path, Log: zerolog.Nop()})
 			return g, run(t, g, (&crowd{}).clients())
 		}
 		ask := func(g *Gate, node key.NodePublic, want bool, when string) {

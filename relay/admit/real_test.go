@@ -24,9 +24,10 @@ func ask(ctx context.Context, s admit.Source, node key.NodePublic) error {
 	return err
 }
 
-// wantYes, wantNo and wantUnknown wait for an answer: real peers take a moment
-// to learn of a change. A no on the way to a yes would have cut the node off.
-func wantYes(t *testing.T, what string, s admit.Source, node key.NodePublic) {
+// wantAdmitted, wantRefused and wantUnavailable wait for an answer: real peers
+// take a moment to apply a change. A refusal before the node is admitted is a
+// failure, since the node would have been disconnected.
+func wantAdmitted(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 	t.Helper()
 	testkit.Wait(t, what+" to be admitted", func(ctx context.Context) error {
 		err := ask(ctx, s, node)
@@ -37,7 +38,7 @@ func wantYes(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 	})
 }
 
-func wantNo(t *testing.T, what string, s admit.Source, node key.NodePublic) {
+func wantRefused(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 	t.Helper()
 	testkit.Wait(t, what+" to be refused", func(ctx context.Context) error {
 		if err := ask(ctx, s, node); !errors.Is(err, admit.ErrRefused) {
@@ -47,8 +48,9 @@ func wantNo(t *testing.T, what string, s admit.Source, node key.NodePublic) {
 	})
 }
 
-// wantUnknown wants an error that is not a no, and has one of the reasons.
-func wantUnknown(t *testing.T, s admit.Source, node key.NodePublic, reasons ...string) {
+// wantUnavailable waits for an error with one of the reasons. A refusal is a
+// failure.
+func wantUnavailable(t *testing.T, s admit.Source, node key.NodePublic, reasons ...string) {
 	t.Helper()
 	testkit.Wait(t, fmt.Sprintf("an answer with %q", reasons), func(ctx context.Context) error {
 		err := ask(ctx, s, node)
@@ -64,7 +66,7 @@ func wantUnknown(t *testing.T, s admit.Source, node key.NodePublic, reasons ...s
 	})
 }
 
-// network is a headscale, and nodes that are logged in.
+// network starts a headscale, and nodes that are logged in.
 func network(t *testing.T, names ...string) (*peers.Headscale, []*peers.Tailscaled) {
 	t.Helper()
 	h := peers.NewHeadscale(t)
@@ -81,65 +83,65 @@ func network(t *testing.T, names ...string) (*peers.Headscale, []*peers.Tailscal
 func TestRealHeadscale(t *testing.T) {
 	t.Parallel()
 	h, nodes := network(t, "member")
-	member, stranger := nodes[0].NodeKey(t), key.NewNode().Public()
+	member, other := nodes[0].NodeKey(t), key.NewNode().Public()
 	source := admit.URL(admit.URLConfig{Target: h.VerifyURL()})
-	wantYes(t, "a member", source, member)
-	wantNo(t, "a stranger", source, stranger)
+	wantAdmitted(t, "a member", source, member)
+	wantRefused(t, "another node", source, other)
 
 	h.Stop()
-	wantUnknown(t, source, member, "connection refused")
+	wantUnavailable(t, source, member, "connection refused")
 	h.Start(t)
-	wantYes(t, "a member after a restart of headscale", source, member)
+	wantAdmitted(t, "a member after a restart of headscale", source, member)
 
 	h.Delete(t, member)
-	wantNo(t, "a node that was deleted", source, member)
+	wantRefused(t, "a node that was deleted", source, member)
 }
 
 func TestRealTailscaled(t *testing.T) {
 	t.Parallel()
 	h, nodes := network(t, "beside-the-relay", "member")
-	local, member, stranger := nodes[0], nodes[1].NodeKey(t), key.NewNode().Public()
+	local, member, other := nodes[0], nodes[1].NodeKey(t), key.NewNode().Public()
 	socket := filepath.Join(t.TempDir(), "socket")
 	source := admit.Tailscaled(socket, time.Hour)
-	wantUnknown(t, source, member, "no such file")
+	wantUnavailable(t, source, member, "no such file")
 	if err := os.Symlink(local.Socket, socket); err != nil {
 		t.Fatal(err)
 	}
-	wantYes(t, "a member once the socket is there", source, member)
-	wantYes(t, "the node of tailscaled itself", source, local.NodeKey(t))
-	wantNo(t, "a stranger", source, stranger)
+	wantAdmitted(t, "a member once the socket is there", source, member)
+	wantAdmitted(t, "the node of tailscaled itself", source, local.NodeKey(t))
+	wantRefused(t, "another node", source, other)
 
 	local.Stop()
-	wantUnknown(t, source, member, "no such file")
+	wantUnavailable(t, source, member, "no such file")
 	local.Start(t)
-	wantYes(t, "a member after a restart of tailscaled", source, member)
+	wantAdmitted(t, "a member after a restart of tailscaled", source, member)
 
 	h.Delete(t, member)
-	wantNo(t, "a node that was deleted", source, member)
+	wantRefused(t, "a node that was deleted", source, member)
 }
 
-// While tailscaled does not know its network it finds nobody; that must not cut
-// off the nodes that are connected.
+// Without its network map, tailscaled finds no node. Connected nodes must not be
+// disconnected for that.
 func TestRealTailscaledWithoutNetwork(t *testing.T) {
 	t.Parallel()
 	h, nodes := network(t, "member")
-	member, stranger := nodes[0].NodeKey(t), key.NewNode().Public()
+	member, other := nodes[0].NodeKey(t), key.NewNode().Public()
 	local := peers.StartTailscaled(t, h, "beside-the-relay")
 	source := admit.Tailscaled(local.Socket, time.Hour)
-	wantUnknown(t, source, member, "not logged in (NeedsLogin): run tailscale up")
+	wantUnavailable(t, source, member, "not logged in (NeedsLogin): run tailscale up")
 
 	local.Up(t, h.AuthKey(t, "somebody"))
-	wantYes(t, "a member", source, member)
+	wantAdmitted(t, "a member", source, member)
 	strict := admit.Tailscaled(local.Socket, 0)
-	wantYes(t, "a member, without a grace", strict, member)
+	wantAdmitted(t, "a member, without a grace", strict, member)
 
-	// It keeps a map of its own, in which the member is missing.
+	// The stored map lacks the member.
 	local.Run(t, "down")
 	local.Stop()
 	local.Start(t)
-	wantUnknown(t, source, member, "disconnected (Stopped): run tailscale up")
+	wantUnavailable(t, source, member, "disconnected (Stopped): run tailscale up")
 	local.Run(t, "up")
-	wantYes(t, "a member when tailscaled is up again", source, member)
+	wantAdmitted(t, "a member when tailscaled is up again", source, member)
 
 	h.Stop()
 	testkit.Wait(t, "tailscaled to lose headscale", func(context.Context) error {
@@ -148,16 +150,16 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 		}
 		return nil
 	})
-	wantYes(t, "a member that tailscaled still knows", source, member)
-	wantUnknown(t, admit.Tailscaled(local.Socket, time.Hour), member, "no connection to its control server")
-	wantUnknown(t, strict, member, "no connection to its control server")
-	wantUnknown(t, source, stranger, "no connection to its control server")
+	wantAdmitted(t, "a member that tailscaled still knows", source, member)
+	wantUnavailable(t, admit.Tailscaled(local.Socket, time.Hour), member, "no connection to its control server")
+	wantUnavailable(t, strict, member, "no connection to its control server")
+	wantUnavailable(t, source, other, "no connection to its control server")
 	local.Stop()
 	local.Start(t)
-	wantUnknown(t, source, member, "no connection to its control server", "not connected yet")
+	wantUnavailable(t, source, member, "no connection to its control server", "not connected yet")
 	h.Start(t)
-	wantYes(t, "a member when headscale is back", source, member)
-	wantNo(t, "a stranger", source, stranger)
+	wantAdmitted(t, "a member when headscale is back", source, member)
+	wantRefused(t, "another node", source, other)
 
 	h.Expire(t, local.NodeKey(t))
 	testkit.Wait(t, "tailscaled to learn that it expired", func(context.Context) error {
@@ -166,7 +168,7 @@ func TestRealTailscaledWithoutNetwork(t *testing.T) {
 		}
 		return nil
 	})
-	wantUnknown(t, source, stranger, "not logged in")
+	wantUnavailable(t, source, other, "not logged in")
 	local.Logout(t)
-	wantUnknown(t, source, member, "not logged in")
+	wantUnavailable(t, source, member, "not logged in")
 }
