@@ -12,7 +12,7 @@ import (
 	"tailscale.com/types/key"
 )
 
-// admitHeadscale closes the relay to all whom headscale does not know.
+// admitHeadscale is a relay that admits the nodes of a headscale.
 func admitHeadscale(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	w.addRelay(relay{name: "relay", hostName: relayName, env: map[string]string{
@@ -23,28 +23,28 @@ func admitHeadscale(t *testing.T, r *row) {
 	w.startControl(w.headscaleMap("relay"))
 	w.join("a", "b")
 	w.carries(900, "derpd")
-	// b itself does not mind: it is the relay that ends the connection.
+	// The relay ends the connection. The node itself would keep it.
 	gone := w.status("b").Self.PublicKey.String()
 	w.remove("b")
 	removed := time.Now()
 	w.eventually("b to be disconnected", func() error {
 		if log := w.must(t, "logs", "--no-color", "relay"); !strings.Contains(log, "node disconnected: no source admits it any longer") {
-			return errors.New("the relay does not say so")
+			return errors.New("the relay has not logged it")
 		}
 		return nil
 	})
 	w.saw("removed node disconnected after %.1f s", time.Since(removed).Seconds())
 	w.refused(gone)
-	// One that never was in.
+	// A node that was never admitted.
 	w.refused(key.NewNode().Public().String())
 }
 
-// admitKeys closes the relay to all who are not in a file.
+// admitKeys is a relay that admits the keys in a file.
 func admitKeys(t *testing.T, r *row) {
 	w := newWorld(t, r)
-	// Somebody else; the keys of the nodes are not known yet.
+	// The key of another node, because the nodes have no keys yet.
 	list := filepath.Dir(w.write("certs/keys", key.NewNode().Public().String()+"\n"))
-	w.addNode("stranger", "b")
+	w.addNode("unknown", "b")
 	w.addRelay(relay{
 		name: "relay", hostName: relayName,
 		env: map[string]string{
@@ -55,30 +55,30 @@ func admitKeys(t *testing.T, r *row) {
 	})
 	w.start("relay")
 	w.startControl(w.headscaleMap("relay"))
-	w.join("a", "b", "stranger")
+	w.join("a", "b", "unknown")
 	keyOf := func(node string) string { return w.status(node).Self.PublicKey.String() }
 	w.replace("certs/keys", keyOf("a")+" # a\n"+keyOf("b")+"\n")
 	w.carries(900, "derpd")
-	// STUN answers strangers too, DERP does not.
-	w.sees("stranger", 900)
-	w.unreachable("a", "stranger")
-	w.unreachable("stranger", "a")
+	// STUN answers a node that is not admitted, DERP does not.
+	w.sees("unknown", 900)
+	w.unreachable("a", "unknown")
+	w.unreachable("unknown", "a")
 
 	w.replace("certs/keys", keyOf("a")+"\n")
 	removed := time.Now()
 	address := w.address("b")
 	w.eventually("b to be cut off", func() error {
 		if _, err := w.ping("a", address); err == nil {
-			return errors.New("a still reaches it")
+			return errors.New("a still reaches b")
 		}
 		return nil
 	})
-	w.saw("stranger unreachable, removed node cut off after %.1f s", time.Since(removed).Seconds())
+	w.saw("unknown node unreachable, removed node cut off after %.1f s", time.Since(removed).Seconds())
 	w.refused(keyOf("b"))
-	w.refused(keyOf("stranger"))
+	w.refused(keyOf("unknown"))
 }
 
-// refused waits until the relay says that it refuses the node with this key.
+// refused waits until `derpd admit` prints that the relay refuses this key.
 func (w *world) refused(node string) {
 	w.t.Helper()
 	w.eventually("the relay to refuse "+node, func() error {

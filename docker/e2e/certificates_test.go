@@ -18,16 +18,16 @@ import (
 	"derpd/internal/testkit"
 )
 
-// pinned is a relay without a domain, on an address that is on neither node's
-// network, and on ports that are not the usual ones.
+// pinned is a relay without a domain, on an address outside the networks of both
+// nodes, and on other ports than the default ones.
 func pinned(t *testing.T, r *row) {
 	w := newWorld(t, r)
-	// One of 203.0.113.0/24 (RFC 5737), for each run another.
+	// A part of 203.0.113.0/24 (RFC 5737), chosen by the PID so that runs differ.
 	subnet := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(os.Getpid() << 4)}), 28)
 	addr := subnet.Addr().Next().Next()
 	w.networks["public"] = closed + fmt.Sprintf("    ipam: {config: [{subnet: %s}]}\n", subnet)
-	// On a closed network Docker drops what is for an address of another one,
-	// even between neighbours.
+	// On a closed network, Docker drops packets to addresses of other networks, even
+	// between neighbours.
 	for _, name := range []string{"a", "b"} {
 		w.networks[name] = unmasked
 	}
@@ -60,13 +60,13 @@ func acmeHTTP(t *testing.T, r *row) {
 	acme(t, r, map[string]string{"DERP_ACME_CHALLENGES": "http"})
 }
 
-// acmeTLSALPN obtains it where port 80 is closed.
+// acmeTLSALPN obtains it by TLS-ALPN-01, with port 80 closed.
 func acmeTLSALPN(t *testing.T, r *row) {
 	acme(t, r, map[string]string{"DERP_HTTP_PORT": "-1"})
 }
 
-// acme runs pebble, a certificate authority that asks for proof at the ports 80
-// and 443 of the name, which it finds in DNS.
+// acme runs pebble, a certificate authority that validates a name by its ports 80
+// and 443 and finds it in DNS.
 func acme(t *testing.T, r *row, env map[string]string) {
 	w := newWorld(t, r)
 	own := newAuthority(t)
@@ -90,7 +90,7 @@ func acme(t *testing.T, r *row, env map[string]string) {
 	env["DERP_ACME_CA_ROOTS"] = "/etc/roots/root.pem"
 	w.addRelay(relay{name: "relay", hostName: relayName, env: env, volumes: []string{filepath.Join(w.dir, "certs") + ":/etc/roots:ro"}})
 	started := time.Now()
-	w.start("relay") // healthy, and so with a certificate
+	w.start("relay") // returns when it is healthy, so with a certificate
 	took := time.Since(started)
 	w.startControl(w.headscaleMap("relay"))
 
@@ -103,12 +103,13 @@ func acme(t *testing.T, r *row, env map[string]string) {
 	w.carries(900, "derpd")
 	log := w.must(t, "logs", "--no-color", "pebble")
 	if by, want := strings.Contains(log, "validate w/ HTTP"), env["DERP_HTTP_PORT"] == ""; by != want || !strings.Contains(log, "set VALID") {
-		t.Errorf("the authority asked port 80: %v, want %v:\n%s", by, want, log)
+		t.Errorf("the authority used port 80: %v, want %v:\n%s", by, want, log)
 	}
 	w.saw("certified and healthy after %.1f s", took.Seconds())
 }
 
-// manualReplaced replaces the certificate, as acme.sh or lego do, under a transfer.
+// manualReplaced replaces the certificate files during a transfer, as acme.sh or
+// lego do.
 func manualReplaced(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	own := newAuthority(t)
@@ -126,7 +127,7 @@ func manualReplaced(t *testing.T, r *row) {
 				return err
 			}
 			if want := fmt.Sprintf("%x", sha256.Sum256(cert.Raw)); got.SHA256 != want {
-				return fmt.Errorf("the relay has %s, want %s", got.SHA256, want)
+				return fmt.Errorf("the relay presents %s, want %s", got.SHA256, want)
 			}
 			return nil
 		}
@@ -139,14 +140,15 @@ func manualReplaced(t *testing.T, r *row) {
 	w.eventually("the new certificate", presents(after))
 	took := time.Since(replaced)
 	end := transfer.finish()
-	// A client that loses its relay connects again after half a second or more.
+	// A client that loses its relay reconnects after half a second or more.
 	if end.UDPSilence > 0.5 {
 		t.Errorf("the replacement interrupted the traffic: %+v", end)
 	}
 	w.saw("new certificate served after %.1f s, %d MiB meanwhile, longest silence %.2f s", took.Seconds(), end.Bytes>>20, end.UDPSilence)
 }
 
-// manualRelay has the certificate of the world's certs directory for its name.
+// manualRelay returns a relay with the certificate for its name in the world's certs
+// directory.
 func manualRelay(w *world, r relay) relay {
 	env := map[string]string{
 		"DERP_DOMAIN": r.hostName, "DERP_CERT_MODE": "manual", "DERP_CERT_DIR": "/etc/certs",
@@ -157,9 +159,9 @@ func manualRelay(w *world, r relay) relay {
 	return r
 }
 
-// stunFollowsTLS lets the certificates of one region and then of the other
-// expire, as happens when what renews them is broken: STUN closes, for which
-// nodes choose the region that serves, and opens when there is a good one.
+// stunFollowsTLS lets the certificate of one region expire, and then that of the
+// other, as after a failed renewal. STUN of the region must close, so that nodes
+// choose the other region, and must open again with a valid certificate.
 func stunFollowsTLS(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	own := newAuthority(t)
@@ -208,7 +210,7 @@ func stunFollowsTLS(t *testing.T, r *row) {
 		closed = time.Since(replaced) - validity
 		for _, node := range []string{"a", "b"} {
 			w.eventually(node+" to move to "+to, func() error {
-				w.exec(node, "/bin/tailscale", "debug", "restun") // or it would within half a minute
+				w.exec(node, "/bin/tailscale", "debug", "restun") // by itself within half a minute
 				if home := w.status(node).Self.Relay; home != to {
 					return fmt.Errorf("its home is %q", home)
 				}
@@ -223,15 +225,15 @@ func stunFollowsTLS(t *testing.T, r *row) {
 	w.saw("%s's certificate expired: STUN closed within %.1f s, nodes on %s within %.1f s", first, closed.Seconds(), second, moved.Seconds())
 
 	own.issue(w, regions[first].name, regions[first].name, time.Hour)
-	mended := time.Now()
+	renewed := time.Now()
 	w.sees("a", regions[first].id)
-	w.saw("mended: open within %.1f s", time.Since(mended).Seconds())
+	w.saw("renewed: STUN open within %.1f s", time.Since(renewed).Seconds())
 	_, moved = leaves(second, first)
 	w.saw("and back on %s within %.1f s", first, moved.Seconds())
 }
 
-// serviceOf is the service of the relay with this code: compose.yaml's own is
-// the first.
+// serviceOf returns the service of the relay with this region code. The first one is
+// compose.yaml's own.
 func serviceOf(code string) string {
 	if code == "one" {
 		return "relay"

@@ -1,11 +1,10 @@
 //go:build e2e
 
-// Package e2e tests the image as people run it: docker compose with this
-// repository's files as they are, and Tailscale's own DERP and STUN clients on
-// the outside. It takes the ports 443, 80 and 3478 of this machine, which must
-// run the Docker engine itself.
+// Package e2e tests the image as operators run it: docker compose with the files of
+// this repository, and Tailscale's own DERP and STUN clients outside. It uses the
+// ports 443, 80 and 3478 of this machine, on which the Docker engine must run.
 //
-// DERPD_IMAGE names another image to test than the one built here.
+// DERPD_IMAGE names another image to test than the one that is built here.
 package e2e
 
 import (
@@ -34,14 +33,14 @@ import (
 )
 
 const (
-	upTimeout     = 15 * time.Minute // where there is no image yet, it is built
+	upTimeout     = 15 * time.Minute // includes a build of the image
 	dockerTimeout = time.Minute
 	peerTimeout   = 15 * time.Second
 	silence       = 100 * time.Millisecond // without an answer of STUN
 	stopWithin    = time.Second
 )
 
-// bridge is compose.yaml with nothing set.
+// bridge is compose.yaml without any setting.
 func bridge(t *testing.T, _ *row) {
 	d := up(t, "-f", "compose.yaml")
 	printed := d.derpMap(t)
@@ -63,7 +62,7 @@ func bridge(t *testing.T, _ *row) {
 			t.Fatalf("map has no address: IPv4 is %q", node.IPv4)
 		}
 		if !addr.IsPrivate() {
-			t.Skip("the map names this machine's public address, which only others can dial")
+			t.Skip("the map has this machine's public address, which only other machines can dial")
 		}
 		relayKey = exchange(t, region)
 	})
@@ -74,15 +73,15 @@ func bridge(t *testing.T, _ *row) {
 		addr := hostAddr(t)
 		asked := netip.AddrPortFrom(addr, 3478)
 		if got, local := askSTUN(t, asked); got != local {
-			t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
+			t.Errorf("STUN at %v answers %v, want the socket's address %v", asked, got, local)
 		}
 	})
-	t.Run("does not answer STUN in the gateway's name", func(t *testing.T) {
+	t.Run("does not answer STUN with the gateway's address", func(t *testing.T) {
 		if checked := d.stunCheck(t); !strings.HasPrefix(checked, "ok ") {
 			t.Errorf("health says %q", checked)
 		}
-		// Both ways lead through the engine, which hands packets of this
-		// machine over from the bridge's own address.
+		// Both addresses lead through the engine, which forwards this machine's
+		// packets from the address of the bridge.
 		bridge := d.inspect(t, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
 		for i, addr := range []string{"127.0.0.1", bridge} {
 			conn, err := dial(t, net.JoinHostPort(addr, "3478"))
@@ -102,15 +101,15 @@ func bridge(t *testing.T, _ *row) {
 				t.Fatal(err)
 			}
 			if n, err := conn.Read(make([]byte, 1500)); !errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Errorf("%s: read %d bytes, error %v, want silence", addr, n, err)
+				t.Errorf("%s: read %d bytes, error %v, want a timeout", addr, n, err)
 			}
 		}
 		if n := strings.Count(d.must(t, "logs", "--no-color", "relay"), "stun requests from the container's gateway are not answered"); n != 1 {
-			t.Errorf("the log tells of it %d times, want once", n)
+			t.Errorf("the refusal is logged %d times, want 1", n)
 		}
 		addr := hostAddr(t)
 		if got, local := askSTUN(t, netip.AddrPortFrom(addr, 3478)); got != local {
-			t.Errorf("STUN at %v says %v, the socket has %v", addr, got, local)
+			t.Errorf("STUN at %v answers %v, want the socket's address %v", addr, got, local)
 		}
 		if metrics, want := d.metrics(t), "\nderpd_stun_gateway_refused_total 2\n"; !strings.Contains(metrics, want) {
 			t.Errorf("metrics lack %q:\n%s", want, metrics)
@@ -119,13 +118,13 @@ func bridge(t *testing.T, _ *row) {
 	t.Run("does not answer STUN on IPv6", func(t *testing.T) {
 		conn, err := dial(t, "[::1]:3478")
 		if err != nil {
-			t.Skip("no IPv6 here")
+			t.Skip("this machine has no IPv6")
 		}
 		if _, err := conn.Write(stun.Request(stun.NewTxID())); err != nil {
 			t.Fatal(err)
 		}
 		if n, err := conn.Read(make([]byte, 1500)); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("read %d bytes, error %v, want a refusal", n, err)
+			t.Errorf("read %d bytes, error %v, want connection refused", n, err)
 		}
 	})
 	t.Run("is confined", d.confined)
@@ -139,7 +138,7 @@ func bridge(t *testing.T, _ *row) {
 		}
 		out, err := d.compose(t, "exec", "-T", "-e", "DERP_ADMIN_ADDR=127.0.0.1:1", "relay", "/derpd", "healthcheck")
 		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 {
-			t.Errorf("healthcheck where nothing listens: %v, want exit status 1\n%s", err, out)
+			t.Errorf("healthcheck without a relay: %v, want exit status 1\n%s", err, out)
 		}
 		t.Logf("ready in %v ms, image %s bytes", d.readyMillis(t), docker(t, "image", "inspect", "--format", "{{.Size}}", image))
 	})
@@ -184,8 +183,8 @@ func bridge(t *testing.T, _ *row) {
 	})
 }
 
-// otherPorts publishes other ports than the usual ones: one setting moves
-// the port and the map with it.
+// otherPorts publishes other ports than the default ones. One setting changes the
+// port and the map.
 func otherPorts(t *testing.T, _ *row) {
 	derpPort, httpPort, stunPort := testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)
 	file := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", derpPort, httpPort, stunPort))
@@ -194,19 +193,19 @@ func otherPorts(t *testing.T, _ *row) {
 	region := onlyRegion(t, d.derpMap(t))
 	node := region.Nodes[0]
 	if node.DERPPort != derpPort || node.STUNPort != stunPort {
-		t.Errorf("map has the ports %d and %d, published are %d and %d", node.DERPPort, node.STUNPort, derpPort, stunPort)
+		t.Errorf("map has ports %d and %d, want the published %d and %d", node.DERPPort, node.STUNPort, derpPort, stunPort)
 	}
 	if node.CanPort80 {
-		t.Error("map promises port 80, which is not published")
+		t.Error("map has CanPort80, but port 80 is not published")
 	}
 	exchange(t, reached(region, netip.MustParseAddr("127.0.0.1")))
 	asked := netip.AddrPortFrom(hostAddr(t), uint16(stunPort))
 	if got, local := askSTUN(t, asked); got != local {
-		t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
+		t.Errorf("STUN at %v answers %v, want the socket's address %v", asked, got, local)
 	}
 }
 
-// host is the relay on the host's network, on ports that nobody else has.
+// host is the relay on the host's network, on free ports.
 func host(t *testing.T, _ *row) {
 	derpPort, httpPort, adminPort, stunPort := testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)
 	settings := fmt.Sprintf(`services:
@@ -222,7 +221,7 @@ func host(t *testing.T, _ *row) {
 
 	region := onlyRegion(t, d.derpMap(t))
 	if node := region.Nodes[0]; node.DERPPort != derpPort || node.STUNPort != stunPort {
-		t.Errorf("map has the ports %d and %d, the relay %d and %d", node.DERPPort, node.STUNPort, derpPort, stunPort)
+		t.Errorf("map has ports %d and %d, want the relay's %d and %d", node.DERPPort, node.STUNPort, derpPort, stunPort)
 	}
 	exchange(t, reached(region, netip.MustParseAddr("127.0.0.1")))
 
@@ -230,10 +229,10 @@ func host(t *testing.T, _ *row) {
 		t.Run("answers STUN at "+addr, func(t *testing.T) {
 			asked := netip.AddrPortFrom(netip.MustParseAddr(addr), uint16(stunPort))
 			if addr == "::1" && !hasIPv6(t) {
-				t.Skip("no IPv6 here")
+				t.Skip("this machine has no IPv6")
 			}
 			if got, local := askSTUN(t, asked); got != local {
-				t.Errorf("STUN at %v says %v, the socket has %v", asked, got, local)
+				t.Errorf("STUN at %v answers %v, want the socket's address %v", asked, got, local)
 			}
 		})
 	}
@@ -242,12 +241,11 @@ func host(t *testing.T, _ *row) {
 
 // deployment is one project of docker compose.
 type deployment struct {
-	args []string // what comes before the verb
+	args []string // arguments before the verb of docker compose
 }
 
-// up starts a project of its own and waits until it is healthy. The flags are
-// those of docker compose; paths in them are relative to the root of the
-// repository.
+// up starts a new project and waits until it is healthy. The flags are those of
+// docker compose, with paths relative to the root of the repository.
 func up(t *testing.T, flags ...string) *deployment {
 	t.Helper()
 	d := prepare(t, flags...)
@@ -259,20 +257,21 @@ func up(t *testing.T, flags ...string) *deployment {
 	return d
 }
 
-// prepare is up without the start: in the end all of the project is removed.
+// prepare describes a project without starting it. The test removes the whole
+// project at its end.
 func prepare(t *testing.T, flags ...string) *deployment {
 	t.Helper()
 	if _, err := os.Stat("../../.env"); err == nil {
-		t.Fatal("this tests the relay without settings: move .env out of the way")
+		t.Fatal(".env: exists, but these tests run the relay without settings; move the file away")
 	}
 	d := &deployment{args: slices.Concat([]string{"compose", "-p", project(t)}, flags)}
 	t.Cleanup(func() {
-		// The test's own context has ended by now.
+		// The test's context has ended by now.
 		if t.Failed() {
 			out, _ := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"logs", "--no-color"})...)
 			t.Logf("logs of the containers:\n%s", out)
 		}
-		// They have nothing to lose.
+		// No data has to be saved, so the containers are killed at once.
 		if out, err := run(context.Background(), dockerTimeout, slices.Concat(d.args, []string{"down", "--volumes", "--remove-orphans", "--timeout", "0"})...); err != nil {
 			t.Errorf("cleaning up: %v\n%s", err, out)
 		}
@@ -310,7 +309,7 @@ func (d *deployment) derpMap(t *testing.T) *tailcfg.DERPMap {
 	return m
 }
 
-// stunCheck is the line of the health check about STUN.
+// stunCheck returns the line of the health check about STUN.
 func (d *deployment) stunCheck(t *testing.T) string {
 	t.Helper()
 	out := d.must(t, "exec", "-T", "relay", "/derpd", "healthcheck")
@@ -319,16 +318,16 @@ func (d *deployment) stunCheck(t *testing.T) string {
 			return level + " " + strings.TrimSpace(rest)
 		}
 	}
-	t.Fatalf("health says nothing of STUN:\n%s", out)
+	t.Fatalf("health has no line about STUN:\n%s", out)
 	return ""
 }
 
-// metrics are what the admin listener says, which only the container itself
-// can reach.
+// metrics reads the metrics of the admin listener, which listens on loopback inside
+// the container.
 func (d *deployment) metrics(t *testing.T) string {
 	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("only root may enter the network of a container")
+		t.Skip("entering the network of a container needs root")
 	}
 	out, err := exec.CommandContext(t.Context(), "nsenter", "--net", "--target", d.inspect(t, "{{.State.Pid}}"),
 		"curl", "--silent", "--show-error", "--fail", "http://127.0.0.1:9090/metrics").CombinedOutput()
@@ -350,11 +349,11 @@ func (d *deployment) readyMillis(t *testing.T) float64 {
 			return entry.ReadyMS
 		}
 	}
-	t.Error("the log does not say that the relay is ready")
+	t.Error("the log has no message \"ready\"")
 	return 0
 }
 
-// confined asks the kernel rather than Docker what the process may do.
+// confined checks the privileges of the process as the kernel reports them.
 func (d *deployment) confined(t *testing.T) {
 	proc := filepath.Join("/proc", d.inspect(t, "{{.State.Pid}}"))
 	status, err := os.ReadFile(filepath.Join(proc, "status"))
@@ -363,7 +362,7 @@ func (d *deployment) confined(t *testing.T) {
 	}
 	for _, want := range []string{"Uid:\t65532\t65532\t65532\t65532", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"} {
 		if !strings.Contains(string(status), "\n"+want+"\n") {
-			t.Errorf("process has not %q:\n%s", want, status)
+			t.Errorf("process lacks %q:\n%s", want, status)
 		}
 	}
 
@@ -372,7 +371,7 @@ func (d *deployment) confined(t *testing.T) {
 	}
 	mounts, err := os.ReadFile(filepath.Join(proc, "mountinfo"))
 	if errors.Is(err, fs.ErrPermission) {
-		t.Skip("only root may read the mounts of another process")
+		t.Skip("reading the mounts of another process needs root")
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -390,7 +389,7 @@ func (d *deployment) confined(t *testing.T) {
 	}
 }
 
-// docker runs the command and returns what it prints, less the last newline.
+// docker runs a docker command and returns its output, without the last newline.
 func docker(t *testing.T, args ...string) string {
 	t.Helper()
 	out, err := run(t.Context(), dockerTimeout, args...)
@@ -400,7 +399,7 @@ func docker(t *testing.T, args ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// run returns the standard output or, when the command fails, all it printed.
+// run returns the standard output or, when the command fails, all output.
 func run(ctx context.Context, timeout time.Duration, args ...string) (string, error) {
 	docking.RLock()
 	defer docking.RUnlock()
@@ -410,7 +409,7 @@ func run(ctx context.Context, timeout time.Duration, args ...string) (string, er
 	return runEngine(ctx, timeout, args...)
 }
 
-// runEngine is run for who holds docking.
+// runEngine is run for callers that hold docking.
 func runEngine(ctx context.Context, timeout time.Duration, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -425,10 +424,10 @@ func runEngine(ctx context.Context, timeout time.Duration, args ...string) (stri
 
 func command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "docker", args...)
-	// Ctrl-C is for the test to handle: what it has begun shall end.
+	// Only the test handles Ctrl-C: running commands must finish.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Dir = "../.."
-	// Nothing is set, whatever the one who runs the test has set.
+	// Settings in the environment of the test must not reach compose.
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(v string) bool {
 		return strings.HasPrefix(v, "DERP_") || strings.HasPrefix(v, "COMPOSE_")
 	})
@@ -442,14 +441,14 @@ func onlyRegion(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
 	}
 	for id, region := range m.Regions {
 		if region.RegionID != id || len(region.Nodes) != 1 || region.Nodes[0].RegionID != id {
-			t.Fatalf("region %d does not agree with itself: %+v", id, region)
+			t.Fatalf("region %d is not consistent: %+v", id, region)
 		}
 		return region
 	}
 	return nil
 }
 
-// reached returns the region as a client would have it that reaches the relay at addr.
+// reached returns the region with addr as the address of the relay.
 func reached(region *tailcfg.DERPRegion, addr netip.Addr) *tailcfg.DERPRegion {
 	region = region.Clone()
 	region.Nodes[0].IPv4 = addr.String()
@@ -457,8 +456,8 @@ func reached(region *tailcfg.DERPRegion, addr netip.Addr) *tailcfg.DERPRegion {
 	return region
 }
 
-// exchange passes packets between two clients, both ways, and returns the key
-// of the relay that both found in the region.
+// exchange passes packets between two clients, both ways, and returns the key of
+// the relay.
 func exchange(t *testing.T, region *tailcfg.DERPRegion) key.NodePublic {
 	t.Helper()
 	a, b := testkit.RegionClient(t, region, key.NewNode()), testkit.RegionClient(t, region, key.NewNode())
@@ -480,7 +479,7 @@ func dial(t *testing.T, addr string) (net.Conn, error) {
 	return conn, conn.SetDeadline(time.Now().Add(peerTimeout))
 }
 
-// askSTUN returns the address that STUN saw and the one that the socket has.
+// askSTUN returns the address in the STUN answer and that of the socket.
 func askSTUN(t *testing.T, server netip.AddrPort) (seen, local netip.AddrPort) {
 	t.Helper()
 	conn, err := dial(t, server.String())
@@ -498,18 +497,18 @@ func askSTUN(t *testing.T, server netip.AddrPort) (seen, local netip.AddrPort) {
 	}
 	got, seen, err := stun.ParseResponse(buf[:n])
 	if err != nil || got != tx {
-		t.Fatalf("STUN at %v answers something else: transaction %x, want %x, error %v", server, got, tx, err)
+		t.Fatalf("STUN at %v: transaction %x, want %x, error %v", server, got, tx, err)
 	}
 	return seen, netip.MustParseAddrPort(conn.LocalAddr().String())
 }
 
-// hostAddr returns the address by which others reach this machine. Packets to
-// it take the same way through Docker as theirs do; those to loopback do not.
+// hostAddr returns the address by which other machines reach this one. Packets to it
+// pass through Docker as those of other machines do; packets to loopback do not.
 func hostAddr(t *testing.T) netip.Addr {
 	t.Helper()
 	conn, err := dial(t, "198.51.100.1:9") // nothing is sent
 	if err != nil {
-		t.Skipf("no network here: %v", err)
+		t.Skipf("this machine has no network: %v", err)
 	}
 	return netip.MustParseAddrPort(conn.LocalAddr().String()).Addr()
 }

@@ -18,31 +18,31 @@ import (
 	"time"
 )
 
-// prefix begins the name of everything that the tests make in Docker; the
-// number of the process follows, so that two runs are not in each other's way.
+// prefix begins the name of everything that the tests create in Docker. The PID
+// follows, so that two runs do not interfere.
 const prefix = "derpd-e2e-"
 
-// ownerLabel is by which docker compose knows what is of a project.
+// ownerLabel is the label by which docker compose finds the parts of a project.
 const ownerLabel = "com.docker.compose.project"
 
 // brokenVariable makes TestScenarios run a table that is broken on purpose.
 const brokenVariable = "E2E_BROKEN"
 
-// docking guards what is made in Docker: whoever makes something holds it for
-// reading, so that who has it for writing sees all there is, and no more comes.
+// docking guards what is created in Docker. Creating holds it for reading. Holding
+// it for writing means that everything is visible and nothing is added.
 var docking sync.RWMutex
 
-// interrupted ends when the run is told to stop.
+// interrupted ends when the run gets a signal to stop.
 var interrupted, interrupt = context.WithCancel(context.Background())
 
 func TestMain(m *testing.M) {
-	// All files of the run in one place, so that they can be removed at once.
+	// All files of the run are in one directory, which is removed at the end.
 	files := filepath.Join(os.TempDir(), prefix+strconv.Itoa(os.Getpid()))
 	if err := os.Mkdir(files, 0o755); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	_ = os.Setenv("TMPDIR", files) // fails only for names that are none
+	_ = os.Setenv("TMPDIR", files) // fails only for invalid names
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
@@ -63,14 +63,14 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// project is the name of what the test makes.
+// project returns the name of the test's compose project.
 func project(t *testing.T) string {
 	name := strings.TrimPrefix(strings.ToLower(t.Name()), "testscenarios/")
 	return prefix + strconv.Itoa(os.Getpid()) + "-" + strings.NewReplacer("/", "-", "_", "-").Replace(name)
 }
 
-// sweep removes all that the process with the given number made in Docker; 0
-// stands for those that live no more, and were killed before they could.
+// sweep removes everything that the process with this PID created in Docker. PID 0
+// means all processes that have ended, for example by a kill.
 func sweep(pid int) {
 	ours := func(name string) bool {
 		rest, ok := strings.CutPrefix(name, prefix)
@@ -105,7 +105,7 @@ func sweep(pid int) {
 	}
 }
 
-// brokenScenarios has one row for each way to fail, and one that does not.
+// brokenScenarios has a row for each way to fail, and rows that pass.
 func brokenScenarios() []scenario {
 	return []scenario{
 		{"fine", beside, func(_ *testing.T, r *row) { r.saw("as it should be") }},
@@ -118,14 +118,13 @@ func brokenScenarios() []scenario {
 			t.Cleanup(func() { t.Error("broken on purpose") })
 		}},
 		{"missing", beside, func(t *testing.T, _ *row) { t.Skip("not here") }},
-		{"long", long, func(t *testing.T, _ *row) { t.Error("-short leaves it out") }},
+		{"long", long, func(t *testing.T, _ *row) { t.Error("ran in spite of -short") }},
 		{"last", beside, func(_ *testing.T, r *row) { r.saw("reached") }},
 	}
 }
 
-// TestHarness runs a broken table in a process of its own: all rows are run and
-// printed whatever becomes of the others, and the verdict on the whole is what
-// that of its worst row is.
+// TestHarness runs a table with failing rows in another process. Every row must run
+// and be printed, and one failing row must fail the whole run.
 func TestHarness(t *testing.T) {
 	for _, test := range []struct {
 		filter string
@@ -153,13 +152,13 @@ func TestHarness(t *testing.T) {
 			}
 			_, printed, found := strings.Cut(string(out), "SCENARIO")
 			if !found {
-				t.Fatalf("no table in\n%s", out)
+				t.Fatalf("the output has no table:\n%s", out)
 			}
 			var got []string
 			for line := range strings.Lines(printed) {
 				fields := strings.Fields(line)
 				if len(fields) > 2 && strings.Contains(fields[2], ".") {
-					fields = append(fields[:2], fields[3:]...) // less the seconds
+					fields = append(fields[:2], fields[3:]...) // without the seconds
 				}
 				got = append(got, strings.Join(fields, " "))
 			}

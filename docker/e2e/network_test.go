@@ -16,24 +16,23 @@ import (
 	"derpd/internal/testkit"
 )
 
-// dualStack is a name that DNS knows with both families.
+// dualStack is a relay whose name has addresses of both families in DNS.
 func dualStack(t *testing.T, r *row) {
 	n := families(t, r, map[string]string{})
 	if n.RegionV4Latency[900] == 0 || n.RegionV6Latency[900] == 0 {
-		t.Errorf("netcheck measures %+v, want it over both families", n)
+		t.Errorf("netcheck measures %+v, want both families", n)
 	}
 }
 
-// ipv6Only is a relay that cannot be reached over IPv4: the map says so, and
-// nobody tries.
+// ipv6Only is a relay without IPv4. The map says so, and clients use only IPv6.
 func ipv6Only(t *testing.T, r *row) {
 	n := families(t, r, map[string]string{"DERP_PUBLIC_IPV4": "none"})
 	if n.RegionV4Latency[900] != 0 || n.RegionV6Latency[900] == 0 {
-		t.Errorf("netcheck measures %+v, want it over IPv6 alone", n)
+		t.Errorf("netcheck measures %+v, want IPv6 only", n)
 	}
 }
 
-// families runs a world whose networks have both families.
+// families runs a world whose networks have IPv4 and IPv6.
 func families(t *testing.T, r *row, env map[string]string) netcheck {
 	w := newWorld(t, r)
 	w.withIPv6()
@@ -51,17 +50,17 @@ func families(t *testing.T, r *row, env map[string]string) netcheck {
 	n := w.sees("a", 900)
 	for _, global := range []string{n.GlobalV4, n.GlobalV6} {
 		if global != "" {
-			w.saw("STUN says %s", global)
+			w.saw("STUN answers %s", global)
 		}
 	}
-	// The connection itself, and not only the measurement.
+	// The DERP connection uses IPv6 too, not only STUN.
 	if peers := w.connections("a"); env["DERP_PUBLIC_IPV4"] == "none" && !strings.Contains(peers, "]:443") {
 		t.Errorf("a is connected to %s, want IPv6", peers)
 	}
 	return n
 }
 
-// connections are the remote ends of a container's TCP connections.
+// connections returns the remote ends of a container's TCP connections.
 func (w *world) connections(service string) string {
 	w.t.Helper()
 	var list []string
@@ -71,8 +70,8 @@ func (w *world) connections(service string) string {
 	return strings.Join(list, " ")
 }
 
-// captivePortal asks as clients do which want to know whether the network lets
-// them out: plain HTTP, with a challenge that no portal answers by chance.
+// captivePortal sends the request by which clients detect a captive portal: plain
+// HTTP with a challenge, which a portal does not answer.
 func captivePortal(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	w.addRelay(relay{name: "relay", hostName: relayName, env: map[string]string{"DERP_DOMAIN": relayName, "DERP_CERT_MODE": "pinned"}})
@@ -103,15 +102,15 @@ func captivePortal(t *testing.T, r *row) {
 func behindHAProxy(t *testing.T, r *row) {
 	config := readRecipe(t, "haproxy.cfg")
 	w := behindProxy(t, r, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f", "/etc/proxy/proxy.conf")
-	// By the PROXY protocol the relay knows who its client is, and says so when
-	// that does not like the certificate, which is not for its eyes.
+	// The relay gets the client's address by the PROXY protocol. It logs that address
+	// when the client refuses the certificate, which it does not trust.
 	own := docker(t, "inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", w.container("a"))
 	if err := w.agent("a", new(any), "leaf", "derp.example.com:443", "derp.example.com"); err == nil {
-		t.Error("a certificate of its own is taken for one of an authority")
+		t.Error("the client accepts a self-signed certificate")
 	}
-	w.eventually("the relay to tell of "+own, func() error {
+	w.eventually("the relay to log "+own, func() error {
 		if log := w.must(t, "logs", "--no-color", "relay"); !strings.Contains(log, "TLS handshake error from "+own+":") {
-			return errors.New("it does not")
+			return errors.New("no such message")
 		}
 		return nil
 	})
@@ -134,14 +133,14 @@ func readRecipe(t *testing.T, name string) string {
 	return string(data)
 }
 
-// behindProxy runs a proxy of this machine in the relay's network, as it would
-// run on the same host, by the recipes of docker/proxies as they are.
+// behindProxy runs a proxy of this machine in the relay's network, as on one host,
+// with the files of docker/proxies unchanged.
 func behindProxy(t *testing.T, r *row, name, config string, command ...string) *world {
 	if _, err := exec.LookPath(command[0]); err != nil {
 		t.Skipf("%s is not installed", name)
 	}
 	w := newWorld(t, r)
-	const hostName = "derp.example.com" // in the recipes
+	const hostName = "derp.example.com" // name in docker/proxies
 	env := map[string]string{"DERP_CERT_MODE": "pinned", "DERP_LOG_LEVEL": "debug"}
 	for line := range strings.Lines(readRecipe(t, "derpd.env")) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {
@@ -167,16 +166,16 @@ func behindProxy(t *testing.T, r *row, name, config string, command ...string) *
 	return w
 }
 
-// wrongSTUN is the trap that Docker sets: the port is published as everybody
-// does it, and Docker's proxy hands packets over in its own name. Upstream's
-// relay then tells its clients that they are the bridge's gateway, and they
-// believe in a hard NAT. derpd in its place refuses, and says why.
+// wrongSTUN publishes the STUN port in the usual way, so that Docker's proxy forwards
+// packets from its own address. Upstream's relay then answers with the address of the
+// bridge's gateway, and clients assume a hard NAT. derpd must not answer, and its
+// health must explain why.
 func wrongSTUN(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	own := newAuthority(t)
 	own.saveRoot(w, "roots/roots.pem")
-	w.networks["a"] = "    driver: bridge\n" // like any other, from which this machine can be asked
-	// A relay to which there is a straight way.
+	w.networks["a"] = "    driver: bridge\n" // open, so that this machine can be reached
+	// A relay that is reached without a proxy.
 	w.addRelay(relay{name: "relay", hostName: relayName, env: map[string]string{
 		"DERP_DOMAIN": relayName, "DERP_CERT_MODE": "pinned", "DERP_REGION_ID": "901", "DERP_REGION_CODE": "straight",
 	}})
@@ -209,7 +208,7 @@ func wrongSTUN(t *testing.T, r *row) {
 	w.join("a")
 
 	var n netcheck
-	w.eventually("a to believe what upstream's relay says", func() error {
+	w.eventually("a to detect a hard NAT behind upstream's relay", func() error {
 		var err error
 		if n, err = w.netcheck("a"); err == nil && n.MappingVariesByDestIP != true {
 			err = fmt.Errorf("netcheck finds %+v", n)
@@ -222,11 +221,11 @@ func wrongSTUN(t *testing.T, r *row) {
 	w.start("relay-two")
 	n = w.sees("a", 901)
 	if n.RegionLatency[902] != 0 {
-		t.Errorf("netcheck measures the region whose STUN cannot be right: %+v", n)
+		t.Errorf("netcheck measures the region whose STUN must be refused: %+v", n)
 	}
 	out, err := w.tryExec("relay-two", "/derpd", "healthcheck")
 	if err != nil || !strings.Contains(out, "publish STUN on 0.0.0.0 only") {
-		t.Errorf("health does not explain it: %v\n%s", err, out)
+		t.Errorf("health does not explain the refusal: %v\n%s", err, out)
 	}
 	w.saw("derpd: refused, explained in health, netcheck right")
 }

@@ -16,20 +16,20 @@ import (
 )
 
 const (
-	longest  = 15.0             // seconds without traffic that are a failure
-	theSame  = 2.0              // how much longer than upstream's is a failure, in seconds
-	settling = 11 * time.Second // after which Docker restarts a container without delay
+	longest  = 15.0             // longest outage, in seconds
+	theSame  = 2.0              // longest difference to upstream's outage, in seconds
+	settling = 11 * time.Second // runtime after which Docker restarts a container without delay
 )
 
-// outageOnce takes the relay away under a transfer, in each way there is.
+// outageOnce interrupts the relay during a transfer, once in each way.
 func outageOnce(t *testing.T, r *row) { outage(t, r, 1) }
 
-// outageMedian does it five times.
+// outageMedian interrupts it five times in each way.
 func outageMedian(t *testing.T, r *row) { outage(t, r, 5) }
 
-// outage tells how long no traffic flows between two nodes when their only relay
-// is restarted, killed, and replaced by a container with a newer image: derpd
-// and then, for the same nodes by the same map, upstream's derper.
+// outage measures how long no traffic passes between two nodes when their only relay
+// is restarted, killed, or replaced by a container with a newer image. It measures
+// derpd first, then upstream's derper with the same nodes and map.
 func outage(t *testing.T, r *row, rounds int) {
 	w := newWorld(t, r)
 	own := newAuthority(t)
@@ -68,7 +68,7 @@ func outage(t *testing.T, r *row, rounds int) {
 				case "restarted":
 					docker(t, "restart", w.container(service))
 				case "killed":
-					// Docker waits with the restart of one that did not run for long.
+					// Docker delays the restart of a container that ran only briefly.
 					w.ranFor(service, settling)
 					w.kill(process)
 				case "recreated":
@@ -100,8 +100,8 @@ func median[T cmp.Ordered](list []T) T {
 	return slices.Sorted(slices.Values(list))[len(list)/2]
 }
 
-// derper is upstream's relay with the certificate of the world, where the relay
-// was.
+// derper describes upstream's relay with the certificate of the world, in place of
+// derpd.
 func derper(w *world, tag string) string {
 	w.volumes = append(w.volumes, "data-derper")
 	return fmt.Sprintf(`
@@ -113,7 +113,7 @@ func derper(w *world, tag string) string {
 `, tag, relayName, filepath.Join(w.dir, "certs"))
 }
 
-// newer makes an image that differs from another one.
+// newer creates an image that differs from another one by a label.
 func (w *world) newer(tag, name string) string {
 	w.t.Helper()
 	name = prefix + strconv.Itoa(os.Getpid()) + "-" + name
@@ -122,13 +122,13 @@ func (w *world) newer(tag, name string) string {
 	return name
 }
 
-// process is the number of a container's first process, on this machine.
+// process returns the PID of a container's first process, as this machine counts.
 func (w *world) process(service string) string {
 	w.t.Helper()
 	return docker(w.t, "inspect", "--format", "{{.State.Pid}}", w.container(service))
 }
 
-// ranFor waits until a container has run that long.
+// ranFor waits until a container has run for this long.
 func (w *world) ranFor(service string, long time.Duration) {
 	w.t.Helper()
 	started, err := time.Parse(time.RFC3339Nano, docker(w.t, "inspect", "--format", "{{.State.StartedAt}}", w.container(service)))
@@ -142,9 +142,8 @@ func (w *world) ranFor(service string, long time.Duration) {
 	}
 }
 
-// kill kills a process as the kernel does when memory runs out. `docker kill`
-// would not do: the container would count as stopped by somebody, and would not
-// be started again.
+// kill kills a process as the kernel does when memory runs out. After `docker kill`,
+// Docker would not restart the container.
 func (w *world) kill(process string) {
 	w.t.Helper()
 	docker(w.t, "run", "--rm", "--label", ownerLabel+"="+project(w.t), "--pid=host", "--cap-drop=ALL", "--cap-add=KILL",

@@ -10,8 +10,7 @@ import (
 	"testing"
 )
 
-// TestReadme: what the README says is proved by scenarios that exist, and none
-// is left out.
+// The table of tests in each README names every scenario and no other.
 func TestReadme(t *testing.T) {
 	var want []string
 	for _, s := range scenarios() {
@@ -37,7 +36,7 @@ func TestReadme(t *testing.T) {
 		}
 		slices.Sort(got)
 		if got = slices.Compact(got); !slices.Equal(got, want) {
-			t.Errorf("%s names the scenarios\n%v, there are\n%v", file, got, want)
+			t.Errorf("%s names the scenarios\n%v, want\n%v", file, got, want)
 		}
 	}
 }

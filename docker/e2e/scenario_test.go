@@ -15,23 +15,23 @@ import (
 	"time"
 )
 
-// scenario is a row of the table: what derpd promises, as its peers see it.
+// scenario is a row of the table: one promise of derpd, as its peers see it.
 type scenario struct {
 	name string
 	when when
 	run  func(*testing.T, *row)
 }
 
-// when says how a scenario gets on with others.
+// when says whether other scenarios may run at the same time.
 type when int
 
 const (
-	beside when = iota // another one may run at the same time
-	alone              // it measures time, or takes ports of this machine
-	long               // alone, and left out by -short
+	beside when = iota // others may run at the same time
+	alone              // none may: it measures time or uses ports of this machine
+	long               // as alone, and skipped by -short
 )
 
-// scenarios are all there are, in the order of the table.
+// scenarios returns all scenarios in the order of the table.
 func scenarios() []scenario {
 	return []scenario{
 		{"bridge", alone, bridge},
@@ -68,14 +68,13 @@ func TestScenarios(t *testing.T) {
 	for i, s := range list {
 		t.Run(s.name, func(t *testing.T) {
 			if s.when == long && testing.Short() {
-				t.Skip("a long one: make e2e-all")
+				t.Skip("takes long; run make e2e-all")
 			}
 			if s.when == beside {
 				t.Parallel()
 			}
 			r := rows.add(s.name, i)
-			// The first to be registered, so that it comes after all that the
-			// scenario itself cleans up.
+			// Registered first, so that it runs after the scenario's own cleanup.
 			t.Cleanup(func() { r.end(t) })
 			defer func() {
 				if p := recover(); p != nil {
@@ -90,16 +89,16 @@ func TestScenarios(t *testing.T) {
 // row is the outcome of a scenario.
 type row struct {
 	name    string
-	place   int // in the table
+	place   int // position in the table
 	started time.Time
 
 	mu      sync.Mutex
-	seen    []string      // by the peers; guarded by mu
-	verdict string        // empty while it runs; guarded by mu
+	seen    []string      // observations of the peers; guarded by mu
+	verdict string        // empty while the scenario runs; guarded by mu
 	took    time.Duration // guarded by mu
 }
 
-// saw notes what is worth telling, for people who read the table.
+// saw adds an observation to the row.
 func (r *row) saw(format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -120,7 +119,7 @@ func (r *row) end(t *testing.T) {
 	}
 }
 
-// table is the rows that were begun.
+// table holds the rows of the scenarios that have started.
 type table struct {
 	mu   sync.Mutex
 	rows []*row // guarded by mu
@@ -136,7 +135,7 @@ func (t *table) add(name string, place int) *row {
 	return r
 }
 
-// print writes the table, if there is one.
+// print writes the table, or nothing without rows.
 func (t *table) print(w io.Writer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -18,13 +18,12 @@ import (
 	"derpd/internal/testkit/peers"
 )
 
-// admitSidecar is the profile tailscaled: a sidecar, a member of a real
-// headscale's network, tells the relay whom to admit. The relay is the only one
-// in that network's map, so the sidecar itself needs it.
+// admitSidecar is the profile tailscaled: the relay admits the nodes that a sidecar
+// knows, which is a member of a real headscale's network. The relay is the only one
+// in the map of that network, so the sidecar needs the relay too.
 func admitSidecar(t *testing.T, r *row) {
 	image := peersImage(t)
-	// The first address of Docker's own bridge is this machine, for every
-	// container.
+	// Every container reaches this machine by the first address of Docker's bridge.
 	bridge, err := netip.ParsePrefix(docker(t, "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}"))
 	if err != nil {
 		t.Fatal(err)
@@ -42,7 +41,7 @@ DERP_PUBLIC_STUN_PORT=%d
 TAILSCALE_IMAGE=%s
 TS_EXTRA_ARGS=--login-server=%s
 `, derpPort, httpPort, stunPort, image, h.URL))
-	// What a user writes into .env, which the test must leave alone.
+	// Settings that an operator writes into .env, a file that the test must not use.
 	settings := writeFile(t, "settings.yaml", fmt.Sprintf(`services:
   relay:
     environment:
@@ -59,8 +58,8 @@ TS_EXTRA_ARGS=--login-server=%s
 `, gateway, secrets))
 	d := up(t, "-f", "compose.yaml", "-f", settings, "--env-file", env)
 
-	// The map is known once the relay has its certificate, and Headscale wants
-	// it at its start.
+	// Headscale needs the map at its start, and the map needs the relay's
+	// certificate.
 	h.SetMap(t, []byte(d.must(t, "exec", "-T", "relay", "/derpd", "derpmap", "--format", "headscale")))
 	h.Start(t)
 	if err := os.WriteFile(filepath.Join(secrets, "tailscale-authkey"), []byte(h.AuthKey(t, "relay")), 0o644); err != nil {
@@ -87,14 +86,14 @@ TS_EXTRA_ARGS=--login-server=%s
 	says(memberKey, "admitted: a source says yes")
 	says(key.NewNode().Public(), "refused: every source says no")
 
-	// tailscaled replaces its socket, and knows its state from the volume.
+	// A restarted tailscaled replaces its socket, and reads its state from the volume.
 	d.must(t, "restart", "tailscaled")
 	says(memberKey, "admitted: a source says yes")
 	says(key.NewNode().Public(), "refused: every source says no")
 
 	h.Delete(t, memberKey)
 	says(memberKey, "refused: every source says no")
-	r.saw("member in, stranger out, also after a restart; removed member out")
+	r.saw("member admitted, unknown node refused, also after a restart; removed member refused")
 
 	id := d.must(t, "ps", "--quiet", "tailscaled")
 	for format, want := range map[string]string{

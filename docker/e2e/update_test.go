@@ -36,18 +36,18 @@ import (
 
 const (
 	updates       = 5   // of each relay
-	noLonger      = 1.3 // times as long as upstream's is a failure
+	noLonger      = 1.3 // longest outage, as a multiple of upstream's
 	sendEvery     = 10 * time.Millisecond
 	updateTimeout = 3 * time.Minute
-	// The start period, three checks ten seconds apart, and what a slow machine
-	// adds.
+	// The start period, three checks ten seconds apart, and a reserve for slow
+	// machines.
 	unhealthyWithin = 90 * time.Second
 )
 
-// update updates a running relay as Watchtower does, with clients connected,
-// and measures for how long they are without it. Upstream's derper is updated in
-// turn with it: the two are compared, since a number alone tells of the machine.
-// Most of it is the engine's own time, and the clients' before they try again.
+// update updates a running relay as Watchtower does, and measures how long connected
+// clients are without it. It updates upstream's derper in turns and compares the two,
+// because the time depends on the machine. Most of it is spent by the Docker engine
+// and by the clients' wait before they reconnect.
 func update(t *testing.T, r *row) {
 	derpd, derper := startDerpd(t), startDerper(t)
 	for range updates {
@@ -62,8 +62,8 @@ func update(t *testing.T, r *row) {
 	}
 }
 
-// badUpdate is what the README says of one: it can be seen, and taken back by
-// naming the release that worked.
+// badUpdate checks what the README says about a bad update: it is visible, and naming
+// the last good release takes it back.
 func badUpdate(t *testing.T, r *row) {
 	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
 	followed, worked := project(t)+":followed", project(t)+":worked"
@@ -80,7 +80,7 @@ func badUpdate(t *testing.T, r *row) {
 	name(followed)
 	ports := writeFile(t, ".env", fmt.Sprintf("DERP_PUBLIC_PORT=%d\nDERP_PUBLIC_HTTP_PORT=%d\nDERP_PUBLIC_STUN_PORT=%d\n", testkit.FreePort(t), testkit.FreePort(t), testkit.FreePort(t)))
 	d := up(t, "-f", "compose.yaml", "-f", relay, "--env-file", ports)
-	// It pins the certificate as it is now.
+	// The map pins the present certificate.
 	region := reached(onlyRegion(t, d.derpMap(t)), netip.MustParseAddr("127.0.0.1"))
 	relayKey := exchange(t, region)
 
@@ -104,32 +104,32 @@ func badUpdate(t *testing.T, r *row) {
 		}
 	}
 
-	t.Run("that ends", func(t *testing.T) {
+	t.Run("that exits", func(t *testing.T) {
 		update(t, "ENV DERP_ADDR=nonsense")
-		await(t, "the engine starts it again and again", updateTimeout, func() bool {
+		await(t, "repeated restarts by the engine", updateTimeout, func() bool {
 			return d.inspect(t, "{{gt .RestartCount 1}} {{.State.ExitCode}}") == "true 2"
 		})
 		if log := d.must(t, "logs", "--no-log-prefix", "--no-color", "relay"); !strings.Contains(log, "DERP_ADDR") {
-			t.Errorf("the log does not say why:\n%s", log)
+			t.Errorf("the log does not name DERP_ADDR:\n%s", log)
 		}
 		goBack(t)
 	})
 	t.Run("that does not serve", func(t *testing.T) {
 		update(t, "ENV DERP_DOMAIN=derp.example.com DERP_ACME_CA=https://127.0.0.1:1/directory")
 		begun := time.Now()
-		await(t, "it is unhealthy", unhealthyWithin, func() bool {
+		await(t, "the container to be unhealthy", unhealthyWithin, func() bool {
 			return d.inspect(t, "{{.State.Health.Status}}") == "unhealthy"
 		})
 		r.saw("unhealthy after %v, and back by naming the release", time.Since(begun).Round(time.Second))
 		if why := d.inspect(t, "{{json .State.Health.Log}}"); !strings.Contains(why, "not ready") {
-			t.Errorf("the health check does not say why: %s", why)
+			t.Errorf("the health check does not say \"not ready\": %s", why)
 		}
 		goBack(t)
 	})
 }
 
-// TestProfiles looks at what docker compose makes of the profiles that update and
-// that tell of updates.
+// TestProfiles checks the configuration that docker compose makes of the profiles
+// autoupdate and notify.
 func TestProfiles(t *testing.T) {
 	const socket = "/var/run/docker.sock"
 	plain := services(t)
@@ -143,11 +143,11 @@ func TestProfiles(t *testing.T) {
 				t.Fatalf("services are %v", got)
 			}
 			if !reflect.DeepEqual(all["relay"], plain["relay"]) {
-				t.Errorf("the relay is another one with the profile: %+v, without it %+v", all["relay"], plain["relay"])
+				t.Errorf("the relay differs with the profile: %+v, without it %+v", all["relay"], plain["relay"])
 			}
 			s := all[name]
 			if _, tag, _ := strings.Cut(s.Image, ":"); strings.Count(tag, ".") != 2 {
-				t.Errorf("image %s is not of one release", s.Image)
+				t.Errorf("the tag of image %s is not of one release", s.Image)
 			}
 			if s.Privileged || len(s.CapAdd) > 0 || !slices.Equal(s.CapDrop, []string{"ALL"}) || !s.ReadOnly || len(s.Ports) > 0 ||
 				!slices.Equal(s.SecurityOpt, []string{"no-new-privileges:true"}) {
@@ -157,7 +157,7 @@ func TestProfiles(t *testing.T) {
 				t.Errorf("without the engine's socket: %+v", s.Volumes)
 			}
 			if s.Labels["com.centurylinklabs.watchtower.enable"] != "" {
-				t.Error("it would update itself")
+				t.Errorf("%s would update itself", name)
 			}
 		})
 	}
@@ -185,8 +185,8 @@ func TestProfiles(t *testing.T) {
 	}
 }
 
-// TestImageIsDated: updaters go by when an image was made, which a build that
-// is to be reproduced must not hide.
+// The image has its real creation time, also in a reproducible build, because
+// updaters use that time.
 func TestImageIsDated(t *testing.T) {
 	text := docker(t, "image", "inspect", "--format", "{{.Created}}", image())
 	created, err := time.Parse(time.RFC3339Nano, text)
@@ -194,13 +194,13 @@ func TestImageIsDated(t *testing.T) {
 		t.Fatal(err)
 	}
 	if age := time.Since(created); age < -time.Hour || age > 365*24*time.Hour {
-		t.Errorf("image says that it was made at %s", text)
+		t.Errorf("the image was created at %s, want within a year", text)
 	}
 }
 
 type volume struct{ Source, Target string }
 
-// service holds the keys of a service that are looked at.
+// service holds the keys of a compose service that tests check.
 type service struct {
 	Image           string
 	Privileged      bool
@@ -225,7 +225,7 @@ func services(t *testing.T, flags ...string) map[string]service {
 	return config.Services
 }
 
-// image is the image to test.
+// image returns the name of the image to test.
 func image() string {
 	if name := os.Getenv("DERPD_IMAGE"); name != "" {
 		return name
@@ -233,8 +233,8 @@ func image() string {
 	return "derpd"
 }
 
-// derived makes an image of another one, named by a tag since BuildKit takes no
-// ID, and returns its ID.
+// derived builds an image from another one and returns its ID. The other image is
+// named by a tag, because BuildKit does not accept an ID.
 func derived(t *testing.T, from, instructions string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -251,17 +251,17 @@ func built(t *testing.T, dir string) string {
 	return id
 }
 
-// updated is a relay that is updated again and again, from one image to another
-// and back: what is new is told by nothing but the image's ID.
+// updated is a relay that is updated repeatedly, from one image to another and back.
+// The images differ only by their IDs.
 type updated struct {
-	name    string // of the container
+	name    string // name of the container
 	tag     string
 	images  [2]string
 	region  *tailcfg.DERPRegion
 	outages []time.Duration
 }
 
-// begin creates a container, which is removed in the end.
+// begin starts the container, which the test removes at its end.
 func (u *updated) begin(t *testing.T, flags []string, command ...string) {
 	t.Helper()
 	docker(t, "tag", u.images[0], u.tag)
@@ -280,6 +280,7 @@ func (u *updated) begin(t *testing.T, flags []string, command ...string) {
 	}, flags, []string{u.tag}, command)...)
 }
 
+// startDerpd starts derpd with a volume and without a domain.
 func startDerpd(t *testing.T) *updated {
 	t.Helper()
 	u := &updated{name: project(t) + "-derpd", tag: project(t) + ":derpd"}
@@ -303,13 +304,13 @@ func startDerpd(t *testing.T) *updated {
 	return u
 }
 
-// startDerper is startDerpd for upstream's relay, as those run it who have no
-// domain: with a certificate of its own that the map pins.
+// startDerper is startDerpd for upstream's relay, without a domain: the map pins a
+// self-signed certificate.
 func startDerper(t *testing.T) *updated {
 	t.Helper()
 	path := os.Getenv("DERPD_DERPER")
 	if path == "" {
-		t.Fatal("DERPD_DERPER is not set to upstream's derper: run make e2e")
+		t.Fatal("DERPD_DERPER: not set to upstream's derper; run make e2e")
 	}
 	program, err := os.ReadFile(path)
 	if err != nil {
@@ -371,7 +372,7 @@ func (u *updated) update(t *testing.T) {
 				return
 			case <-tick.C:
 			}
-			// While it fails, the next one dials, as a busy tailscaled does.
+			// After an error the next Send dials, as a busy tailscaled does.
 			_ = from.Send(to.SelfPublicKey(), binary.BigEndian.AppendUint64(nil, number))
 		}
 	})
@@ -383,7 +384,7 @@ func (u *updated) update(t *testing.T) {
 			select {
 			case <-got:
 			case <-ctx.Done():
-				t.Fatalf("%s: packets do not arrive", u.name)
+				t.Fatalf("%s: packets did not arrive", u.name)
 			}
 			now := time.Now()
 			if !last.IsZero() {
@@ -406,7 +407,7 @@ func (u *updated) update(t *testing.T) {
 		case <-replaced:
 			waiting = false
 		case <-ctx.Done():
-			t.Fatalf("%s: not replaced", u.name)
+			t.Fatalf("%s: container was not replaced", u.name)
 		case <-got:
 			now := time.Now()
 			longest, last = max(longest, now.Sub(last)), now
@@ -436,10 +437,10 @@ func listen(ctx context.Context, c *derphttp.Client, got chan<- uint64) {
 	}
 }
 
-// replace does to a container what Watchtower 1.22 does (StopAndRemoveSourceContainer
-// and StartTargetContainer in its pkg/container), and in its order: stop, remove,
-// create, rename, start. The new container has what the old one was given, less
-// what its image had set, so that the new image's settings count.
+// replace replaces a container as Watchtower 1.22 does (StopAndRemoveSourceContainer
+// and StartTargetContainer in its pkg/container), in the same order: stop, remove,
+// create, rename, start. The new container gets the settings of the old one, without
+// those of the old image, so that those of the new image apply.
 func replace(t *testing.T, name string) {
 	t.Helper()
 	var old struct {
@@ -460,7 +461,7 @@ func replace(t *testing.T, name string) {
 	}
 	networks := make(map[string]any)
 	for network, endpoint := range old.NetworkSettings.Networks {
-		// The short ID is one that the engine adds.
+		// The engine adds the short ID to the aliases.
 		aliases := slices.DeleteFunc(endpoint.Aliases, func(alias string) bool { return strings.HasPrefix(old.ID, alias) })
 		networks[network] = map[string]any{"Aliases": aliases}
 	}
@@ -480,7 +481,7 @@ func replace(t *testing.T, name string) {
 	engine(t, http.MethodPost, "/containers/"+created.ID+"/start", nil, nil)
 }
 
-// given is what of a container's setting is not its image's.
+// given returns the part of a container's setting that its image did not set.
 func given(value, image any) any {
 	if reflect.DeepEqual(value, image) {
 		return nil
@@ -496,7 +497,7 @@ func given(value, image any) any {
 	return value
 }
 
-// engine asks the Docker engine, whose API of 1.41 all have that are in use.
+// engine sends a request to the Docker engine. All supported engines have API 1.41.
 func engine(t *testing.T, method, path string, body, into any) {
 	t.Helper()
 	var content bytes.Buffer
@@ -523,7 +524,7 @@ func engine(t *testing.T, method, path string, body, into any) {
 	}
 	defer func() { _ = answer.Body.Close() }()
 	text, err := io.ReadAll(answer.Body)
-	// Stopping what has stopped is answered by 304.
+	// Stopping a stopped container is answered by 304.
 	if err != nil || answer.StatusCode >= 400 {
 		t.Errorf("%s %s: %s, %v: %s", method, path, answer.Status, err, text)
 		return

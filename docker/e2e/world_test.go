@@ -32,7 +32,7 @@ const (
 	copied    = 16 << 20            // bytes, to see that a relay carries them
 )
 
-// headscaleConfig has no relay but those of the test.
+// headscaleConfig has only the relays of the test.
 const headscaleConfig = `server_url: http://headscale:8080
 listen_addr: 0.0.0.0:8080
 metrics_listen_addr: ""
@@ -45,30 +45,30 @@ dns: {magic_dns: false, override_local_dns: false}
 unix_socket: /var/lib/headscale/socket
 `
 
-// closed is a network without a way out.
+// closed is a network without a route to others.
 const closed = "    internal: true\n"
 
-// unmasked is a network with a way out, from which nobody can answer, and none to
-// other networks.
+// unmasked is a network that can send to others but gets no answers.
 const unmasked = "    driver_opts: {com.docker.network.bridge.enable_ip_masquerade: \"false\"}\n"
 
-// world is a tailnet whose nodes share no network: a is on one, b on another,
-// neither has a way out, and only the relay and the control server are on both.
+// world is a tailnet whose nodes a and b share no network. Both networks are closed,
+// and only the relay and the control server are on both.
 type world struct {
 	*deployment
 	*row
 	t *testing.T
 
-	dir      string            // of files that containers mount
-	file     string            // compose.yaml is merged with it
-	services map[string]string // what compose is told of each
+	dir      string            // directory of files that containers mount
+	file     string            // compose file that is merged with compose.yaml
+	services map[string]string // YAML of each service
 	networks map[string]string
 	volumes  []string
 	user     string // headscale's identifier of the nodes' owner
-	authKey  string // by which nodes log in; empty before the first
+	authKey  string // key by which nodes log in; empty before the first login
 }
 
-// newWorld describes a world; what is in it starts later, and ends with the test.
+// newWorld describes a world. Its services are started later, and removed at the end
+// of the test.
 func newWorld(t *testing.T, r *row) *world {
 	t.Helper()
 	dir := t.TempDir()
@@ -99,7 +99,7 @@ func newWorld(t *testing.T, r *row) *world {
 	return w
 }
 
-// write makes or replaces a file that containers see.
+// write writes a file that containers mount.
 func (w *world) write(name, content string) string {
 	w.t.Helper()
 	path := filepath.Join(w.dir, name)
@@ -109,7 +109,7 @@ func (w *world) write(name, content string) string {
 	return path
 }
 
-// replace is write at once, so that nobody reads half of it.
+// replace writes a file and renames it, so that no reader sees half of it.
 func (w *world) replace(name, content string) {
 	w.t.Helper()
 	if err := os.Rename(w.write(name+".new", content), filepath.Join(w.dir, name)); err != nil {
@@ -117,7 +117,7 @@ func (w *world) replace(name, content string) {
 	}
 }
 
-// addNode describes a tailscaled with a tunnel device of its own.
+// addNode describes a tailscaled with a tunnel device.
 func (w *world) addNode(name, network string) {
 	w.services[name] = fmt.Sprintf(`
     image: %s
@@ -134,20 +134,20 @@ func (w *world) addNode(name, network string) {
 `, peersImage(w.t), name, network, filepath.Join(w.dir, "roots"))
 }
 
-// relay is how a relay differs from compose.yaml as it is.
+// relay describes how a relay differs from compose.yaml.
 type relay struct {
-	name     string   // of the service; relay unless there are several
-	hostName string   // in Docker's DNS; relayName unless there are several
-	on       []string // networks; those of both nodes if there are none
-	networks string   // more lines of them, each indented by 6
-	ports    []string // published
+	name     string   // name of the service; relay unless there are several
+	hostName string   // name in Docker's DNS; relayName unless there are several
+	on       []string // networks; those of both nodes if it is empty
+	networks string   // more lines of networks, each indented by 6
+	ports    []string // published ports
 	env      map[string]string
 	volumes  []string
 	more     string // more lines of the service, each indented by 4
 }
 
-// addRelay describes a relay: the product's image and compose.yaml, on the
-// networks of both nodes and without a published port if nothing else is said.
+// addRelay describes a relay with the product's image and compose.yaml. By default it
+// is on the networks of both nodes and publishes no port.
 func (w *world) addRelay(r relay) {
 	var s strings.Builder
 	if r.name != "relay" {
@@ -191,7 +191,7 @@ func (w *world) addRelay(r relay) {
 	w.services[r.name] = s.String()
 }
 
-// compile writes what the world consists of by now.
+// compile writes the compose file of the world.
 func (w *world) compile() {
 	w.t.Helper()
 	var s strings.Builder
@@ -219,15 +219,15 @@ func (w *world) withIPv6() {
 	}
 }
 
-// randomULA is a network of RFC 4193 that is nobody else's.
+// randomULA returns a random network of RFC 4193.
 func randomULA() netip.Prefix {
 	addr := [16]byte{0xfd}
 	_, _ = rand.Read(addr[1:8])
 	return netip.PrefixFrom(netip.AddrFrom16(addr), 64)
 }
 
-// start starts services and waits until they run, and are healthy if they can
-// tell.
+// start starts services and waits until they run, and are healthy if they have a
+// health check.
 func (w *world) start(services ...string) {
 	w.t.Helper()
 	w.compile()
@@ -237,9 +237,10 @@ func (w *world) start(services ...string) {
 	}
 }
 
-// container is the name of a service's container.
+// container returns the name of a service's container.
 func (w *world) container(service string) string { return project(w.t) + "-" + service + "-1" }
 
+// tryExec runs a program in the container of a service, and may fail.
 func (w *world) tryExec(service string, args ...string) (string, error) {
 	return run(w.t.Context(), dockerTimeout, slices.Concat([]string{"exec", w.container(service)}, args)...)
 }
@@ -250,8 +251,8 @@ func (w *world) exec(service string, args ...string) string {
 	return docker(w.t, slices.Concat([]string{"exec", w.container(service)}, args)...)
 }
 
-// agent runs a verb of the agent in the container of a service, which must not
-// be the relay: its image has no program but the relay.
+// agent runs a verb of the agent in the container of a service other than the relay,
+// whose image has no agent.
 func (w *world) agent(service string, v any, args ...string) error {
 	w.t.Helper()
 	out, err := w.tryExec(service, append([]string{"/bin/agent"}, args...)...)
@@ -261,14 +262,13 @@ func (w *world) agent(service string, v any, args ...string) error {
 	return json.Unmarshal([]byte(out), v)
 }
 
-// headscaleMap is what a relay prints for Headscale.
+// headscaleMap returns the map that a relay prints for Headscale.
 func (w *world) headscaleMap(service string) string {
 	w.t.Helper()
 	return w.exec(service, "/derpd", "derpmap", "--format", "headscale") + "\n"
 }
 
-// startControl starts headscale with the maps as they are printed, and makes a
-// user.
+// startControl starts headscale with these maps, and creates a user.
 func (w *world) startControl(maps ...string) {
 	w.t.Helper()
 	config := headscaleConfig
@@ -286,7 +286,7 @@ func (w *world) startControl(maps ...string) {
 		w.write("headscale/derp.yaml", maps[0])
 	}
 	w.start("headscale")
-	w.eventually("headscale to make a user", func() error {
+	w.eventually("headscale to create a user", func() error {
 		var created struct{ ID uint64 }
 		err := w.headscale(&created, "users", "create", "somebody")
 		w.user = fmt.Sprint(created.ID)
@@ -294,7 +294,7 @@ func (w *world) startControl(maps ...string) {
 	})
 }
 
-// headscale runs a command of headscale, and decodes what it prints into v.
+// headscale runs a command of headscale and decodes its output into v.
 func (w *world) headscale(v any, args ...string) error {
 	out, err := w.tryExec("headscale", append([]string{"/bin/headscale", "--config", "/etc/headscale/config.yaml", "--output", "json"}, args...)...)
 	if err != nil {
@@ -303,7 +303,7 @@ func (w *world) headscale(v any, args ...string) error {
 	return json.Unmarshal([]byte(out), v)
 }
 
-// join starts nodes, each of which logs in to headscale.
+// join starts nodes and logs them in to headscale.
 func (w *world) join(nodes ...string) {
 	w.t.Helper()
 	w.start(nodes...)
@@ -312,7 +312,7 @@ func (w *world) join(nodes ...string) {
 	}
 }
 
-// login logs a node in that runs. Whether it may use its relay is another thing.
+// login logs in a running node. The relay may still refuse the node.
 func (w *world) login(node string) {
 	w.t.Helper()
 	if w.authKey == "" {
@@ -348,7 +348,7 @@ func (w *world) remove(node string) {
 	w.t.Fatalf("headscale has no node %s: %+v", node, nodes)
 }
 
-// eventually tries until attempt returns nil.
+// eventually repeats an attempt until it returns nil.
 func (w *world) eventually(what string, attempt func() error) {
 	w.t.Helper()
 	w.within(testkit.Patience, what, attempt)
@@ -364,13 +364,13 @@ func (w *world) within(limit time.Duration, what string, attempt func() error) {
 	})
 }
 
-// peerStatus is a node as tailscale status tells of it.
+// peerStatus is a node in the output of tailscale status.
 type peerStatus struct {
 	PublicKey    key.NodePublic
 	HostName     string
 	TailscaleIPs []string
-	Relay        string // region of its home
-	CurAddr      string // of a direct connection
+	Relay        string // code of its home region
+	CurAddr      string // address of a direct connection
 }
 
 type nodeStatus struct {
@@ -387,13 +387,13 @@ func (w *world) status(node string) nodeStatus {
 	return s
 }
 
-// address is where others reach a node in the tailnet.
+// address returns the address of a node in the tailnet.
 func (w *world) address(node string) string {
 	w.t.Helper()
 	return w.status(node).Self.TailscaleIPs[0]
 }
 
-// netcheck is what a client finds out about the relays.
+// netcheck is the output of tailscale netcheck.
 type netcheck struct {
 	UDP                   bool
 	IPv4, IPv6            bool
@@ -411,14 +411,14 @@ func (w *world) netcheck(node string) (netcheck, error) {
 	if err != nil {
 		return n, fmt.Errorf("netcheck: %w\n%s", err, out)
 	}
-	// What it logs comes first.
+	// Log lines precede the report.
 	_, report, _ := strings.Cut(out, "{")
 	err = json.Unmarshal([]byte("{"+report), &n)
 	return n, err
 }
 
-// sees checks that a node measures the region, and that STUN tells it its own
-// address: there is no translation on the way.
+// sees checks that a node measures the region, and that STUN answers with the node's
+// own address, as there is no NAT in between.
 func (w *world) sees(node string, region int) netcheck {
 	w.t.Helper()
 	var n netcheck
@@ -434,7 +434,7 @@ func (w *world) sees(node string, region int) netcheck {
 		return nil
 	})
 	if n.MappingVariesByDestIP == true {
-		w.t.Errorf("netcheck on %s believes in a hard NAT: %+v", node, n)
+		w.t.Errorf("netcheck on %s reports a hard NAT: %+v", node, n)
 	}
 	own := docker(w.t, "inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}", w.container(node))
 	for _, global := range []string{n.GlobalV4, n.GlobalV6} {
@@ -443,13 +443,13 @@ func (w *world) sees(node string, region int) netcheck {
 		}
 		at, err := netip.ParseAddrPort(global)
 		if err != nil || !slices.Contains(strings.Fields(own), at.Addr().String()) {
-			w.t.Errorf("STUN tells %s that it is %s, it is %s", node, global, own)
+			w.t.Errorf("STUN answers %s with %s, want one of %s", node, global, own)
 		}
 	}
 	return n
 }
 
-// ping asks one node for another, once.
+// ping sends one ping from a node to an address in the tailnet.
 func (w *world) ping(from, address string) (string, error) {
 	out, err := w.tryExec(from, "/bin/tailscale", "ping", "--c=1", "--timeout=2s", "--until-direct=false", address)
 	if err != nil {
@@ -458,7 +458,8 @@ func (w *world) ping(from, address string) (string, error) {
 	return strings.TrimSpace(out), nil
 }
 
-// pings waits until one node reaches another through the region.
+// pings waits until one node reaches another through the region, and returns the
+// route and the time.
 func (w *world) pings(from, to, region string) string {
 	w.t.Helper()
 	address, answer := w.address(to), ""
@@ -474,7 +475,7 @@ func (w *world) pings(from, to, region string) string {
 	return answer
 }
 
-// unreachable checks that no ping arrives, again and again.
+// unreachable checks that none of three pings arrives.
 func (w *world) unreachable(from, to string) {
 	w.t.Helper()
 	address := w.address(to)
@@ -485,8 +486,8 @@ func (w *world) unreachable(from, to string) {
 	}
 }
 
-// copies copies bytes from one node to another, compares them, and tells the
-// speed.
+// copies copies bytes from one node to another, compares them, and returns the time
+// it took.
 func (w *world) copies(from, to string) string {
 	w.t.Helper()
 	var got struct {
@@ -500,9 +501,8 @@ func (w *world) copies(from, to string) string {
 	return fmt.Sprintf("%d MiB in %.1f s, sha256 %.8s ok", got.Bytes>>20, got.Seconds, got.SHA256)
 }
 
-// carries is the verdict of the peers on a relay: both nodes measure the region
-// and are told the truth by STUN, reach each other through it and not otherwise,
-// and bytes arrive as they were sent.
+// carries checks a relay from both nodes: STUN answers with the right address, the
+// nodes reach each other through the region only, and bytes arrive unchanged.
 func (w *world) carries(region int, code string) {
 	w.t.Helper()
 	n := w.sees("a", region)
@@ -512,7 +512,7 @@ func (w *world) carries(region int, code string) {
 	speed := w.copies("b", "a")
 	for _, peer := range w.status("a").Peer {
 		if peer.HostName == "b" && (peer.Relay != code || peer.CurAddr != "") {
-			w.t.Errorf("a has the peer %+v, want it by the relay %s alone", peer, code)
+			w.t.Errorf("a reaches b by %+v, want only the relay %s", peer, code)
 		}
 	}
 	w.saw("netcheck %v; ping via %s; %s", n.RegionLatency[region].Round(10*time.Microsecond), answer, speed)
@@ -527,7 +527,7 @@ type transfer struct {
 	state flowState // guarded by mu
 }
 
-// flowState is what the agent's flow reports.
+// flowState is a report of the agent's flow.
 type flowState struct {
 	Bytes, Echoes int64
 	TCPSilence    float64 `json:"tcp_silence"`
@@ -536,7 +536,7 @@ type flowState struct {
 	UDPIdle       float64 `json:"udp_idle"`
 }
 
-// begin starts a transfer from one node to another that goes on until finish.
+// begin starts a transfer from one node to another that lasts until finish.
 func (w *world) begin(from, to string) *transfer {
 	w.t.Helper()
 	tr := &transfer{w: w}
@@ -590,23 +590,24 @@ func (tr *transfer) now() flowState {
 	return tr.state
 }
 
-// flows tells whether both kinds of traffic are under way.
+// flows returns an error unless TCP and UDP traffic both flow.
 func (tr *transfer) flows() error {
 	const idle = 0.2 // seconds
 	if s := tr.now(); s.Bytes == 0 || s.Echoes == 0 || s.TCPIdle > idle || s.UDPIdle > idle {
-		return fmt.Errorf("there is %+v", s)
+		return fmt.Errorf("no traffic: %+v", s)
 	}
 	return nil
 }
 
-// finish waits until the traffic flows, ends it, and tells how long it did not.
+// finish waits until the traffic flows, ends it, and returns how long it did not
+// flow.
 func (tr *transfer) finish() flowState {
 	tr.w.t.Helper()
 	tr.w.eventually("the transfer to flow again", tr.flows)
 	before := tr.now().Bytes
-	tr.w.eventually("the transfer to go on", func() error {
+	tr.w.eventually("the transfer to continue", func() error {
 		if tr.now().Bytes < before+4<<20 {
-			return errors.New("it does not")
+			return errors.New("too few bytes have arrived")
 		}
 		return nil
 	})
@@ -616,8 +617,8 @@ func (tr *transfer) finish() flowState {
 	return tr.now()
 }
 
-// buildPeers makes the image of all programs that are not the relay's own, once
-// for all scenarios.
+// buildPeers builds the image with all programs besides the relay, once for all
+// scenarios.
 var buildPeers = sync.OnceValues(func() (string, error) {
 	name := fmt.Sprintf("%s%d-peers", prefix, os.Getpid())
 	dir, err := os.MkdirTemp("", "image")
@@ -657,10 +658,10 @@ var buildPeers = sync.OnceValues(func() (string, error) {
 	return name, nil
 })
 
-// peersImage is the image of the programs that a relay meets.
+// peersImage returns the image with all programs besides the relay.
 func peersImage(t *testing.T) string {
 	t.Helper()
-	peers.Program(t, "tailscaled") // or the test is skipped
+	peers.Program(t, "tailscaled") // skips the test if it is missing
 	name, err := buildPeers()
 	if err != nil {
 		t.Fatal(err)

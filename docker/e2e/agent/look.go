@@ -19,8 +19,8 @@ import (
 
 const lookTimeout = 10 * time.Second
 
-// get asks for a URL without a look at the certificate, `get URL HEADER`, where
-// the header may be empty, and prints the answer.
+// get requests a URL without verifying the certificate, `get URL HEADER`, and prints
+// the response. The header may be empty.
 func get(ctx context.Context, args []string) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -41,8 +41,8 @@ func get(ctx context.Context, args []string) (any, error) {
 	return map[string]any{"status": res.StatusCode, "header": res.Header, "body": string(body)}, err
 }
 
-// leaf prints the hash of the certificate that a new connection gets, and what
-// the roots of this machine make of it: `leaf HOST:PORT NAME`.
+// leaf connects, verifies the certificate by the roots of this machine, and prints
+// its hash and expiry: `leaf HOST:PORT NAME`.
 func leaf(ctx context.Context, args []string) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
@@ -76,7 +76,7 @@ func connections(context.Context, []string) (any, error) {
 			if err != nil {
 				return nil, err
 			}
-			// Words of 32 bits, in the order of this machine.
+			// Words of 32 bits in the byte order of this machine.
 			for word := range slices.Chunk(addr, 4) {
 				binary.BigEndian.PutUint32(word, binary.NativeEndian.Uint32(word))
 			}

@@ -1,6 +1,5 @@
-// Command agent is what the containers of the end-to-end tests run besides the
-// programs under test: the images of those have no shell. Each verb prints one
-// JSON value, or several, one to a line.
+// Command agent runs in the containers of the end-to-end tests, whose images have no
+// shell. Each verb prints one JSON value, or several, one a line.
 package main
 
 import (
@@ -24,7 +23,7 @@ func main() {
 	}
 }
 
-// verbs are the commands, each with the number of its arguments.
+// verbs are the commands with the number of their arguments.
 var verbs = map[string]struct {
 	arguments int
 	run       func(ctx context.Context, args []string) (any, error)
@@ -41,11 +40,11 @@ var verbs = map[string]struct {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("want a verb")
+		return errors.New("no verb; name one")
 	}
 	verb, ok := verbs[args[0]]
 	if !ok || len(args)-1 != verb.arguments {
-		return fmt.Errorf("want a verb and its arguments, got %q", args)
+		return fmt.Errorf("unknown verb or wrong number of arguments (got %q)", args)
 	}
 	answer, err := verb.run(ctx, args[1:])
 	if err != nil || answer == nil {
@@ -54,7 +53,7 @@ func run(ctx context.Context, args []string) error {
 	return json.NewEncoder(os.Stdout).Encode(answer)
 }
 
-// kill ends a process as nothing can refuse: `kill PID`.
+// kill sends SIGKILL to a process: `kill PID`.
 func kill(_ context.Context, args []string) (any, error) {
 	pid, err := strconv.Atoi(args[0])
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// addRoute leads to an address through a neighbour, `route ADDRESS HOST`, as
+// addRoute adds a route to an address through a neighbour, `route ADDRESS HOST`, as
 // `ip route add` does (rtnetlink(7)).
 func addRoute(ctx context.Context, args []string) (any, error) {
 	to, err := netip.ParseAddr(args[0])
@@ -27,7 +27,7 @@ func addRoute(ctx context.Context, args []string) (any, error) {
 	}
 	gateway := found[0].Unmap()
 	if !to.Is4() || !gateway.Is4() {
-		return nil, errors.New("want IPv4")
+		return nil, errors.New("address or gateway is not IPv4; use IPv4")
 	}
 	message := slices.Concat(
 		native(unix.RtMsg{
@@ -54,7 +54,7 @@ func addRoute(ctx context.Context, args []string) (any, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("recvfrom", err)
 	}
-	// The acknowledgement is an error message; 0 means that there is none.
+	// The acknowledgement is an error message, in which 0 means success.
 	var code int32
 	if err := binary.Read(bytes.NewReader(answer[unix.SizeofNlMsghdr:n]), binary.NativeEndian, &code); err != nil {
 		return nil, err
@@ -65,10 +65,10 @@ func addRoute(ctx context.Context, args []string) (any, error) {
 	return nil, nil
 }
 
-// native is a struct as the kernel has it; those used here have no padding.
+// native returns a struct without padding in the layout of the kernel.
 func native(v any) []byte {
 	var b bytes.Buffer
-	_ = binary.Write(&b, binary.NativeEndian, v) // all fields have a fixed size
+	_ = binary.Write(&b, binary.NativeEndian, v) // cannot fail: all fields have a fixed size
 	return b.Bytes()
 }
 

@@ -18,23 +18,22 @@ import (
 	"time"
 )
 
-// port is where serve listens, by TCP and UDP.
+// port is the TCP and UDP port of serve.
 const port = "9000"
 
 const (
-	chunk       = 64 << 10 // bytes that are written or compared at once
+	chunk       = 64 << 10 // bytes written or compared at once
 	echoEvery   = 20 * time.Millisecond
 	reportEvery = 50 * time.Millisecond
-	// pace is what flow asks for, bytes a second: a transfer that leaves the
-	// machine time for what it is measuring.
+	// pace is the rate of flow in bytes per second. It leaves CPU time for the
+	// programs under test.
 	pace = 8 << 20
 )
 
-// content is what is transferred: bytes without an end that look random, the
-// same for everybody who reads them.
+// content returns an endless pseudo-random stream, the same for every reader.
 func content() io.Reader { return rand.NewChaCha8([32]byte{1}) }
 
-// serve gives content to who asks for it, and echoes UDP.
+// serve serves content by HTTP, and echoes UDP.
 func serve(ctx context.Context, _ []string) (any, error) {
 	conn, err := new(net.ListenConfig).ListenPacket(ctx, "udp", ":"+port)
 	if err != nil {
@@ -61,8 +60,8 @@ func serve(ctx context.Context, _ []string) (any, error) {
 	return nil, nil
 }
 
-// give writes as many bytes as the path says, and for 0 goes on at the pace
-// until the client has enough.
+// give writes as many bytes as the path says. For 0 it writes at the pace until the
+// client disconnects.
 func give(w http.ResponseWriter, r *http.Request) {
 	size, err := strconv.ParseInt(r.URL.Path[1:], 10, 64)
 	if err != nil {
@@ -88,7 +87,7 @@ func give(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// fetch copies `copy HOST BYTES` from a host that serves, and compares it.
+// fetch downloads content from a serving host and compares it: `copy HOST BYTES`.
 func fetch(ctx context.Context, args []string) (any, error) {
 	size, err := strconv.ParseInt(args[1], 10, 64)
 	if err != nil {
@@ -131,7 +130,7 @@ func open(ctx context.Context, host, path string) (io.ReadCloser, error) {
 	return res.Body, nil
 }
 
-// silence measures how long nothing came.
+// silence measures the longest time without data.
 type silence struct {
 	mu      sync.Mutex
 	count   int64
@@ -149,14 +148,14 @@ func (s *silence) heard(n int) {
 	s.count, s.last = s.count+int64(n), now
 }
 
-// state is what flow reports. The silences count up to the moment of the
-// report, so that one that lasts is seen as well.
+// state is a report of flow. Silences include the one that lasts at the moment of the
+// report.
 type state struct {
-	Bytes      int64   `json:"bytes"`       // by TCP, all of them right
+	Bytes      int64   `json:"bytes"`       // by TCP, all as expected
 	Echoes     int64   `json:"echoes"`      // by UDP
-	TCPSilence float64 `json:"tcp_silence"` // the longest, seconds
+	TCPSilence float64 `json:"tcp_silence"` // longest one, seconds
 	UDPSilence float64 `json:"udp_silence"`
-	TCPIdle    float64 `json:"tcp_idle"` // the present one, seconds
+	TCPIdle    float64 `json:"tcp_idle"` // present one, seconds
 	UDPIdle    float64 `json:"udp_idle"`
 }
 
@@ -170,9 +169,8 @@ func (s *silence) report() (count int64, longest, idle float64) {
 	return s.count, max(s.longest, now).Seconds(), now.Seconds()
 }
 
-// flow keeps a TCP transfer and UDP echoes going with a host that serves,
-// `flow HOST`, reports on them again and again, and ends with its standard
-// input.
+// flow runs a TCP transfer and UDP echoes with a serving host, `flow HOST`. It reports
+// periodically and ends with its standard input.
 func flow(ctx context.Context, args []string) (any, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -207,7 +205,8 @@ func flow(ctx context.Context, args []string) (any, error) {
 	}
 }
 
-// drain reads from one connection that must last, and compares every byte.
+// drain reads from one connection and compares every byte. The connection must not
+// end.
 func drain(ctx context.Context, host string, s *silence) error {
 	body, err := open(ctx, host, "0")
 	if err != nil {
@@ -218,13 +217,13 @@ func drain(ctx context.Context, host string, s *silence) error {
 	for {
 		n, err := body.Read(got)
 		if err != nil {
-			return fmt.Errorf("the connection ended: %w", err)
+			return fmt.Errorf("the TCP connection ended: %w", err)
 		}
 		if _, err := io.ReadFull(want, right[:n]); err != nil {
 			return err
 		}
 		if !bytes.Equal(got[:n], right[:n]) {
-			return errors.New("other bytes came than were sent")
+			return errors.New("received bytes differ from the sent ones")
 		}
 		s.heard(n)
 	}
@@ -247,7 +246,7 @@ func echo(ctx context.Context, host string, s *silence) error {
 	tick := time.NewTicker(echoEvery)
 	defer tick.Stop()
 	for number := uint64(0); ; number++ {
-		// An error is of an earlier one, which was lost.
+		// An error is about an earlier datagram, which was lost.
 		_, _ = conn.Write(binary.BigEndian.AppendUint64(nil, number))
 		select {
 		case <-ctx.Done():
