@@ -1,24 +1,23 @@
-# What a person does with derpd, one target each. `make help` lists them.
+# One target for each task of a developer. `make help` lists them.
 
-# go.mod names the toolchain; nothing else has to be bumped with it.
+# go.mod alone names the toolchain.
 export GOTOOLCHAIN ?= go$(shell sed -n 's/^go //p' go.mod)
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 IMAGE   ?= derpd
 TOOLS   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/derpd
 
-# The version is part of the file's name, so that a bump here builds the tool
-# anew and an old one is never used by mistake.
+# The file's name has the version, so that a new version here builds the tool again.
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
 GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
 ACTIONLINT    := $(TOOLS)/actionlint-v1.7.12
 
-# The tailscaled may be older than the relay, as other people's are; not newer.
+# tailscaled may be older than the relay, as in real networks, but not newer.
 TAILSCALE := v1.102.5
 HEADSCALE := v0.29.0
 PEERS     := $(TOOLS)/peers-static-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
 
-# Upstream's own server at the version in go.mod, to measure derpd beside it.
+# Upstream's own server at the version in go.mod, which bench measures beside derpd.
 UPSTREAM := $(shell sed -n 's/^\ttailscale\.com //p' go.mod)
 DERPER   := $(TOOLS)/derper-$(UPSTREAM)
 
@@ -31,14 +30,14 @@ test: export DERPD_PEERS := $(PEERS)
 test: export DERPD_DERPER := $(DERPER)
 .PHONY: test
 test: peers $(DERPER) ## run all tests, in any order, with the race detector
-	@# A test builds earlier ones, which have most in common with this one.
+	@# Fills the build cache, which the test in internal/compat uses.
 	CGO_ENABLED=0 go build -trimpath -o /dev/null ./cmd/derpd
 	go test -race -shuffle=on -timeout 5m ./...
 
 .PHONY: peers
-peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests talk to
+peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests use
 
-# High ports and ./data, so that no root is needed. What you have set wins.
+# High ports and ./data need no root. Variables of the environment win.
 run map: export DERP_ADDR ?= :8443
 run map: export DERP_HTTP_PORT ?= 8080
 run map: export DERP_STUN_PORT ?= 3478
@@ -57,7 +56,7 @@ build: BINARY ?= derpd
 build: ## build the binary, ./derpd
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -buildid= -X main.version=$(VERSION)' -o $(BINARY) ./cmd/derpd
 
-# For machines without Docker; the image's build cross-compiles by itself.
+# For machines without Docker. The image's build cross-compiles by itself.
 .PHONY: cross
 cross: ## build for every platform of the image, and print the sizes
 	@for arch in amd64 arm64 arm 386; do \
@@ -66,47 +65,47 @@ cross: ## build for every platform of the image, and print the sizes
 	done
 
 .PHONY: reproducible
-reproducible: ## build twice, the second time elsewhere and from nothing, and compare
+reproducible: ## build twice, the second time in another directory without a cache, and compare
 	.ci/reproducible
 
-# DERPD is another build to measure; BENCH are flags, `go run ./cmd/bench -h`
-# lists them. Nothing else should run on this machine meanwhile.
+# DERPD names another build to measure. BENCH holds flags, which
+# `go run ./cmd/bench -h` lists. Nothing else should run on this machine.
 .PHONY: bench
 bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstream's derper, in twelve minutes
 	go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) $(BENCH)
 
 .PHONY: bench-path
-bench-path: $(if $(DERPD),,build) $(DERPER) ## measure congestion control for a client far away; as root, in four minutes
+bench-path: $(if $(DERPD),,build) $(DERPER) ## measure congestion control with a client far away; as root, in four minutes
 	unshare --net go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) --path $(BENCH)
 
 .PHONY: bench-docs
 bench-docs: BENCH = --json docker/bench.json --docs
-bench-docs: bench ## the same, and put the numbers into the READMEs
+bench-docs: bench ## measure as bench does, and update the tables in the READMEs
 
-# An argument without a value is taken from the environment if it is there:
-# mirrors are named once, as the Dockerfile tells.
+# A build argument without a value takes that of the environment, so that mirrors are
+# named once; see the Dockerfile.
 .PHONY: image
 image: ## build the image, derpd, and print its size
 	docker build --build-arg VERSION=$(VERSION) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE --build-arg TAILSCALE_VERSION -t $(IMAGE) .
 	@docker image inspect --format '{{.Size}}' $(IMAGE) | numfmt --to=si --suffix=B --format '$(IMAGE): %.1f'
 
-# docker/bases/make first, where no registry can be reached. `make e2e
-# RUN=pinned` runs one scenario.
+# Where no registry can be reached, run docker/bases/make first. `make e2e RUN=pinned`
+# runs one scenario.
 e2e e2e-all: export DERPD_PEERS := $(PEERS)
 e2e e2e-all: export DERPD_DERPER := $(DERPER)
 e2e e2e-all: export DERPD_IMAGE := $(IMAGE)
 E2E := go test -tags e2e -count=1 -v -timeout 45m ./docker/e2e
 
 .PHONY: e2e
-e2e: image peers $(DERPER) ## test the image with docker compose and real nodes; takes ports 443, 80 and 3478
+e2e: image peers $(DERPER) ## test the image with docker compose and real nodes; uses ports 443, 80 and 3478
 	$(E2E) $(if $(RUN),-run 'TestScenarios/$(RUN)',-short)
 
 .PHONY: e2e-all
-e2e-all: image peers $(DERPER) ## the same with the scenarios that take long
+e2e-all: image peers $(DERPER) ## test as e2e does, with the scenarios that take long
 	$(E2E)
 
-# tidy also looks at what only the tests of dependencies need; -e goes on where
-# that cannot be fetched. It tells of each at length, so it is quiet at first.
+# tidy also checks modules that only the tests of dependencies need. -e ignores those
+# that cannot be fetched, but prints each, so the output is shown only on failure.
 .PHONY: lint
 lint: $(GOLANGCI_LINT) $(ACTIONLINT) ## check the code, go.mod, the scripts and the workflows
 	$(GOLANGCI_LINT) run
@@ -119,24 +118,24 @@ fmt: $(GOLANGCI_LINT) ## format the code
 	$(GOLANGCI_LINT) fmt
 
 .PHONY: vuln
-vuln: $(GOVULNCHECK) ## look for known vulnerabilities in what is used
+vuln: $(GOVULNCHECK) ## check the code that is used for known vulnerabilities
 	$(GOVULNCHECK) ./...
 
-# The releases of Tailscale and certmagic, and fixes of known vulnerabilities.
+# Releases of Tailscale and certmagic, and fixes of known vulnerabilities.
 .PHONY: upstream
-upstream: $(GOVULNCHECK) ## take what is newer than what derpd is built on
+upstream: $(GOVULNCHECK) ## take newer versions of what derpd is built on
 	go run ./cmd/upstream --write --govulncheck $(GOVULNCHECK)
 
-# In a clone, so that nothing here is touched.
+# Works in a clone and changes nothing here.
 .PHONY: upstream-test
 upstream-test: FROM ?= v1.102.5
-upstream-test: ## put a clone back to an older Tailscale, take the newest, run all tests
+upstream-test: ## give a clone an older Tailscale, take the newest, run all tests
 	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
 	git clone --quiet . "$$dir" && cd "$$dir" && \
 	go mod edit -require=tailscale.com@$(FROM) && \
 	$(MAKE) upstream && $(MAKE) test
 
-# A test fails when these differ from the configuration's struct.
+# A test fails when these differ from the configuration.
 .PHONY: docs
 docs: ## regenerate docker/env.example and the tables in the README
 	go run ./cmd/derpd env --example > docker/env.example
@@ -149,8 +148,8 @@ $(GOLANGCI_LINT) $(GOVULNCHECK) $(ACTIONLINT):
 	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
 	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
 
-# Static, for an image of them, and with the version stamped as in a release.
-# What finds captive portals is left out: it asks hosts on the internet.
+# Static, for an image with them, and with the version stamped as in a release.
+# Without the detection of captive portals, which contacts hosts on the internet.
 $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/containerboot:
 	CGO_ENABLED=0 GOBIN=$(TOOLS)/bin go install -trimpath -tags ts_omit_captiveportal \
 		-ldflags '-X tailscale.com/version.longStamp=$(TAILSCALE:v%=%) -X tailscale.com/version.shortStamp=$(TAILSCALE:v%=%)' \
@@ -158,8 +157,8 @@ $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/containerboot:
 	mkdir -p $(@D)
 	mv $(TOOLS)/bin/$(@F) $@
 
-# Not by go install, which asks for a list of headscale's versions; built as a
-# requirement of an empty module.
+# Built as a requirement of an empty module. go install would need a list of
+# headscale's versions, which not every proxy has.
 $(PEERS)/headscale:
 	rm -rf $(PEERS)/module
 	mkdir -p $(PEERS)/module
@@ -168,7 +167,7 @@ $(PEERS)/headscale:
 	mv $(PEERS)/module/headscale $@
 	rm -r $(PEERS)/module
 
-# In the same way, without what it replaces by a version that is not published.
+# Built in the same way. The replacement is for a version that is not published.
 $(DERPER):
 	rm -rf $@.module
 	mkdir -p $@.module
