@@ -1,6 +1,9 @@
 package main
 
 import (
+	"io"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/goproxytest"
@@ -46,6 +49,8 @@ func TestNewest(t *testing.T) {
 		want      string
 	}{
 		"a patch number is skipped":  {[]string{"v1.104.0", "v1.104.2", "v1.104.4"}, true, "v1.104.4"},
+		"all even digits":            {[]string{"v1.100.0", "v1.102.0", "v1.104.0", "v1.106.0", "v1.108.0", "v1.109.0"}, true, "v1.108.0"},
+		"no versions":                {nil, false, ""},
 		"numbers, not letters":       {[]string{"v1.104.9", "v1.104.10"}, true, "v1.104.10"},
 		"any order":                  {[]string{"v1.104.1", "v1.98.9", "v1.104.0"}, true, "v1.104.1"},
 		"odd minor versions":         {[]string{"v1.104.0", "v1.105.0", "v1.105.3"}, true, "v1.104.0"},
@@ -61,6 +66,62 @@ func TestNewest(t *testing.T) {
 				t.Errorf("got %q, want %q", got, test.want)
 			}
 		})
+	}
+}
+
+// Each module is taken once, in the highest of the fixed versions.
+func TestFixTargets(t *testing.T) {
+	got := fixes{
+		{"GO-1", "example.com/a", "v1.2.10"},
+		{"GO-2", "example.com/a", "v1.2.9"},
+		{"GO-3", "example.com/b", "v0.1.0"},
+		{"GO-4", "example.com/b", "v0.2.0"},
+		{"GO-5", stdlib, "v1.27.4"},
+		{"GO-6", "example.com/c", "not a version"},
+	}.targets()
+	slices.Sort(got)
+	if want := []string{"example.com/a@v1.2.10", "example.com/b@v0.2.0", "go@1.27.4"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// Each vulnerability is listed once, however many calls reach it.
+func TestFindings(t *testing.T) {
+	const finding = `{"finding":{"osv":"GO-1","fixed_version":"v1.2.1","trace":[{"module":"m","function":"F"}]}}`
+	const imported = `{"finding":{"osv":"GO-2","fixed_version":"v1.2.1","trace":[{"module":"m"}]}}`
+	got, err := parseFindings(strings.NewReader(finding + finding + imported + `{"finding":{"osv":"GO-3","trace":[]}}{"config":{}}`))
+	if want := []fix{{"GO-1", "m", "v1.2.1"}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v; want %v", got, err, want)
+	}
+	if _, err := parseFindings(strings.NewReader(finding + "{")); err == nil {
+		t.Error("no error of an answer that is cut off")
+	}
+}
+
+// Of several entries for a variable the last one counts.
+func TestVariable(t *testing.T) {
+	env := []string{"A=1", "AB=2", "A=3", "B="}
+	for name, want := range map[string]string{"A": "3", "AB": "2", "B": "", "C": ""} {
+		if got := variable(env, name); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+}
+
+func TestExitCode(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		want int
+	}{
+		{[]string{"--help"}, exitOK},
+		{[]string{"publish"}, exitUsage},
+		{[]string{"--wirte"}, exitUsage},
+		{[]string{"tags", "1.104.5", "derpd"}, exitUsage},
+		{[]string{"notes", "0.0.0-1"}, exitFailed}, // no changelog in this directory
+	} {
+		if got := exitCode(run(t.Context(), test.args, nil, io.Discard), io.Discard); got != test.want {
+			t.Errorf("%q: exit code %d, want %d", test.args, got, test.want)
+		}
 	}
 }
 
