@@ -1,0 +1,76 @@
+package stun
+
+import (
+	"bytes"
+	"encoding/binary"
+	"hash/crc32"
+	"net/netip"
+	"testing"
+
+	"tailscale.com/net/pktinfo"
+	upstream "tailscale.com/net/stun"
+)
+
+// fingerprinted corrects the fingerprint of a request.
+func fingerprinted(request []byte) []byte {
+	sum := len(request) - 4
+	binary.BigEndian.PutUint32(request[sum:], crc32.ChecksumIEEE(request[:sum-4])^0x5354554e)
+	return request
+}
+
+// FuzzSTUN gives the server any packet. It gets upstream's answer if and only if
+// upstream's parser accepts it, from the address that upstream finds.
+func FuzzSTUN(f *testing.F) {
+	info := pktinfo.AppendSrc(nil, netip.MustParseAddr("2001:db8::9"))
+	f.Add(upstream.Request(upstream.TxID{1, 2, 3}), []byte{})
+	f.Add(longRequest(200), pktinfo.AppendSrc(nil, netip.MustParseAddr("192.0.2.9")))
+	for _, packet := range notRequests() {
+		f.Add(packet, info)
+	}
+	var s Server
+	s.counters.init()
+	s.SetOpen(true)
+	froms := []netip.AddrPort{
+		netip.MustParseAddrPort("192.0.2.3:1"), netip.MustParseAddrPort("[2001:db8::1]:65535"), netip.MustParseAddrPort("[::ffff:192.0.2.3]:1"),
+	}
+	f.Fuzz(func(t *testing.T, packet, control []byte) {
+		var want, wantSource []byte
+		for _, from := range froms {
+			if tx, err := upstream.ParseBindingRequest(packet); err == nil && len(packet) != packetSize {
+				want = upstream.Response(tx, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()))
+				wantSource = pktinfo.AppendSrc(nil, pktinfo.Dst(control))
+			}
+			if got, source := s.reply(packet, bytes.Clone(control), from); !bytes.Equal(got, want) || !bytes.Equal(source, wantSource) {
+				t.Errorf("answer %x with %x, want %x with %x", got, source, want, wantSource)
+			}
+		}
+	})
+}
+
+// The answer and the parsing of the address asked are all that a request costs in
+// memory. A flood of other packets costs none.
+func TestAllocations(t *testing.T) {
+	s := Server{gateways: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+	s.counters.init()
+	control := append(make([]byte, 0, controlSize), pktinfo.AppendSrc(nil, netip.MustParseAddr("2001:db8::7"))...)
+	request := upstream.Request(upstream.TxID{1})
+	client, gateway := netip.MustParseAddrPort("[2001:db8::1]:1024"), netip.MustParseAddrPort("192.0.2.1:1024")
+	for _, tt := range []struct {
+		name   string
+		open   bool
+		packet []byte
+		from   netip.AddrPort
+		want   float64
+	}{
+		{"request", true, request, client, 2},
+		{"gateway's request", true, request, gateway, 0},
+		{"no request", true, make([]byte, 1000), client, 0},
+		{"closed", false, request, client, 0},
+	} {
+		s.SetOpen(tt.open)
+		s.refused.Store(1) // the first is logged
+		if got := testing.AllocsPerRun(100, func() { s.reply(tt.packet, control, tt.from) }); got != tt.want {
+			t.Errorf("%s: %v allocations, want %v", tt.name, got, tt.want)
+		}
+	}
+}

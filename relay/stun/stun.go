@@ -1,0 +1,129 @@
+// Package stun answers STUN binding requests (RFC 8489) of Tailscale's clients.
+package stun
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"tailscale.com/net/pktinfo"
+	upstream "tailscale.com/net/stun"
+)
+
+const (
+	packetSize    = 1500                  // buffer of one packet; a request has 40 bytes
+	controlSize   = 128                   // room for the pktinfo messages of IPv4 and of IPv6
+	receiveBuffer = 1 << 20               // over a thousand requests; the kernel's limit is net.core.rmem_max
+	retryAfter    = 10 * time.Millisecond // pause after a failed read
+)
+
+// Config configures a [Server].
+type Config struct {
+	Conn *net.UDPConn // closed by Run
+	Log  zerolog.Logger
+
+	// Gateways are addresses from which a container engine forwards packets of
+	// other senders. Their requests get no reply, since it would contain the
+	// gateway's address. A client would take its NAT for one that maps each
+	// destination differently, and give up direct connections (tailscale#17565).
+	Gateways []netip.Addr
+}
+
+// Server answers requests on one socket while it is open. It starts closed. Clients
+// choose their home region by STUN alone, so it is open only while the relay works.
+type Server struct {
+	conn     *net.UDPConn
+	log      zerolog.Logger
+	serve    func(context.Context) error // answers requests until a read fails
+	pktinfo  bool                        // the kernel reports the address that a request was sent to
+	open     atomic.Bool
+	counters counters
+
+	gateways    []netip.Addr
+	refused     atomic.Uint64 // requests from a gateway
+	lastRefused atomic.Int64  // Unix time in nanoseconds, stored before refused grows
+}
+
+// New returns a closed server. The caller keeps the socket if it fails.
+func New(c Config) (*Server, error) {
+	s := &Server{conn: c.Conn, log: c.Log, gateways: c.Gateways}
+	s.counters.init()
+	err := pktinfo.Enable(c.Conn)
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return nil, fmt.Errorf("enabling pktinfo on the STUN socket: %w", err)
+	}
+	s.pktinfo = err == nil
+	if err := c.Conn.SetReadBuffer(receiveBuffer); err != nil {
+		return nil, fmt.Errorf("setting the receive buffer of the STUN socket: %w", err)
+	}
+	if !s.useBatches() {
+		s.serve = s.serveSingly
+	}
+	return s, nil
+}
+
+// SetOpen sets whether requests get replies. A closed server drops them.
+func (s *Server) SetOpen(open bool) { s.open.Store(open) }
+
+// Open reports whether requests get replies.
+func (s *Server) Open() bool { return s.open.Load() }
+
+// Run answers requests until ctx ends. It closes the socket and returns nil.
+func (s *Server) Run(ctx context.Context) error {
+	defer func() { _ = s.conn.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = s.conn.Close() })()
+	for {
+		err := s.serve(ctx)
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		s.counters.readError.Add(1)
+		s.log.Debug().Err(err).Msg("STUN read failed")
+		select {
+		case <-ctx.Done():
+		case <-time.After(retryAfter):
+		}
+	}
+}
+
+// reply returns the reply to a packet, or nil. It replaces the packet's control
+// messages by the one that sends the reply from the address that was asked.
+func (s *Server) reply(packet, control []byte, from netip.AddrPort) (reply, source []byte) {
+	if !s.open.Load() {
+		return nil, nil
+	}
+	tx, err := upstream.ParseBindingRequest(packet)
+	if err != nil || len(packet) == packetSize { // a full buffer may lack the end of a packet
+		s.counters.notSTUN.Add(1)
+		return nil, nil
+	}
+	client := netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+	if s.refuse(client.Addr()) {
+		return nil, nil
+	}
+	family := s.counters.ipv6
+	if client.Addr().Is4() {
+		family = s.counters.ipv4
+	}
+	family.Add(1)
+	asked := pktinfo.Dst(control)
+	if s.pktinfo && !asked.IsValid() {
+		s.counters.noLocalAddr.Add(1)
+	}
+	return upstream.Response(tx, client), pktinfo.AppendSrc(control[:0], asked)
+}
+
+// sent counts replies, which were sent or failed.
+func (s *Server) sent(replies int, err error) {
+	counter := s.counters.success
+	if err != nil {
+		counter = s.counters.writeError
+		s.log.Debug().Err(err).Int("replies", replies).Msg("STUN reply failed")
+	}
+	counter.Add(int64(replies))
+}
