@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"derpd/healthz"
-	"derpd/relay"
+	"derpd/relay/stun"
 )
 
 // checks are the parts of health, in the order of causes.
@@ -102,7 +102,7 @@ func (n *node) checkSTUN(ctx context.Context) healthz.Result {
 	}
 	line := fmt.Sprintf("round trip in %s", took.Round(10*time.Microsecond))
 	if refused, last := n.stun.Refused(); refused > 0 && time.Since(last) < refusedWarning {
-		return healthz.Warnf("%s; %d requests refused, the last one %s ago: %v", line, refused, age(last), relay.ErrGateway)
+		return healthz.Warnf("%s; %d requests refused, the last one %s ago: %v", line, refused, age(last), stun.ErrGateway)
 	}
 	return healthz.Okf("%s", line)
 }

@@ -66,8 +66,10 @@ func TestSTUNFromTheGateway(t *testing.T) {
 	}
 	w := httptest.NewRecorder()
 	n.serveMetrics(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", http.NoBody))
-	if want := "\nderpd_stun_gateway_refused_total 1\n"; !strings.Contains(w.Body.String(), want) {
-		t.Errorf("metrics lack %q:\n%s", want, w.Body)
+	for _, want := range []string{"\nderpd_stun_gateway_refused_total 1\n", "\nstun_no_local_addr 0\n", "\nstun_requests{disposition=\"success\"} "} {
+		if !strings.Contains(w.Body.String(), want) {
+			t.Errorf("metrics lack %q:\n%s", want, w.Body)
+		}
 	}
 }
 

@@ -27,6 +27,7 @@ func (n *node) metrics() []expvar.KeyValue {
 	if n.stun != nil {
 		refused, _ := n.stun.Refused()
 		list = append(list,
+			expvar.KeyValue{Key: "stun", Value: n.stun.Metrics()},
 			expvar.KeyValue{Key: "gauge_derpd_stun_open", Value: number(n.stun.Open())},
 			expvar.KeyValue{Key: "counter_derpd_stun_gateway_refused_total", Value: number(int64(refused))})
 	}

@@ -24,6 +24,7 @@ import (
 	"derpd/relay"
 	"derpd/relay/admit"
 	"derpd/relay/derpmap"
+	"derpd/relay/stun"
 )
 
 // stopTimeout bounds the stop: a container manager starts the next relay only
@@ -60,7 +61,7 @@ type node struct {
 
 	listeners *listeners
 	relay     *relay.Relay
-	stun      *relay.STUN   // nil when off
+	stun      *stun.Server  // nil when off
 	certs     certs.Manager // nil in mode off
 	gate      *admit.Gate   // nil when open
 	bootstrap *relay.BootstrapDNS
@@ -140,7 +141,7 @@ func (n *node) build(ctx context.Context) error {
 		return err
 	}
 	if n.listeners.stun != nil {
-		if n.stun, err = relay.NewSTUN(relay.STUNConfig{Conn: n.listeners.stun, Gateways: c.gateways, Log: n.log}); err != nil {
+		if n.stun, err = stun.New(stun.Config{Conn: n.listeners.stun, Gateways: c.gateways, Log: n.log}); err != nil {
 			return err
 		}
 	}

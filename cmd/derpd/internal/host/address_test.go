@@ -10,7 +10,7 @@ import (
 
 	"github.com/rs/zerolog"
 
-	"derpd/relay"
+	"derpd/relay/stun"
 )
 
 // stunServer is a real STUN server, open or silent.
@@ -20,7 +20,7 @@ func stunServer(t *testing.T, open bool) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := relay.NewSTUN(relay.STUNConfig{Conn: conn, Log: zerolog.Nop()})
+	s, err := stun.New(stun.Config{Conn: conn, Log: zerolog.Nop()})
 	if err != nil {
 		t.Fatal(err)
 	}
