@@ -445,8 +445,8 @@ func TestStopIsQuickWithClientsConnected(t *testing.T) {
 	if n.stun.Open() {
 		t.Error("STUN is open after the stop")
 	}
-	if report := n.health.Report(t.Context()); report.Ready {
-		t.Error("health says ready after the stop")
+	if report := n.health.Report(t.Context()); report.Ready || report.Cause != "the relay is stopping" {
+		t.Errorf("health after the stop: %s", report)
 	}
 }
 

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/types/key"
+
+	"derpd/internal/testkit"
+)
+
+// TestAnotherServerOnTheAdminAddress runs the commands that ask the running relay
+// while another server has DERP_ADMIN_ADDR. Its answers must not pass for a map
+// or for an admission.
+func TestAnotherServerOnTheAdminAddress(t *testing.T) {
+	for name, answer := range map[string]http.HandlerFunc{
+		"a page":        answer(http.StatusOK, "<html>It works!</html>"),
+		"an empty page": answer(http.StatusOK, ""),
+		"not found":     answer(http.StatusNotFound, `{"Welcome":true,"Reason":"a source says yes"}`),
+		"a page of text": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/plain")
+			_, _ = io.WriteString(w, "It works!")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := httptest.NewServer(answer)
+			t.Cleanup(server.Close)
+			env := dedup(loopbackEnv(t, "DERP_ADMIN_ADDR="+server.Listener.Addr().String(), "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com"))
+			ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
+			defer cancel()
+
+			var out strings.Builder
+			err := run(ctx, time.Now(), []string{"derpmap", "--format", "json"}, env, &out, io.Discard)
+			// The map comes from the configuration, as without a relay.
+			if err != nil || !strings.Contains(out.String(), `"HostName": "derp.example.com"`) {
+				t.Errorf("derpmap: %v\n%s", err, out.String())
+			}
+
+			out.Reset()
+			err = run(ctx, time.Now(), []string{"admit", key.NewNode().Public().String()}, env, &out, io.Discard)
+			if err == nil || !strings.Contains(err.Error(), "is not a derpd") || out.Len() > 0 {
+				t.Errorf("admit: %v\n%s", err, out.String())
+			}
+		})
+	}
+}
