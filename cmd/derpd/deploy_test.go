@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -190,8 +191,11 @@ func TestFlyTOMLWithAddresses(t *testing.T) {
 	}
 }
 
-// What railway.ts makes, as its helpers are told; the names of the fields are
-// those of Railway's SDK.
+// TestRailwayTS asserts that railway.ts and derpd agree: on the ports, the path of
+// the health check, the volume and the user. The functions of Railway's SDK are
+// replaced by ones that return their arguments, and the field names are copied
+// from the SDK's documentation. The test therefore does not show that Railway
+// accepts the file.
 func TestRailwayTS(t *testing.T) {
 	node := program(t, "node")
 	dir := t.TempDir()
@@ -237,12 +241,20 @@ export const project = (name, definition) => ({ name, ...definition });
 		t.Fatalf("got %+v, want a service and a volume", project)
 	}
 	s := project.Resources[0]
-	if _, ok := s.Networking.TCPProxies["8443"]; !ok || s.Healthcheck != "/readyz" || s.Replicas != 1 ||
-		s.VolumeMounts["/data"].Name != project.Resources[1].Name || s.Env["RAILWAY_RUN_UID"] != "0" {
-		t.Errorf("service %+v", s)
+	env := append(strings.Split(onRailway, " "), "PORT="+s.Env["PORT"], "DERP_DATA_DIR="+t.TempDir())
+	c, err := loadConfig(dedup(env))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if !strings.Contains(onRailway, "PORT="+s.Env["PORT"]+" ") {
-		t.Errorf("PORT is %s, and the tests of the platform have another: %s", s.Env["PORT"], onRailway)
+	if _, ok := s.Networking.TCPProxies[strconv.Itoa(portOf(c.addr))]; !ok || len(s.Networking.TCPProxies) != 1 {
+		t.Errorf("the TCP proxies %v do not lead to %s", s.Networking.TCPProxies, c.addr)
+	}
+	// Railway asks for the health check on PORT.
+	if strconv.Itoa(portOf(c.health)) != s.Env["PORT"] || s.Healthcheck != "/readyz" {
+		t.Errorf("the health check asks %s on port %s, derpd answers on %s", s.Healthcheck, s.Env["PORT"], c.health)
+	}
+	if s.VolumeMounts["/data"].Name != project.Resources[1].Name || s.Replicas != 1 || s.Env["RAILWAY_RUN_UID"] != "0" {
+		t.Errorf("service %+v: want one replica that can write to the volume", s)
 	}
 }
 

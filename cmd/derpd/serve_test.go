@@ -450,26 +450,37 @@ func TestStopIsQuickWithClientsConnected(t *testing.T) {
 	}
 }
 
-// What runs follows from the configuration.
+// TestTasks compares what runs under a configuration with what runs by default.
 func TestTasks(t *testing.T) {
-	for _, tt := range []struct {
-		env  []string
-		want string
-	}{
-		{nil, "https admin bootstrap-dns address self-check announce stop http stun certificates"},
-		{[]string{"DERP_STUN=false"}, "https admin bootstrap-dns address self-check announce stop http certificates"},
-		{[]string{"DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address self-check announce stop stun certificates"},
-		{[]string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, "https admin bootstrap-dns address self-check announce stop stun"},
-		{[]string{"DERP_HEALTH_ADDR=127.0.0.1:0"}, "https admin bootstrap-dns address self-check announce stop http health stun certificates"},
-		{[]string{"DERP_MESH_WITH=127.0.0.1:1", "DERP_MESH_KEY=" + meshSecret}, "https admin bootstrap-dns address self-check announce stop http stun certificates mesh"},
-	} {
-		n := begin(t, loopbackEnv(t, tt.env...))
-		var names []string
-		for _, task := range n.tasks() {
-			names = append(names, task.name)
+	names := func(env ...string) []string {
+		var list []string
+		for _, task := range begin(t, loopbackEnv(t, env...)).tasks() {
+			list = append(list, task.name)
 		}
-		if got := strings.Join(names, " "); got != tt.want {
-			t.Errorf("%v: runs %s, want %s", tt.env, got, tt.want)
+		slices.Sort(list)
+		return list
+	}
+	byDefault := names()
+	for _, want := range []string{"https", "http", "admin", "stun", "certificates", "self-check", "stop"} {
+		if !slices.Contains(byDefault, want) {
+			t.Errorf("by default %v run, want %s among them", byDefault, want)
+		}
+	}
+	for name, tt := range map[string]struct {
+		env         []string
+		more, fewer []string
+	}{
+		"no STUN":               {env: []string{"DERP_STUN=false"}, fewer: []string{"stun"}},
+		"no port 80":            {env: []string{"DERP_HTTP_PORT=-1"}, fewer: []string{"http"}},
+		"TLS ends in front":     {env: []string{"DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1"}, fewer: []string{"http", "certificates"}},
+		"a health listener":     {env: []string{"DERP_HEALTH_ADDR=127.0.0.1:0"}, more: []string{"health"}},
+		"a source of admission": {env: []string{"DERP_ALLOW_KEYS=" + key.NewNode().Public().String()}, more: []string{"admission", "clients"}},
+		"a mesh":                {env: []string{"DERP_MESH_WITH=127.0.0.1:1", "DERP_MESH_KEY=" + meshSecret}, more: []string{"mesh"}},
+	} {
+		want := slices.DeleteFunc(slices.Concat(byDefault, tt.more), func(task string) bool { return slices.Contains(tt.fewer, task) })
+		slices.Sort(want)
+		if got := names(tt.env...); !slices.Equal(got, want) {
+			t.Errorf("%s: %v run, want %v", name, got, want)
 		}
 	}
 }

@@ -68,7 +68,7 @@ func TestWait(t *testing.T) {
 				Within(t, time.Second, "a packet", func(context.Context) error { return errors.New("silence") })
 			}, "waited 1s for a packet: silence", time.Second},
 			"Until":   {func(t testing.TB) { Until(t, "it is ready", func() bool { return false }) }, "not within 1m0s: it is ready", Patience},
-			"Receive": {func(t testing.TB) { Receive(t, "the end", make(chan error)) }, "not within 1m0s: the end", Patience},
+			"Receive": {func(t testing.TB) { Receive(t, "the end", make(chan int)) }, "not within 1m0s: the end", Patience},
 		} {
 			begun := time.Now()
 			if got := failureOf(t, c.run); got != c.want || time.Since(begun) != c.took {
