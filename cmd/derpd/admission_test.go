@@ -20,8 +20,8 @@ import (
 	"derpd/internal/testkit"
 )
 
-// connectAs connects with a given node key, and reports what the relay thinks
-// of it.
+// connectAs connects with a node key, and returns why the relay refuses it, or
+// nil.
 func connectAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) error {
 	t.Helper()
 	c := testkit.RegionClient(t, r, private)
@@ -29,7 +29,7 @@ func connectAs(t *testing.T, r *tailcfg.DERPRegion, private key.NodePrivate) err
 	return testkit.Admitted(t, c)
 }
 
-// serveSocket serves HTTP on a unix socket.
+// serveSocket serves HTTP on a unix socket until the test ends.
 func serveSocket(t *testing.T, path string, handler http.Handler) {
 	t.Helper()
 	ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", path)
@@ -41,7 +41,7 @@ func serveSocket(t *testing.T, path string, handler http.Handler) {
 	t.Cleanup(server.Close)
 }
 
-// answer answers every request alike.
+// answer makes a handler with the same response to every request.
 func answer(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(status)
@@ -49,8 +49,8 @@ func answer(status int, body string) http.HandlerFunc {
 	}
 }
 
-// Every source admits its own nodes, and nobody else, through a real relay and
-// a real client.
+// TestAdmissionSources connects a member and a stranger to a relay with each
+// kind of source. Only the member is admitted.
 func TestAdmissionSources(t *testing.T) {
 	member, stranger := key.NewNode(), key.NewNode()
 	isMember := func(k key.NodePublic) bool { return k == member.Public() }
@@ -64,8 +64,8 @@ func TestAdmissionSources(t *testing.T) {
 	}))
 	t.Cleanup(admissionURL.Close)
 
-	// The LocalAPI as tailscaled serves it (ipn/localapi, serveWhoIs and
-	// serveStatus).
+	// The handler answers like tailscaled's LocalAPI (ipn/localapi,
+	// serveWhoIs and serveStatus).
 	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
 	serveSocket(t, socket, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/localapi/v0/status" {
@@ -110,7 +110,7 @@ func TestAdmissionSources(t *testing.T) {
 			if strings.Contains(string(n.printed), "open") {
 				t.Error("the map calls a closed relay open")
 			}
-			// The self-check must pass a closed relay too.
+			// The relay must admit its own self-check.
 			if report := n.health.Report(t.Context()); !report.Ready {
 				t.Error(report)
 			}
@@ -118,8 +118,8 @@ func TestAdmissionSources(t *testing.T) {
 	}
 }
 
-// A source that gives no clear answer admits nobody, whatever the fault looks
-// like, and does not stand in the way of a source that knows the node.
+// TestAdmissionFailsClosed asserts that a source with a fault admits no node,
+// and does not keep another source from admitting one.
 func TestAdmissionFailsClosed(t *testing.T) {
 	member, other := key.NewNode(), key.NewNode()
 	for name, handler := range map[string]http.HandlerFunc{
@@ -133,7 +133,8 @@ func TestAdmissionFailsClosed(t *testing.T) {
 			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
 		},
 		"a hang": func(_ http.ResponseWriter, r *http.Request) {
-			// The end of a connection is noticed only once the body is read.
+			// net/http sees the end of the connection only after
+			// the body is read.
 			_, _ = io.Copy(io.Discard, r.Body)
 			<-r.Context().Done()
 		},
@@ -151,7 +152,7 @@ func TestAdmissionFailsClosed(t *testing.T) {
 				t.Errorf("a node that another source knows is refused: %v", err)
 			}
 			if report := n.health.Report(t.Context()); !strings.Contains(report.String(), "warn admission: 1 of 2 sources need attention: url http://127.0.0.1") {
-				t.Errorf("health does not tell: %s", report)
+				t.Errorf("health does not report the fault: %s", report)
 			}
 		})
 	}
@@ -160,17 +161,17 @@ func TestAdmissionFailsClosed(t *testing.T) {
 		n := begin(t, loopbackEnv(t, "DERP_VERIFY_CLIENTS=true", "DERP_TAILSCALED_SOCKET="+socket))
 		r := region(t, parsePolicy(t, n.printed))
 		if err := connectAs(t, r, other); err == nil {
-			t.Error("admitted by a tailscaled that is not there")
+			t.Error("admitted although no tailscaled runs")
 		}
 		serveSocket(t, socket, answer(http.StatusOK, `{"Node":{"ID":1},"BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`))
 		if err := connectAs(t, r, other); err != nil {
-			t.Errorf("the socket appeared, but: %v", err)
+			t.Errorf("refused although tailscaled runs: %v", err)
 		}
 	})
 }
 
-// A key file acts when it changes: on new nodes, and on those that are
-// connected. One that is emptied or broken changes nothing.
+// TestKeyFileIsReadAgain changes the key file of a running relay. A good file
+// takes effect; an empty or damaged one leaves the last good list in force.
 func TestKeyFileIsReadAgain(t *testing.T) {
 	first, second := key.NewNode(), key.NewNode()
 	file := filepath.Join(t.TempDir(), "keys")
@@ -190,21 +191,21 @@ func TestKeyFileIsReadAgain(t *testing.T) {
 	testkit.Until(t, "a node that was added is admitted", func() bool { return connectAs(t, r, second) == nil })
 	for _, broken := range []string{"", "nodekey:123", "# nothing\n"} {
 		write(broken)
-		testkit.Until(t, "health tells of the broken file", func() bool {
+		testkit.Until(t, "health reports the damaged file", func() bool {
 			return strings.Contains(n.health.Report(t.Context()).String(), "the last good list of 2 keys stays in force")
 		})
 		if err := connectAs(t, r, first); err != nil {
 			t.Errorf("the file became %q, and a known node is refused: %v", broken, err)
 		}
 		write(first.Public().String() + "\n" + second.Public().String() + "\n")
-		testkit.Until(t, "health tells that the file is good again", func() bool {
+		testkit.Until(t, "health reports the good file", func() bool {
 			return strings.Contains(n.health.Report(t.Context()).String(), "ok   admission: keys "+file)
 		})
 	}
 }
 
-// A connected node that its source no longer knows is disconnected, and cannot
-// come back; the others do not notice.
+// TestRevocation removes a connected node from its source. The relay
+// disconnects that node alone, and refuses it afterwards.
 func TestRevocation(t *testing.T) {
 	member, removed := key.NewNode(), key.NewNode()
 	for name, revoke := range map[string]func(t *testing.T) (env []string, remove func()){
@@ -269,8 +270,8 @@ func TestRevocation(t *testing.T) {
 	}
 }
 
-// Upstream's fail-open is there, by name only, and only for a URL that cannot
-// be reached.
+// TestFailOpen asserts that DERP_VERIFY_CLIENT_URL_FAIL_OPEN admits nodes while
+// the URL cannot be reached, but not after an error of its server.
 func TestFailOpen(t *testing.T) {
 	broken := httptest.NewServer(answer(http.StatusInternalServerError, ""))
 	t.Cleanup(broken.Close)
@@ -287,8 +288,9 @@ func TestFailOpen(t *testing.T) {
 	}
 }
 
-// Metrics and `derpd admit` tell what the gate knows.
-func TestAdmissionIsTold(t *testing.T) {
+// TestAdmissionIsReported compares the metrics and `derpd admit` with the
+// decisions of the relay.
+func TestAdmissionIsReported(t *testing.T) {
 	member := key.NewNode()
 	down := httptest.NewServer(answer(http.StatusInternalServerError, ""))
 	t.Cleanup(down.Close)
@@ -334,7 +336,8 @@ func TestAdmissionIsTold(t *testing.T) {
 	}
 }
 
-// Without any source the relay is open, and says so wherever one looks.
+// TestOpenRelaySaysSo asserts that the map and the health report of a relay
+// without sources say that it is open.
 func TestOpenRelaySaysSo(t *testing.T) {
 	for _, env := range [][]string{nil, {"DERP_VERIFY_CLIENTS=false"}} {
 		n := begin(t, loopbackEnv(t, env...))
@@ -350,7 +353,8 @@ func TestOpenRelaySaysSo(t *testing.T) {
 	}
 }
 
-// derper's --verify-client-url works without --verify-clients.
+// TestVerifyURLWithoutVerifyClients asserts that the admission URL is asked
+// although DERP_VERIFY_CLIENTS is false, as with derper.
 func TestVerifyURLWithoutVerifyClients(t *testing.T) {
 	var asked atomic.Int32
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

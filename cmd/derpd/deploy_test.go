@@ -34,7 +34,8 @@ func contents(t *testing.T, parts ...string) string {
 	return string(data)
 }
 
-// program finds a program that a machine may lack.
+// program returns the path of a program. The test is skipped on a machine
+// without the program.
 func program(t *testing.T, names ...string) string {
 	t.Helper()
 	for _, name := range names {
@@ -46,7 +47,7 @@ func program(t *testing.T, names ...string) string {
 	return ""
 }
 
-// output runs a program, which must succeed.
+// output runs a program that must succeed, and returns its output.
 func output(t *testing.T, dir string, env []string, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), name, args...)
@@ -58,8 +59,8 @@ func output(t *testing.T, dir string, env []string, name string, args ...string)
 	return string(out)
 }
 
-// flyService holds the keys of fly.toml's services that we use, as
-// fly.io/docs/reference/configuration has them.
+// flyService has the keys of a service that docker/fly.toml uses
+// (fly.io/docs/reference/configuration).
 type flyService struct {
 	Protocol     string `toml:"protocol"`
 	InternalPort int    `toml:"internal_port"`
@@ -68,7 +69,7 @@ type flyService struct {
 	MinMachines  int    `toml:"min_machines_running"`
 	Ports        []struct {
 		Port              int      `toml:"port"`
-		Handlers          []string `toml:"handlers"` // none: raw TCP
+		Handlers          []string `toml:"handlers"` // raw TCP if empty
 		ProxyProtoOptions struct {
 			Version string `toml:"version"`
 		} `toml:"proxy_proto_options"`
@@ -112,7 +113,8 @@ type flyConfig struct {
 	} `toml:"vm"`
 }
 
-// fly.toml leads to the ports that derpd takes on Fly.io.
+// TestFlyTOML compares the ports of fly.toml with the ports that derpd chooses
+// on Fly.io.
 func TestFlyTOML(t *testing.T) {
 	var f flyConfig
 	meta, err := toml.Decode(contents(t, "docker", "fly.toml"), &f)
@@ -159,8 +161,9 @@ func TestFlyTOML(t *testing.T) {
 	}
 }
 
-// What fly.toml tells to take the # away from makes derpd believe Fly.io's
-// proxy, which then sends its header to both TCP ports.
+// TestFlyTOMLWithAddresses uncomments the optional part of fly.toml. With it
+// Fly.io's proxy sends PROXY headers to both TCP ports, and derpd trusts the
+// proxy.
 func TestFlyTOMLWithAddresses(t *testing.T) {
 	text := strings.NewReplacer("# [env]", "[env]", "#   DERP_", "  DERP_", "# handlers", "handlers", "# proxy_proto_options", "proxy_proto_options").
 		Replace(contents(t, "docker", "fly.toml"))
@@ -206,7 +209,7 @@ export const volume = (name, config) => ({ name, ...config });
 export const service = (name, config) => ({ name, ...config });
 export const project = (name, definition) => ({ name, ...definition });
 `)(t, dir)
-	// Without types in it, the file is JavaScript.
+	// railway.ts has no type annotations, so it runs as JavaScript.
 	file("railway.mjs", contents(t, "docker", "railway", "railway.ts"))(t, dir)
 	file("print.mjs", `import program from "./railway.mjs"; console.log(JSON.stringify(program({})));`)(t, dir)
 	var project struct {
@@ -258,7 +261,8 @@ export const project = (name, definition) => ({ name, ...definition });
 	}
 }
 
-// systemd takes the unit, and finds little that it could still take away.
+// TestSystemdUnit checks the unit with systemd's own tools, including the score
+// of its security options.
 func TestSystemdUnit(t *testing.T) {
 	analyze := program(t, "systemd-analyze")
 	self, err := os.Executable()
@@ -266,7 +270,7 @@ func TestSystemdUnit(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	// systemd-analyze wants the program to be there.
+	// systemd-analyze refuses a unit whose program does not exist.
 	unit := strings.ReplaceAll(contents(t, "docker", "derpd.service"), "ExecStart=/usr/local/bin/derpd", "ExecStart="+self)
 	file("derpd.service", unit)(t, dir)
 	if out := output(t, dir, nil, analyze, "verify", "./derpd.service"); strings.Contains(out, "derpd.service") {
@@ -277,7 +281,7 @@ func TestSystemdUnit(t *testing.T) {
 	t.Log("overall" + strings.TrimSpace(score))
 }
 
-// podman's own generator takes the quadlet.
+// TestQuadlet runs podman's generator on the quadlet.
 func TestQuadlet(t *testing.T) {
 	quadlet := program(t, "/usr/libexec/podman/quadlet", "quadlet")
 	dir := t.TempDir()
@@ -285,13 +289,13 @@ func TestQuadlet(t *testing.T) {
 	out := output(t, dir, []string{"QUADLET_UNIT_DIRS=" + dir}, quadlet, "-dryrun")
 	for _, want := range []string{`--health-cmd "[\"/derpd\",\"healthcheck\"]"`, "--read-only", "--cap-drop all", "--label io.containers.autoupdate=local", "-v derpd:/data", "--publish 0.0.0.0:3478:3478/udp"} {
 		if !strings.Contains(out, want) {
-			t.Errorf("podman is not told %s:\n%s", want, out)
+			t.Errorf("podman's unit lacks %s:\n%s", want, out)
 		}
 	}
 }
 
-// These mirror the parts of Kubernetes' types that the manifest uses: a field
-// that is misspelt is unknown here, and silently dropped there by old clusters.
+// The kube types are the parts of Kubernetes' types that the manifest uses. A
+// misspelt field fails the test; an old cluster would drop it silently.
 type (
 	kubeObject struct {
 		APIVersion string `yaml:"apiVersion"`

@@ -49,16 +49,16 @@ func TestPublicNode(t *testing.T) {
 	}
 }
 
-// A relay that knows no address of its own makes no certificate: it would be
-// for nobody, and stay for ten years. That is no fault of the configuration: the
-// start may be tried again, and has left nothing behind.
+// TestNoPinnedCertificateWithoutName asserts that a relay without any address
+// makes no certificate: no client would accept it, and it would stay for ten
+// years. The exit code allows a retry, and the data directory is unchanged.
 func TestNoPinnedCertificateWithoutName(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	c, err := loadConfig(dedup(loopbackEnv(t, "DERP_DATA_DIR="+dir)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.node.IPv4 = derpmap.None // as if none were found
+	c.node.IPv4 = derpmap.None // no address is found either
 	_, err = newNode(t.Context(), time.Now(), c, zerolog.Nop(), io.Discard)
 	if code := exitCode(err, io.Discard); !errors.Is(err, errNoName) || code != exitFailed {
 		t.Errorf("exit code %d, %v; want %d, %v", code, err, exitFailed, errNoName)

@@ -12,6 +12,7 @@ import (
 
 	"tailscale.com/net/stun"
 
+	"derpd/cmd/derpd/internal/host"
 	"derpd/internal/testkit"
 )
 
@@ -50,7 +51,7 @@ func stunSaying(t *testing.T, address string) (server string, asked *atomic.Int6
 // public address: while one of the two addresses is unknown and no domain leads
 // to the relay.
 func TestDiscoveryIsAsked(t *testing.T) {
-	if !outbound(t.Context(), "udp4").IsValid() {
+	if !host.PublicAddresses(t.Context(), nil).V4.IsValid() {
 		t.Skip("this machine has no IPv4 route")
 	}
 	const found = "198.18.0.9"

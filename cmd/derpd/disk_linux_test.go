@@ -22,25 +22,26 @@ import (
 	"derpd/relay"
 )
 
-// A directory that takes nothing more, or has become read-only, costs the
-// renewal and nothing else: the old certificate is served, and health says why.
+// TestCertificatesCannotBeStored fills the data directory, or makes it
+// read-only, before a renewal. The relay serves the old certificate, and health
+// reports the cause.
 func TestCertificatesCannotBeStored(t *testing.T) {
 	for _, tt := range []struct {
-		name        string
-		spoil, mend func(data string) error
-		want        string // in health; $D is the data directory
-		warning     string // of the configuration, or none
+		name          string
+		spoil, repair func(data string) error
+		want          string // end of health's detail; $D is the data directory
+		warning       string // warning of the configuration; empty for none
 	}{
 		{
-			name:  "full",
-			spoil: func(data string) error { return fill(filepath.Join(data, "rubbish")) },
-			mend:  func(data string) error { return os.Remove(filepath.Join(data, "rubbish")) },
-			want:  "certificates cannot be stored in $D/certs: no space left on device; make room there; derpd tries again by itself",
+			name:   "full",
+			spoil:  func(data string) error { return fill(filepath.Join(data, "rubbish")) },
+			repair: func(data string) error { return os.Remove(filepath.Join(data, "rubbish")) },
+			want:   "certificates cannot be stored in $D/certs: no space left on device; make room there; derpd tries again by itself",
 		},
 		{
 			name:    "read-only",
 			spoil:   makeReadOnly,
-			mend:    func(data string) error { return unix.Mount("", data, "", unix.MS_REMOUNT, tmpfsSize) },
+			repair:  func(data string) error { return unix.Mount("", data, "", unix.MS_REMOUNT, tmpfsSize) },
 			want:    "certificates cannot be stored in $D/certs: read-only file system; mount it for writing; derpd tries again by itself",
 			warning: "DERP_DATA_DIR: $D cannot be written to by uid 0: read-only file system; mount it for writing; the stored certificate is served, but cannot be renewed",
 		},
@@ -48,7 +49,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			data := smallDisk(t)
 			authority := acmetest.Start(t)
-			authority.Validity = 4 * time.Minute // less than certmagic likes, so it is renewed at each start
+			authority.Validity = 4 * time.Minute // so near its end, certmagic renews a certificate at each start
 			domain := freshName(tt.name)
 			httpPort := testkit.FreePort(t)
 			env := loopbackEnv(t, "DERP_DATA_DIR="+data, "DERP_DOMAIN="+domain, "DERP_HTTP_PORT="+strconv.Itoa(httpPort),
@@ -78,7 +79,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 			}
 			n.stop()
 
-			if err := tt.mend(data); err != nil {
+			if err := tt.repair(data); err != nil {
 				t.Fatal(err)
 			}
 			inAnotherProcess(t, env, "it is renewed", func() bool {
@@ -89,8 +90,8 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 	}
 }
 
-// inAnotherProcess runs derpd until a condition holds. certmagic's pauses after a
-// renewal that failed, or was cut short, outlive a relay in this process.
+// inAnotherProcess runs derpd until a condition holds. In the test's own
+// process certmagic's pause after a failed renewal would delay the next relay.
 func inAnotherProcess(t *testing.T, env []string, what string, holds func() bool) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), derpdBinary(t))
@@ -105,7 +106,7 @@ func inAnotherProcess(t *testing.T, env []string, what string, holds func() bool
 	testkit.Until(t, what, holds)
 }
 
-// stored is the certificate in a data directory, nil if there is none.
+// stored returns the certificate in a data directory, or nil.
 func stored(data string) *x509.Certificate {
 	files, _ := filepath.Glob(filepath.Join(data, "certs/certificates/*/*/*.pem"))
 	if len(files) != 1 {
@@ -118,8 +119,9 @@ func stored(data string) *x509.Certificate {
 	return pair.Leaf
 }
 
-// A relay whose disk is full when it wants its first certificate gets it once
-// there is room.
+// TestDiskFullAtTheFirstStart makes room on a full disk after the relay has
+// failed to store its first certificate. The relay then obtains one without a
+// restart.
 func TestDiskFullAtTheFirstStart(t *testing.T) {
 	data := smallDisk(t)
 	rubbish := filepath.Join(data, "rubbish")
@@ -147,10 +149,10 @@ func TestDiskFullAtTheFirstStart(t *testing.T) {
 	}
 }
 
-// tmpfsSize is enough for a relay.
+// tmpfsSize is the size of smallDisk, enough for the files of a relay.
 const tmpfsSize = "size=256k"
 
-// smallDisk is a file system of its own.
+// smallDisk mounts a small file system until the test ends.
 func smallDisk(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -169,8 +171,8 @@ func makeReadOnly(dir string) error {
 	return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, tmpfsSize)
 }
 
-// A data directory that can only be read is enough for a relay that finds all
-// it needs in it, and refused otherwise.
+// TestReadOnlyDirectory starts relays on a read-only data directory. The start
+// is refused unless the directory holds every file that the relay needs.
 func TestReadOnlyDirectory(t *testing.T) {
 	const refused = "DERP_DATA_DIR: $D cannot be written to by uid 0: read-only file system; mount it for writing"
 	nodeKey := func(t *testing.T, dir string) {
@@ -211,7 +213,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 			}
 		}},
 		{name: "manual", env: manualMode, holds: manual, starts: true, warns: true},
-		// derpd writes nothing there.
+		// derpd never writes to a DERP_CERT_DIR in mode manual.
 		{name: "the directory of files", env: append([]string{elsewhere, "DERP_CERT_DIR=$D/certs"}, manualMode...), holds: manual, starts: true},
 		{name: "off", env: []string{"DERP_CERT_MODE=off"}, holds: nodeKey, starts: true, warns: true},
 		{name: "no certificate yet", env: []string{"DERP_DOMAIN=derp.example.com"}, holds: nodeKey},
@@ -249,7 +251,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 	}
 }
 
-// fill takes all room that there is.
+// fill writes a file until the disk is full.
 func fill(path string) error {
 	f, err := os.Create(path)
 	if err != nil {

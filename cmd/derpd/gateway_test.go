@@ -47,7 +47,8 @@ func TestSTUNFromTheGateway(t *testing.T) {
 		return err == nil
 	}
 	gateway := ask("127.0.0.2")
-	// What comes later has its answer, so the first request was seen.
+	// The response to a later request shows that the server has read the
+	// first one.
 	if !answered(ask("127.0.0.3"), patience) {
 		t.Error("a client has no answer")
 	}

@@ -25,16 +25,16 @@ import (
 	"derpd/relay"
 )
 
-// kills is how often a relay is killed by TestKilled, in all.
+// kills is the number of SIGKILLs in TestKilled, over all victims.
 const kills = 100
 
-// A relay that is killed at any moment leaves nothing on disk that the next one
-// cannot use, and loses nothing that was there.
+// TestKilled kills relays at random moments. The next relay must be able to use
+// the data directory, and no earlier file may be changed or lost.
 func TestKilled(t *testing.T) {
 	derpd := derpdBinary(t)
 	victims := []*victim{
-		// What is forgotten when it is whole is made again: so kills come
-		// while it is made.
+		// Complete files below forget are removed, so that later kills
+		// hit the relay while it makes them again.
 		{name: "everything is new", forget: "."},
 		{name: "a new certificate", forget: "certs/certificates"},
 		{name: "renewal"},
@@ -48,7 +48,7 @@ func TestKilled(t *testing.T) {
 			continue
 		}
 		authority := acmetest.Start(t)
-		// So near its end, a certificate is renewed at each start.
+		// certmagic renews a certificate so near its end at each start.
 		authority.Validity = 4 * time.Minute
 		httpPort := testkit.FreePort(t)
 		authority.Validate(t, httpPort, 1)
@@ -67,13 +67,13 @@ func TestKilled(t *testing.T) {
 	for _, v := range victims {
 		begun := time.Now()
 		n := begin(t, v.env)
-		t.Logf("%s: a start takes %s; certificates seen whole %d times, %d of them new; ready %s after the last kill", v.name, v.takes, v.whole, v.changes, time.Since(begun).Round(time.Millisecond))
+		t.Logf("%s: a start takes %s; complete certificates seen %d times, %d of them new; ready %s after the last kill", v.name, v.takes, v.whole, v.changes, time.Since(begun).Round(time.Millisecond))
 		n.stop()
 	}
 }
 
-// derpdBinary is the test binary under the name by which it knows that it is to
-// be derpd.
+// derpdBinary links the test binary as derpd: under that name it runs the
+// program instead of the tests.
 func derpdBinary(t *testing.T) string {
 	t.Helper()
 	self, err := os.Executable()
@@ -87,18 +87,19 @@ func derpdBinary(t *testing.T) string {
 	return path
 }
 
-// victim is a relay that is started and killed again and again.
+// victim is a relay that is started and killed repeatedly.
 type victim struct {
 	name, derpd, dir string
 	env              []string
-	forget           string // below dir, removed when the certificate is whole
+	forget           string // path below dir, removed when the certificate is complete
 	pinned           bool
 
-	takes          time.Duration // of a first start, until the certificate is there
+	takes          time.Duration // duration of a first start until the certificate is complete
 	whole, changes int
-	seen           map[string]string // what must not change, or go, by its path
+	seen           map[string]string // contents of files that must stay, by path
 }
 
+// killOften starts and kills the relay, and checks the files after each kill.
 func (v *victim) killOften(t *testing.T, times int) error {
 	v.seen = make(map[string]string)
 	for i := range times {
@@ -112,8 +113,8 @@ func (v *victim) killOften(t *testing.T, times int) error {
 			v.awaitCertificate()
 			v.takes = time.Since(begun)
 			if !v.pinned {
-				// Whether it waits for the authority or not, which asks
-				// for a second, is chance.
+				// The authority's validation takes up to a
+				// second, at random.
 				v.takes = max(v.takes, 1500*time.Millisecond)
 			}
 		} else {
@@ -141,21 +142,24 @@ func (v *victim) killOften(t *testing.T, times int) error {
 	return nil
 }
 
+// awaitCertificate waits for the first certificate. The short interval makes the
+// measured duration exact.
 func (v *victim) awaitCertificate() {
 	deadline, tick := time.After(patience), time.NewTicker(5*time.Millisecond)
 	defer tick.Stop()
 	for v.certificate() == "" {
 		select {
 		case <-deadline:
-			return // check will tell what there is
+			return // check reports the missing file
 		case <-tick.C:
 		}
 	}
 }
 
-// certificate is the file of a certificate that is complete, or empty.
+// certificate returns the path of the last file of a complete certificate, or
+// an empty string.
 func (v *victim) certificate() string {
-	pattern := "certs/certificates/*/*/*.json" // written last
+	pattern := "certs/certificates/*/*/*.json" // certmagic writes it last
 	if v.pinned {
 		pattern = "certs/pinned.pem.pin"
 	}
@@ -166,11 +170,11 @@ func (v *victim) certificate() string {
 	return found[0]
 }
 
-// unfinished matches the names of files that are written before they are
-// renamed, and of certmagic's trial of the storage.
+// unfinished matches temporary files that are renamed when they are complete,
+// and the files with which certmagic tests its storage.
 var unfinished = regexp.MustCompile(`^\d+$|\.tmp\d+$|^rw_test_\d+$`)
 
-// check finds what is damaged, changed or lost.
+// check returns an error if a file is damaged, changed or lost.
 func (v *victim) check() error {
 	here := make(map[string]bool)
 	err := filepath.WalkDir(v.dir, func(path string, d fs.DirEntry, err error) error {

@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What is set on a listener, its connections have.
+// TestTCPOptions reads the socket options of an accepted connection, which come
+// from the listener.
 func TestTCPOptions(t *testing.T) {
 	data, err := os.ReadFile(congestionControls)
 	if err != nil {

@@ -32,18 +32,17 @@ func TestMain(m *testing.M) {
 	testscript.Main(leakChecked{m}, map[string]func(){"derpd": main})
 }
 
-// leakChecked fails the run when a goroutine outlives the tests.
+// leakChecked fails the run if a goroutine is left after all tests.
 type leakChecked struct{ *testing.M }
 
 func (m leakChecked) Run() int {
 	code := m.M.Run()
 	if err := goleak.Find(
-		// Pebble has no way to stop its workers.
+		// pebble cannot stop its workers.
 		goleak.IgnoreAnyFunction("github.com/letsencrypt/pebble/v2/va.VAImpl.processTasks"),
-		// certmagic's rate limiters live as long as the process.
+		// certmagic's rate limiters run until the process ends.
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*RingBufferRateLimiter).loop"),
-		// http.Transport keeps connections to admission URLs for the next
-		// question.
+		// http.Transport keeps idle connections to admission URLs.
 		goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"),
 		goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"),
 	); err != nil && code == 0 {
@@ -53,14 +52,15 @@ func (m leakChecked) Run() int {
 	return code
 }
 
-// testNode is a whole relay in this process, on loopback and free ports.
+// testNode is a complete relay in the test's process, on loopback and free
+// ports.
 type testNode struct {
 	*node
-	printed []byte // what it printed at start: the map
-	stop    func() // stops it, and fails the test if that takes too long
+	printed []byte // output of the start: the map
+	stop    func() // stops the relay; the test fails after patience
 }
 
-// loopbackEnv is the environment of a relay for tests; pairs add to it.
+// loopbackEnv is the environment of a relay on loopback, and the given pairs.
 func loopbackEnv(t *testing.T, pairs ...string) []string {
 	t.Helper()
 	return append([]string{
@@ -70,8 +70,8 @@ func loopbackEnv(t *testing.T, pairs ...string) []string {
 	}, pairs...)
 }
 
-// begin starts a relay and waits until it is ready. What must know its ports
-// first gets it before anything runs.
+// begin starts a relay and waits until it is ready. The functions in bound run
+// after the sockets are bound and before any task runs.
 func begin(t *testing.T, env []string, bound ...func(*node)) *testNode {
 	t.Helper()
 	c, err := loadConfig(dedup(env))
@@ -81,7 +81,7 @@ func begin(t *testing.T, env []string, bound ...func(*node)) *testNode {
 	return beginConfig(t, c, bound...)
 }
 
-// beginConfig is begin with what no variable sets.
+// beginConfig is begin for settings without a variable.
 func beginConfig(t *testing.T, c *config, bound ...func(*node)) *testNode {
 	t.Helper()
 	printed := make(chanWriter, 1)
@@ -112,12 +112,12 @@ func beginConfig(t *testing.T, c *config, bound ...func(*node)) *testNode {
 	case text := <-printed:
 		return &testNode{n, text, stop}
 	case <-time.After(patience):
-		t.Fatalf("the relay does not get ready: %s", n.health.Report(context.Background()))
+		t.Fatalf("the relay is not ready: %s", n.health.Report(context.Background()))
 		return nil
 	}
 }
 
-// dedup keeps the last value of a variable, as a shell does.
+// dedup keeps the last value of each variable, as a shell does.
 func dedup(env []string) []string {
 	last := make(map[string]string)
 	for _, pair := range env {
@@ -131,7 +131,7 @@ func dedup(env []string) []string {
 	return out
 }
 
-// chanWriter hands each write on as it is.
+// chanWriter sends a copy of each write.
 type chanWriter chan []byte
 
 func (w chanWriter) Write(p []byte) (int, error) {
@@ -139,7 +139,8 @@ func (w chanWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// parsePolicy reads a map as Tailscale does: HuJSON first, then tailcfg.
+// parsePolicy reads a map in the policy format as Tailscale does: HuJSON to
+// JSON, then tailcfg.DERPMap.
 func parsePolicy(t *testing.T, text []byte) *tailcfg.DERPMap {
 	t.Helper()
 	standard, err := hujson.Standardize(bytes.Clone(text))
@@ -157,7 +158,7 @@ func parsePolicy(t *testing.T, text []byte) *tailcfg.DERPMap {
 	return policy.DERPMap
 }
 
-// region is the one region of a map.
+// region returns the only region of a map, which has one node.
 func region(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
 	t.Helper()
 	for _, r := range m.Regions {
@@ -169,7 +170,8 @@ func region(t *testing.T, m *tailcfg.DERPMap) *tailcfg.DERPRegion {
 	return nil
 }
 
-// exchangeOver connects two clients by the region, and exchanges packets.
+// exchangeOver connects two clients that know the relay by the region alone,
+// and exchanges packets.
 func exchangeOver(t *testing.T, r *tailcfg.DERPRegion, prepare func(*derphttp.Client)) (a, b *derphttp.Client) {
 	t.Helper()
 	a, b = testkit.RegionClient(t, r, key.NewNode()), testkit.RegionClient(t, r, key.NewNode())
@@ -183,7 +185,7 @@ func exchangeOver(t *testing.T, r *tailcfg.DERPRegion, prepare func(*derphttp.Cl
 	return a, b
 }
 
-// stunAddr is where the map says that STUN is.
+// stunAddr is the address of STUN in the map.
 func stunAddr(t *testing.T, n *tailcfg.DERPNode) netip.AddrPort {
 	t.Helper()
 	stunPort := n.STUNPort
@@ -193,7 +195,7 @@ func stunAddr(t *testing.T, n *tailcfg.DERPNode) netip.AddrPort {
 	return netip.MustParseAddrPort(net.JoinHostPort(n.IPv4, strconv.Itoa(stunPort)))
 }
 
-// tree lists every file below dir with its content.
+// tree lists every file below a directory with its content.
 func tree(t *testing.T, dir string) []string {
 	t.Helper()
 	var list []string

@@ -33,17 +33,17 @@ const (
 	otherSecret = "another secret that comes next"
 )
 
-// meshNode is a node before its start.
+// meshNode is the configuration of a node that has not started.
 type meshNode struct {
 	port, pin string
 	env       []string
 }
 
-// entry is what others have in DERP_MESH_WITH.
+// entry is the node's entry in DERP_MESH_WITH.
 func (n meshNode) entry() string { return "127.0.0.1:" + n.port + "=" + n.pin }
 
-// meshNodes are nodes that know each other, on ports and with pins of their
-// own. Their own entries are in the list too.
+// meshNodes returns nodes with ports and pinned certificates of their own.
+// DERP_MESH_WITH is the same for all, so that it includes the node itself.
 func meshNodes(t *testing.T, count int, pairs ...string) []meshNode {
 	t.Helper()
 	list := make([]meshNode, count)
@@ -68,6 +68,7 @@ func meshNodes(t *testing.T, count int, pairs ...string) []meshNode {
 	return list
 }
 
+// beginAll starts the nodes one after the other.
 func beginAll(t *testing.T, list []meshNode) []*testNode {
 	t.Helper()
 	running := make([]*testNode, len(list))
@@ -87,13 +88,14 @@ func awaitMesh(t *testing.T, nodes ...*testNode) {
 	}
 }
 
-// alone is the region with this node only, so that a client stays here.
+// alone is the region without the other nodes, so that a client stays on this
+// one.
 func alone(n *testNode) *tailcfg.DERPRegion {
 	own, _ := n.public()
 	return derpmap.New(own).Regions[900]
 }
 
-// clientOf is a client of one node.
+// clientOf connects a client to one node.
 func clientOf(t *testing.T, n *testNode, private key.NodePrivate) *derphttp.Client {
 	t.Helper()
 	c := testkit.RegionClient(t, alone(n), private)
@@ -101,20 +103,22 @@ func clientOf(t *testing.T, n *testNode, private key.NodePrivate) *derphttp.Clie
 	return c
 }
 
+// reachBothWays passes a packet each way between clients of different nodes. Their
+// connections may end meanwhile, when a node is restarted.
 func reachBothWays(t *testing.T, a, b *derphttp.Client) {
 	t.Helper()
 	testkit.Reach(t, a, b)
 	testkit.Reach(t, b, a)
 }
 
-// meshHealth is the line of health about the mesh.
+// meshHealth is the line about the mesh in the health report.
 func meshHealth(n *testNode) string {
 	r := n.checkMesh(context.Background())
 	return r.Level.String() + " " + r.Detail
 }
 
-// Clients of different nodes of a region reach each other, also when a node was
-// away, and every node prints the map of all.
+// TestMesh exchanges packets between clients of different nodes, also after a
+// node was stopped. Every node prints the same map of all nodes.
 func TestMesh(t *testing.T) {
 	list := meshNodes(t, 3)
 	nodes := beginAll(t, list)
@@ -135,7 +139,7 @@ func TestMesh(t *testing.T) {
 		}
 	}
 
-	// One map, whoever prints it.
+	// Every node prints the same map.
 	var names []string
 	first := currentMap(t, nodes[0])
 	for _, n := range first.Regions[900].Nodes {
@@ -156,7 +160,7 @@ func TestMesh(t *testing.T) {
 		}
 	}
 
-	// One goes away, and the others go on.
+	// The other nodes keep working after one has stopped.
 	nodes[2].stop()
 	down := "127.0.0.1:" + list[2].port
 	for _, n := range nodes[:2] {
@@ -185,14 +189,14 @@ func TestMesh(t *testing.T) {
 	reachBothWays(t, clients[2], clients[1])
 }
 
-// scrape is what Prometheus gets.
+// scrape returns the metrics of a node.
 func scrape(t *testing.T, n *testNode) string {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	return do(t, client, http.MethodGet, "http://"+n.listeners.admin.Addr().String()+"/metrics", nil).body
 }
 
-// currentMap is what `derpd derpmap` prints now.
+// currentMap returns the map that `derpd derpmap` prints now.
 func currentMap(t *testing.T, n *testNode) *tailcfg.DERPMap {
 	t.Helper()
 	text, err := askRunning(t.Context(), n.listeners.admin.Addr().String(), "policy")
@@ -202,7 +206,8 @@ func currentMap(t *testing.T, n *testNode) *tailcfg.DERPMap {
 	return parsePolicy(t, text)
 }
 
-// A node that was not there yet is missing in the map, which says so.
+// TestMapWithoutANode asserts that the map names the nodes that could not be
+// asked, or are in another region.
 func TestMapWithoutANode(t *testing.T) {
 	list := meshNodes(t, 2)
 	first := begin(t, list[0].env)
@@ -243,7 +248,8 @@ func TestMeshKeyChange(t *testing.T) {
 	}
 }
 
-// A mesh lets in nobody but its nodes, and each client only where it may be.
+// TestMeshOfClosedRelays asserts that each node of a mesh admits its own
+// clients only, and that a node with another mesh key is refused.
 func TestMeshOfClosedRelays(t *testing.T) {
 	members := []key.NodePrivate{key.NewNode(), key.NewNode()}
 	list := meshNodes(t, 2)
@@ -262,7 +268,7 @@ func TestMeshOfClosedRelays(t *testing.T) {
 		}
 	}
 
-	// Another key is refused like any other stranger.
+	// A node with another mesh key is refused like any stranger.
 	nodes[1].stop()
 	nodes[1] = begin(t, append(list[1].env, "DERP_MESH_KEY="+otherSecret))
 	testkit.Until(t, "health tells about the key", func() bool {
@@ -270,7 +276,8 @@ func TestMeshOfClosedRelays(t *testing.T) {
 	})
 }
 
-// Whoever has no key is no node of the mesh, whatever he asks for.
+// TestStrangersAreNoMeshPeers sends what only mesh nodes may send, without the
+// mesh key. The relay hangs up.
 func TestStrangersAreNoMeshPeers(t *testing.T) {
 	for name, keys := range map[string]string{"with a mesh": meshSecret} {
 		t.Run(name, func(t *testing.T) {
@@ -292,7 +299,7 @@ func TestStrangersAreNoMeshPeers(t *testing.T) {
 				testkit.MustAdmit(t, c)
 				return c
 			}
-			// Upstream's own client, as another derper is.
+			// Upstream's client connects as another derper does.
 			for i, good := range strings.Split(keys, ",") {
 				if message, err := dial(good, true).Recv(); err != nil {
 					t.Errorf("key %d is not accepted: %v", i, err)
@@ -312,11 +319,12 @@ func TestStrangersAreNoMeshPeers(t *testing.T) {
 					t.Errorf("a stranger who forwards gets %T", message)
 				}
 			}
-			// What arrives first is what comes after the forged packets.
+			// Exchange fails if a forged packet has reached the
+			// victim.
 			friend := clientOf(t, n, key.NewNode())
 			testkit.Exchange(t, friend, victim)
 
-			// Nor does it tell about itself.
+			// The endpoint of the mesh looks like any unknown path.
 			client := &http.Client{Transport: &http.Transport{TLSClientConfig: testkit.Trust(roots), DisableKeepAlives: true}}
 			base := "https://" + n.listeners.https.Addr().String()
 			unknown := do(t, client, http.MethodGet, base+"/derp/anything", nil)
@@ -332,7 +340,8 @@ func TestStrangersAreNoMeshPeers(t *testing.T) {
 	}
 }
 
-// A node knows itself by what clients dial, and otherwise by its node key.
+// TestMeshIgnoresItself asserts that a node recognizes its own entry in
+// DERP_MESH_WITH, by its address or by its node key.
 func TestMeshIgnoresItself(t *testing.T) {
 	list := meshNodes(t, 1)
 	if c, err := loadConfig(dedup(list[0].env)); err != nil || len(c.mesh.Nodes) != 0 {
@@ -347,10 +356,11 @@ func TestMeshIgnoresItself(t *testing.T) {
 	if got := scrape(t, n); strings.Contains(got, "derpd_mesh_up{") {
 		t.Error("metrics count the node itself:\n" + got)
 	}
-	region(t, currentMap(t, n)) // with one node
+	region(t, currentMap(t, n)) // fails unless the map has one node
 }
 
-// The certificate of another node is verified, by its hash or by who signed it.
+// TestMeshVerifies asserts that a node verifies the certificates of other
+// nodes, by hash or by authority.
 func TestMeshVerifies(t *testing.T) {
 	authority := acmetest.Start(t)
 	list := meshNodes(t, 2)
@@ -379,7 +389,8 @@ func TestMeshVerifies(t *testing.T) {
 				t.Fatal(err)
 			}
 			if tt.trust {
-				// The file has the root of the authority's own server.
+				// The file holds the root of the authority's
+				// server, not of its certificates.
 				c.mesh.Roots.AddCert(authority.Root())
 			}
 			n := beginConfig(t, c)
@@ -397,15 +408,16 @@ func TestMeshVerifies(t *testing.T) {
 	}
 }
 
-// onLoopback is alone for a node whose name is in no DNS.
+// onLoopback is alone with the loopback address, for a node whose name is not
+// in DNS.
 func onLoopback(n *testNode) *tailcfg.DERPRegion {
 	r := alone(n)
 	r.Nodes[0].IPv4, r.Nodes[0].IPv6 = "127.0.0.1", "none"
 	return r
 }
 
-// Where something else terminates TLS, the others go through that, and this
-// node goes to the others directly.
+// TestMeshInModeOff runs a node behind a TLS proxy. Other nodes connect through
+// the proxy, and the node connects to them directly.
 func TestMeshInModeOff(t *testing.T) {
 	list := meshNodes(t, 2)
 	front := list[1].port
@@ -427,6 +439,7 @@ func TestMeshInModeOff(t *testing.T) {
 	reachBothWays(t, c, clientOf(t, direct, key.NewNode()))
 }
 
+// dataDir is the value of DERP_DATA_DIR.
 func dataDir(env []string) string {
 	for _, pair := range slices.Backward(env) {
 		if dir, ok := strings.CutPrefix(pair, "DERP_DATA_DIR="); ok {
@@ -436,7 +449,7 @@ func dataDir(env []string) string {
 	return ""
 }
 
-// gated writes while nobody has locked the gate.
+// gated blocks writes while the gate is locked.
 type gated struct {
 	gate *sync.RWMutex
 	io.Writer
@@ -448,7 +461,8 @@ func (g gated) Write(p []byte) (int, error) {
 	return g.Writer.Write(p)
 }
 
-// forward connects what ln accepts to addr, while gate lets it through.
+// forward connects every connection of ln to addr. A locked gate blocks the
+// bytes; nil for no gate.
 func forward(t *testing.T, ln net.Listener, addr string, gate *sync.RWMutex) {
 	t.Helper()
 	if gate == nil {
@@ -483,7 +497,9 @@ func forward(t *testing.T, ln net.Listener, addr string, gate *sync.RWMutex) {
 	})
 }
 
-// A node that vanished without a word is noticed, and found again.
+// TestMeshNoticesSilence blocks the connection between two nodes without
+// closing it. The node reports the other one as down, and connects again
+// afterwards.
 func TestMeshNoticesSilence(t *testing.T) {
 	list := meshNodes(t, 2)
 	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")

@@ -14,11 +14,11 @@ import (
 	"go.yaml.in/yaml/v3"
 	"tailscale.com/types/key"
 
-	"derpd/certs"
+	"derpd/internal/testkit"
 )
 
-// Compose files of people who run the image fredliang/derper. Only the image
-// line changes.
+// The files are typical compose files for the image fredliang/derper. To change
+// to derpd, people change only the line image.
 const (
 	fredliangDomain = `
 services:
@@ -58,7 +58,7 @@ services:
 `
 )
 
-// environmentOf is what a compose file puts into the container.
+// environmentOf is the environment of the container in a compose file.
 func environmentOf(t *testing.T, compose string) []string {
 	t.Helper()
 	var file struct {
@@ -91,7 +91,8 @@ func TestFromFredliang(t *testing.T) {
 			t.Errorf("%v, with\n%s", err, tt.compose)
 			continue
 		}
-		// Without DERP_VERIFY_CLIENTS, the socket of this machine may be there.
+		// Without DERP_VERIFY_CLIENTS, derpd uses the socket of this
+		// machine if there is one.
 		sockets := c.sockets
 		if tt.sockets == nil && c.loaded.Verify == "auto" {
 			sockets = nil
@@ -106,27 +107,18 @@ func TestFromFredliang(t *testing.T) {
 // halves writes a self-signed pair as derper wants it, NAME.crt and NAME.key.
 func halves(t *testing.T, dir, name string) {
 	t.Helper()
-	source := filepath.Join(t.TempDir(), "pair.pem")
-	if err := certs.RotatePinned(certs.PinnedConfig{Path: source, Names: []string{name}}, time.Now()); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	rest, err := os.ReadFile(source)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for block, rest := pem.Decode(rest); block != nil; block, rest = pem.Decode(rest) {
-		suffix := ".key"
-		if block.Type == "CERTIFICATE" {
-			suffix = ".crt"
-		}
-		file(name+suffix, string(pem.EncodeToMemory(block)))(t, dir)
-	}
+	path := filepath.Join(dir, name)
+	testkit.WritePair(t, path+".crt", path+".key", testkit.SelfSigned(t, name))
 }
 
-// A derper of one's own keeps its key and its certificate.
+// TestFromDerper starts derpd with the files of a derper. The node key and the
+// certificate stay, and derpd does not change the files.
 func TestFromDerper(t *testing.T) {
 	data, certdir := t.TempDir(), t.TempDir()
-	// As derper writes /var/lib/derper/derper.key (writeNewConfig).
+	// derper's writeNewConfig writes /var/lib/derper/derper.key like this.
 	private := key.NewNode()
 	config, err := json.MarshalIndent(struct{ PrivateKey key.NodePrivate }{private}, "", "\t")
 	if err != nil {
@@ -154,7 +146,8 @@ func TestFromDerper(t *testing.T) {
 	}
 }
 
-// Certificates are often in a directory that others own.
+// TestManualFilesAreOnlyRead uses a certificate directory that derpd may read
+// but not write.
 func TestManualFilesAreOnlyRead(t *testing.T) {
 	dir, err := os.MkdirTemp("", "derpd-test-")
 	if err != nil {

@@ -31,27 +31,29 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-// The name in docker/proxies.
+// proxiedName is the name of the relay in docker/proxies.
 const proxiedName = "derp.example.com"
 
-// A proxy has port 443. Through it the relay gets its certificate, and two
-// clients that know only the printed map reach each other; other names lead
-// elsewhere.
+// TestBehindProxies runs the recipes of docker/proxies, with a proxy on the
+// public port. Through the proxy the relay obtains its certificate and two
+// clients exchange packets; another name leads to a website.
 func TestBehindProxies(t *testing.T) {
 	for name, tt := range map[string]struct {
 		program, recipe string
 
-		// change is made to the recipe, as it tells in a comment.
+		// change replaces text of the recipe, as a comment in the
+		// recipe says.
 		change [2]string
 
-		// sees is where the relay sees a client that is at 127.0.0.9.
+		// sees is the address that the relay sees for a client at
+		// 127.0.0.9.
 		sees string
 
-		// around makes a whole configuration of the recipe for dir, which
-		// it may write to.
+		// around makes a complete configuration of the recipe. The
+		// program may write to dir.
 		around func(recipe, dir string) string
 
-		check, run []string // arguments; $F is the configuration
+		check, run []string // arguments; $F is the path of the configuration
 	}{
 		"nginx": {
 			"nginx", "nginx.conf",
@@ -95,7 +97,7 @@ func TestBehindProxies(t *testing.T) {
 				"DERP_ACME_CA="+authority.Directory, "DERP_ACME_CA_ROOTS="+authority.RootsFile,
 				"DERP_VERIFY_CLIENT_URL="+sources.url)
 			n := begin(t, env, func(n *node) {
-				// As an operator would: the recipe with other addresses.
+				// Only the addresses of the recipe change.
 				recipe := strings.NewReplacer(
 					"127.0.0.1:8443", n.listeners.https.Addr().String(),
 					"127.0.0.1:4430", website.Listener.Addr().String(),
@@ -127,7 +129,8 @@ func TestBehindProxies(t *testing.T) {
 			}
 			roots := authority.Roots()
 			exchangeOver(t, r, func(c *derphttp.Client) { c.TLSConfig = testkit.Trust(roots) })
-			// A client with an address of its own, and one that claims another.
+			// One client sends X-Forwarded-For, which the relay
+			// must ignore.
 			for _, claim := range []string{"", "198.51.100.1"} {
 				c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, testkit.Trust(roots), claim)
 				sources.want(t, n, c.public, tt.sees)
@@ -135,7 +138,8 @@ func TestBehindProxies(t *testing.T) {
 			if got := throughProxy(t, proxyPort, website); got != "website" {
 				t.Errorf("another name leads to %q, want the website", got)
 			}
-			// STUN is beside the proxy, on both families and on all addresses.
+			// STUN does not pass the proxy, and answers on all
+			// addresses of both families.
 			for _, host := range []string{"127.0.0.2", "::1"} {
 				askedBeside(t, net.JoinHostPort(host, fmt.Sprint(port(n.listeners.stun.LocalAddr()))))
 			}
@@ -143,17 +147,19 @@ func TestBehindProxies(t *testing.T) {
 	}
 }
 
-// aroundStream makes a whole configuration of nginx's stream recipe.
+// aroundStream makes a complete configuration of nginx's stream recipe.
 func aroundStream(recipe, dir string) string {
 	head := "daemon off;\npid " + dir + "/nginx.pid;\nevents {}\n"
-	// Debian builds it as a module, others build it in.
+	// The stream module is a file of its own in Debian, and built in
+	// elsewhere.
 	if module := "/usr/lib/nginx/modules/ngx_stream_module.so"; exists(module) {
 		head = "load_module " + module + ";\n" + head
 	}
 	return head + recipe
 }
 
-// sources is an admission URL that admits everybody, and remembers from where.
+// sources is an admission URL that admits every node, and records the node's
+// address.
 type sources struct {
 	url string
 
@@ -179,15 +185,15 @@ func newSources(t *testing.T) *sources {
 	return s
 }
 
-// want checks where a node that has connected is, by the question of admission
-// and by the relay's own list.
+// want checks the address of a connected node, in the request to the admission
+// URL and in the relay's list of clients.
 func (s *sources) want(t *testing.T, n *testNode, node key.NodePublic, want string) {
 	t.Helper()
 	s.mu.Lock()
 	asked := s.seen[node]
 	s.mu.Unlock()
 	if asked.String() != want {
-		t.Errorf("admission is asked about a client at %s, want %s", asked, want)
+		t.Errorf("the admission URL is asked about a client at %s, want %s", asked, want)
 	}
 	testkit.Until(t, "the client is listed at "+want, func() bool {
 		listed, ok := n.relay.Clients()[node]
@@ -195,8 +201,8 @@ func (s *sources) want(t *testing.T, n *testNode, node key.NodePublic, want stri
 	})
 }
 
-// An HTTP proxy that ends TLS tells the client's address in X-Forwarded-For,
-// and nobody else may.
+// TestForwardedByNginx runs nginx as an HTTP proxy that ends TLS. The relay
+// uses X-Forwarded-For of that proxy, and of no other client.
 func TestForwardedByNginx(t *testing.T) {
 	path := program(t, "nginx", "/usr/sbin/nginx")
 	proxyPort := strconv.Itoa(testkit.FreePort(t))
@@ -243,12 +249,12 @@ http {
 		c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, testkit.Trust(roots), claim)
 		sources.want(t, n, c.public, "127.0.0.9")
 	}
-	// Past the proxy.
+	// These clients do not use the proxy.
 	for _, from := range []string{"127.0.0.8", "127.0.0.9"} {
 		c := dialWebSocketFrom(t, from, relayAddr, nil, "198.51.100.1")
 		sources.want(t, n, c.public, from)
 	}
-	// A client that knows no WebSocket.
+	// This client uses an HTTP upgrade instead of a WebSocket.
 	private := key.NewNode()
 	c := testkit.URLClient(t, "https://"+proxiedName+"/derp", private)
 	c.TLSConfig = testkit.Trust(roots)
@@ -260,8 +266,9 @@ http {
 	sources.want(t, n, private.Public(), "127.0.0.9")
 }
 
-// With the PROXY protocol, strangers are served by their own address, their
-// headers are not believed, and neither is X-Forwarded-For of a proxy's client.
+// TestStrangersBesideTheProxy connects to a relay with the PROXY protocol from
+// other addresses than the proxy's. The relay uses their own addresses, refuses
+// their PROXY headers, and ignores X-Forwarded-For of everybody.
 func TestStrangersBesideTheProxy(t *testing.T) {
 	sources := newSources(t)
 	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=off", "DERP_DOMAIN="+proxiedName, "DERP_HTTP_PORT=0",
@@ -271,7 +278,8 @@ func TestStrangersBesideTheProxy(t *testing.T) {
 		c := dialWebSocketFrom(t, from, addr, nil, "198.51.100.1")
 		sources.want(t, n, c.public, from)
 	}
-	// Both listeners, with a header from the proxy and from elsewhere.
+	// Both listeners take a PROXY header from the proxy, and refuse one
+	// from elsewhere.
 	for _, target := range []string{addr, n.listeners.http.Addr().String()} {
 		for from, want := range map[string]string{"127.0.0.8": "", "127.0.0.9": "HTTP/1.1 204 No Content"} {
 			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
@@ -295,7 +303,7 @@ func TestStrangersBesideTheProxy(t *testing.T) {
 	}
 }
 
-// readFile reads a file of the test.
+// readFile returns the content of a file.
 func readFile(t *testing.T, path string) string {
 	t.Helper()
 	data, err := os.ReadFile(path)
@@ -305,7 +313,7 @@ func readFile(t *testing.T, path string) string {
 	return string(data)
 }
 
-// settings reads a file of NAME=value lines.
+// settings reads the NAME=value lines of a file of this repository.
 func settings(t *testing.T, parts ...string) []string {
 	t.Helper()
 	var env []string
@@ -317,6 +325,7 @@ func settings(t *testing.T, parts ...string) []string {
 	return env
 }
 
+// exists reports whether a file exists.
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
@@ -336,7 +345,7 @@ func background(t *testing.T, dir, path string, args ...string) {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait()
 		if t.Failed() {
-			t.Logf("%s said:\n%s", path, out.String())
+			t.Logf("output of %s:\n%s", path, out.String())
 		}
 	})
 }
@@ -353,20 +362,21 @@ func awaitListener(t *testing.T, addr string) {
 	})
 }
 
-// throughProxy is what a browser gets for another name.
+// throughProxy returns the page that a browser gets for another name.
 func throughProxy(t *testing.T, proxyPort string, website *httptest.Server) string {
 	t.Helper()
 	roots := x509.NewCertPool()
 	roots.AddCert(website.Certificate())
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
-		// httptest's certificate is for this name.
+		// httptest's certificate covers example.com.
 		TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "example.com", MinVersion: tls.VersionTLS12},
 	}}
 	return do(t, client, http.MethodGet, "https://127.0.0.1:"+proxyPort+"/", nil).body
 }
 
-// askedBeside asks STUN at addr, which must see this client's address.
+// askedBeside sends a STUN request to addr. The response must have this
+// client's address.
 func askedBeside(t *testing.T, addr string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)

@@ -13,9 +13,9 @@ import (
 	"derpd/internal/testkit/peers"
 )
 
-// The way of a Headscale user: the map that the relay prints, in a real
-// headscale, which admits its nodes to the relay; packets between two real
-// nodes have no other way than it.
+// TestRealNodes does what a Headscale user does. The printed map goes into a
+// real headscale, and headscale admits its nodes to the relay. Two real nodes
+// then ping each other, and the relay is their only path.
 func TestRealNodes(t *testing.T) {
 	h := peers.NewHeadscale(t)
 	n := begin(t, loopbackEnv(t, "DERP_REGION_CODE=mine", "DERP_VERIFY_CLIENT_URL="+h.VerifyURL()))
@@ -32,11 +32,12 @@ func TestRealNodes(t *testing.T) {
 			t.Errorf("the home of a node is %q", home)
 		}
 	}
-	for _, kind := range []tailcfg.PingType{tailcfg.PingDisco, tailcfg.PingTSMP} { // the latter inside WireGuard
+	for _, kind := range []tailcfg.PingType{tailcfg.PingDisco, tailcfg.PingTSMP} { // TSMP passes WireGuard
 		for _, way := range [][2]*peers.Tailscaled{{a, b}, {b, a}} {
 			to := way[1].Status(t).TailscaleIPs[0]
 			testkit.Wait(t, "an answer to a ping", func(ctx context.Context) error {
-				// The first ones are lost while the nodes learn of each other.
+				// The first pings are lost while the nodes
+				// exchange their keys.
 				ctx, cancel := context.WithTimeout(ctx, time.Second)
 				defer cancel()
 				pong, err := way[0].Client.Ping(ctx, to, kind)

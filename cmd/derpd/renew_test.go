@@ -20,7 +20,7 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-// shown is the certificate that a client gets and verifies.
+// shown returns the certificate that a client receives and verifies.
 func shown(t *testing.T, n *testNode, name string, roots *x509.CertPool) *x509.Certificate {
 	t.Helper()
 	dialer := &tls.Dialer{Config: &tls.Config{ServerName: name, RootCAs: roots, MinVersion: tls.VersionTLS12}}
@@ -32,13 +32,16 @@ func shown(t *testing.T, n *testNode, name string, roots *x509.CertPool) *x509.C
 	return conn.(*tls.Conn).ConnectionState().PeerCertificates[0]
 }
 
-// freshName is a name of which certmagic has heard nothing in this process: its
-// pauses after a failed renewal outlive the relay.
+// freshName makes a name that certmagic has not seen in this process. For a
+// known name certmagic may pause, after a renewal that failed in an earlier
+// test.
 func freshName(prefix string) string {
 	return fmt.Sprintf("%s-%d.example.com", prefix, time.Now().UnixNano())
 }
 
-// A renewal reaches new connections, and leaves those that are there alone.
+// TestRenewalWithClientsConnected renews the certificate while clients are
+// connected. New connections get the new certificate, and the old connections
+// stay.
 func TestRenewalWithClientsConnected(t *testing.T) {
 	const clients = 50
 	authority := acmetest.Start(t)
@@ -79,20 +82,22 @@ func TestRenewalWithClientsConnected(t *testing.T) {
 		testkit.Exchange(t, pair[0], pair[1])
 	}
 	for i, client := range list {
-		// A client that lost its connection dials again by itself.
+		// A lost connection shows by its local address, since derphttp
+		// dials again.
 		if now, err := client.LocalAddr(); err != nil || now != from[i] {
 			t.Errorf("client %d was at %s, is at %s (%v)", i, from[i], now, err)
 		}
 	}
 }
 
-// The end of a certificate that nobody renews is announced.
+// TestEndIsAnnounced asserts when health begins to warn of the end of a
+// certificate that derpd does not renew.
 func TestEndIsAnnounced(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		env    []string
 		file   string
-		warn   int // days before the end
+		warn   int // days before the end at which health warns
 		remedy string
 	}{
 		{"pinned", nil, "certs/pinned.pem", 90, "days left; make a new one with `derpd pin --rotate` and paste the new map"},
@@ -102,7 +107,7 @@ func TestEndIsAnnounced(t *testing.T) {
 			env := append(loopbackEnv(t), tt.env...)
 			dir := t.TempDir()
 			env = append(env, "DERP_DATA_DIR="+dir)
-			made := time.Now().AddDate(-10, 0, left) // it is valid for ten years
+			made := time.Now().AddDate(-10, 0, left) // its validity is ten years
 			if tt.file == "" {
 				pair("certs/derp.example.com", "derp.example.com", made)(t, dir)
 			} else if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, tt.file), Names: []string{"127.0.0.1"}}, made); err != nil {

@@ -18,7 +18,8 @@ import (
 	"derpd/internal/testkit"
 )
 
-// The scripts in testdata run the whole program, as an operator would.
+// TestScripts runs the scripts in testdata, which start the program as an
+// operator does.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
@@ -34,7 +35,8 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// waitReady waits until the relay of the script says that it is ready.
+// waitReady is the command waitready: it waits until the script's relay is
+// ready.
 func waitReady(ts *testscript.TestScript, _ bool, _ []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -53,8 +55,8 @@ func waitReady(ts *testscript.TestScript, _ bool, _ []string) {
 	}
 }
 
-// asNobody runs derpd as a user without privileges, with the environment
-// given. Where the tests run without privileges already, as that user.
+// asNobody runs derpd as a user without privileges: as uid 65532 if the tests
+// run as root, else as the user of the tests.
 func asNobody(t *testing.T, dir string, args []string, env ...string) (stderr string, code int) {
 	t.Helper()
 	self, err := os.Executable()
@@ -65,8 +67,8 @@ func asNobody(t *testing.T, dir string, args []string, env ...string) (stderr st
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The test binary lies where only its owner may go; by its name it
-	// knows that it is to be derpd.
+	// Other users cannot reach the directory of the test binary. Under the
+	// name derpd the copy runs the program instead of the tests.
 	derpd := filepath.Join(dir, "derpd")
 	if err := os.WriteFile(derpd, binary, 0o755); err != nil {
 		t.Fatal(err)
@@ -84,7 +86,8 @@ func asNobody(t *testing.T, dir string, args []string, env ...string) (stderr st
 	return strings.TrimSpace(out.String()), cmd.ProcessState.ExitCode()
 }
 
-// What a user without privileges runs into, as in the container.
+// TestWithoutPrivileges asserts the messages for files and ports that the
+// container's user may not use.
 func TestWithoutPrivileges(t *testing.T) {
 	dir, err := os.MkdirTemp("", "derpd-test-")
 	if err != nil {
@@ -154,7 +157,7 @@ func TestWithoutPrivileges(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if strings.Contains(tt.name, "port") && unprivilegedPortStart(t) < 1024 {
-				t.Skip("this system lets everybody listen below port 1024")
+				t.Skip("every user may listen below port 1024 here")
 			}
 			stderr, code := asNobody(t, dir, nil, dedup(append(free, tt.env...))...)
 			if want := "derpd: not started, nothing was changed: " + tt.want; stderr != want || code != exitNoStart {
@@ -164,6 +167,7 @@ func TestWithoutPrivileges(t *testing.T) {
 	}
 }
 
+// unprivilegedPortStart is the first port that every user may listen on.
 func unprivilegedPortStart(t *testing.T) int {
 	t.Helper()
 	data, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")

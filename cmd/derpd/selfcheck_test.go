@@ -22,8 +22,8 @@ import (
 	"derpd/relay"
 )
 
-// answersSTUN asks with a real packet. A closed server leaves no trace, so
-// silence is that three of them have no answer for a while.
+// answersSTUN sends up to three STUN requests, and reports whether one gets a
+// response. A closed server sends nothing, so that only a timeout shows it.
 func answersSTUN(t *testing.T, n *testNode) bool {
 	t.Helper()
 	conn, err := net.DialUDP("udp", nil, n.listeners.stun.LocalAddr().(*net.UDPAddr))
@@ -46,8 +46,8 @@ func answersSTUN(t *testing.T, n *testNode) bool {
 	return false
 }
 
-// stunGoes waits until STUN answers, or does not, and returns how long that
-// took since the moment.
+// stunGoes waits until STUN answers, or stops answering, and returns the time
+// since the given moment.
 func stunGoes(t *testing.T, n *testNode, answers bool, since time.Time) time.Duration {
 	t.Helper()
 	what := "STUN is silent"
@@ -58,17 +58,17 @@ func stunGoes(t *testing.T, n *testNode, answers bool, since time.Time) time.Dur
 	return time.Since(since).Round(10 * time.Millisecond)
 }
 
-// breakable is a listener that accepts nothing while it is broken.
+// breakable is a listener whose Accept blocks while it is broken.
 type breakable struct {
 	net.Listener
-	broken atomic.Bool
-	mended chan struct{}
+	broken   atomic.Bool
+	repaired chan struct{}
 }
 
 func (l *breakable) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err == nil && l.broken.Load() {
-		<-l.mended
+		<-l.repaired
 	}
 	return conn, err
 }
@@ -143,18 +143,18 @@ func (l *handedOn) Close() error {
 func TestSTUNFollowsDERP(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
-		cause string // in the health of STUN
+		cause string // part of health's detail about STUN
 
-		// breaks is called before the relay runs, and returns what breaks
-		// and what mends it.
-		breaks func(t *testing.T, n *node) (breaks, mends func())
+		// breaks is called before the relay runs, and returns functions
+		// that break and repair it.
+		breaks func(t *testing.T, n *node) (breaks, repairs func())
 	}{
 		{"TLS fails", "tls: internal error", func(_ *testing.T, n *node) (breaks, mends func()) {
 			b := &breakableCerts{Manager: n.certs}
 			n.certs = b
 			return func() { b.broken.Store(true) }, func() { b.broken.Store(false) }
 		}},
-		{"another name's certificate", "x509", func(t *testing.T, n *node) (breaks, mends func()) {
+		{"another name's certificate", "x509", func(t *testing.T, n *node) (breaks, repairs func()) {
 			dir := t.TempDir()
 			pair("other", "other.example.com", time.Now())(t, dir)
 			other, err := tls.LoadX509KeyPair(dir+"/other.crt", dir+"/other.key")
@@ -165,20 +165,20 @@ func TestSTUNFollowsDERP(t *testing.T) {
 			n.certs = b
 			return func() { b.broken.Store(true) }, func() { b.broken.Store(false) }
 		}},
-		{"the listener hangs", "context deadline exceeded", func(t *testing.T, n *node) (breaks, mends func()) {
-			l := &breakable{Listener: n.listeners.https, mended: make(chan struct{})}
+		{"the listener hangs", "context deadline exceeded", func(t *testing.T, n *node) (breaks, repairs func()) {
+			l := &breakable{Listener: n.listeners.https, repaired: make(chan struct{})}
 			n.listeners.https = l
-			mend := func() {
+			repair := func() {
 				if l.broken.Swap(false) {
-					close(l.mended)
+					close(l.repaired)
 				}
 			}
-			t.Cleanup(mend)
-			return func() { l.broken.Store(true) }, mend
+			t.Cleanup(repair)
+			return func() { l.broken.Store(true) }, repair
 		}},
-		{"packets do not arrive", "a packet between two clients: ", func(t *testing.T, n *node) (breaks, mends func()) {
-			// While it is broken, every second client gets to another
-			// server with the same key.
+		{"packets do not arrive", "a packet between two clients: ", func(t *testing.T, n *node) (breaks, repairs func()) {
+			// While the relay is broken, every second client
+			// reaches another server with the same key.
 			private, err := relay.LoadKey(n.config.nodeKeyFile())
 			if err != nil {
 				t.Fatal(err)
@@ -206,8 +206,8 @@ func TestSTUNFollowsDERP(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			var breaks, mends func()
-			n := begin(t, loopbackEnv(t, "DERP_DOMAIN=derp.example.com", "DERP_CERT_MODE=pinned"), func(n *node) { breaks, mends = tt.breaks(t, n) })
+			var breaks, repairs func()
+			n := begin(t, loopbackEnv(t, "DERP_DOMAIN=derp.example.com", "DERP_CERT_MODE=pinned"), func(n *node) { breaks, repairs = tt.breaks(t, n) })
 			if !answersSTUN(t, n) {
 				t.Fatal("a relay that is ready does not answer STUN")
 			}
@@ -220,7 +220,7 @@ func TestSTUNFollowsDERP(t *testing.T) {
 			breaks()
 			took := stunGoes(t, n, false, time.Now())
 			t.Logf("silent after %s", took)
-			if took > 20*time.Second { // 11 on a machine that is not busy
+			if took > 20*time.Second { // 11 s on an idle machine
 				t.Errorf("STUN answers for %s after the relay broke", took)
 			}
 			stun := n.checkSTUN(t.Context())
@@ -232,7 +232,7 @@ func TestSTUNFollowsDERP(t *testing.T) {
 			}
 			testkit.Exchange(t, a, b)
 
-			mends()
+			repairs()
 			took = stunGoes(t, n, true, time.Now())
 			t.Logf("back after %s", took)
 			if report := n.health.Report(t.Context()); !report.Ready {
@@ -242,7 +242,8 @@ func TestSTUNFollowsDERP(t *testing.T) {
 	}
 }
 
-// A certificate that ends closes STUN, and the files of a new one open it.
+// TestSTUNFollowsTheCertificate asserts that an expired certificate closes
+// STUN, and that a new one opens it.
 func TestSTUNFollowsTheCertificate(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -32,8 +32,8 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-// With no configuration at all but the ports, two clients that know only what
-// the relay printed reach each other.
+// TestPinnedByThePrintedMap starts a relay without any setting but its
+// addresses. Two clients that know only the printed map exchange packets.
 func TestPinnedByThePrintedMap(t *testing.T) {
 	env := loopbackEnv(t)
 	n := begin(t, env)
@@ -77,8 +77,8 @@ func TestPinnedByThePrintedMap(t *testing.T) {
 	})
 }
 
-// requireFastStart checks that the client could start without an HTTP response:
-// it got the meta certificate, in TLS 1.3.
+// requireFastStart checks that the client can start without an HTTP response:
+// it needs TLS 1.3 and the meta certificate.
 func requireFastStart(t *testing.T, c *derphttp.Client) {
 	t.Helper()
 	state, ok := c.TLSConnectionState()
@@ -91,7 +91,8 @@ func requireFastStart(t *testing.T, c *derphttp.Client) {
 	}
 }
 
-// The three ways in which a client can start, over TLS that it verifies.
+// TestLetsEncrypt connects clients in the three ways of DERP, with a verified
+// certificate.
 func TestLetsEncrypt(t *testing.T) {
 	for _, challenge := range []string{"http", "tls-alpn"} {
 		t.Run(challenge, func(t *testing.T) {
@@ -122,8 +123,8 @@ func TestLetsEncrypt(t *testing.T) {
 				requireFastStart(t, a)
 			})
 			t.Run("HTTP upgrade", func(t *testing.T) {
-				// Below TLS 1.3 a client does not look for the meta
-				// certificate.
+				// Clients use the meta certificate only in TLS
+				// 1.3.
 				exchangeOver(t, r, func(c *derphttp.Client) {
 					c.TLSConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12}
 				})
@@ -142,8 +143,9 @@ func TestLetsEncrypt(t *testing.T) {
 	}
 }
 
-// Clients that dial a name and clients that dial an address, which send no SNI,
-// each verify a certificate of their own.
+// TestLetsEncryptForNamesAndAddresses connects clients that dial a name, and
+// clients that dial an address and send no SNI. Each gets a certificate that it
+// can verify.
 func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
 	authority := acmetest.Start(t)
 	names := []string{"derp.example.com", "127.0.0.1", "::1"}
@@ -160,7 +162,8 @@ func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
 			r.Nodes[0].IPv4, r.Nodes[0].IPv6 = "none", "::1"
 		}
 		trust := func(c *derphttp.Client) { c.TLSConfig = testkit.Trust(roots) }
-		// The relay is ready when it has the first certificate.
+		// The relay is ready with its first certificate; the others
+		// come later.
 		testkit.Until(t, name+" has its certificate", func() bool {
 			c := testkit.RegionClient(t, r, key.NewNode())
 			trust(c)
@@ -170,14 +173,14 @@ func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
 	}
 }
 
-// webSocketClient is a browser's client: derphttp dials WebSockets only when it
-// is compiled for one.
+// webSocketClient is a client as in a browser: derphttp dials WebSockets only
+// when it is compiled for a browser.
 type webSocketClient struct {
 	*derp.Client
 	public key.NodePublic
 }
 
-// SelfPublicKey makes the client one of testkit.
+// SelfPublicKey implements testkit.Client.
 func (c webSocketClient) SelfPublicKey() key.NodePublic { return c.public }
 
 func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config) webSocketClient {
@@ -187,8 +190,8 @@ func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config
 	return dialWebSocketFrom(t, "", n.listeners.https.Addr().String(), tlsConfig, "")
 }
 
-// dialWebSocketFrom dials from an address of this machine, over TLS if it
-// is configured, and claims to be another one in X-Forwarded-For.
+// dialWebSocketFrom dials from an address of this machine, over TLS unless
+// tlsConfig is nil. A claim is sent as X-Forwarded-For.
 func dialWebSocketFrom(t *testing.T, from, to string, tlsConfig *tls.Config, claim string) webSocketClient {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -236,7 +239,7 @@ func dialWebSocketFrom(t *testing.T, from, to string, tlsConfig *tls.Config, cla
 
 func TestManual(t *testing.T) {
 	dir := t.TempDir()
-	// A self-signed pair, both halves in both files.
+	// Both files hold the self-signed certificate and its key.
 	pair("derp.example.com", "derp.example.com", time.Now())(t, dir)
 	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR="+dir))
 	r := region(t, parsePolicy(t, n.printed))
@@ -246,8 +249,8 @@ func TestManual(t *testing.T) {
 	exchangeOver(t, r, nil)
 }
 
-// derper makes a self-signed certificate for an address when the files are
-// missing; its users must find a working relay.
+// TestManualAddressWithoutFiles asserts that derpd makes a self-signed
+// certificate for an address without files, as derper does.
 func TestManualAddressWithoutFiles(t *testing.T) {
 	n := begin(t, loopbackEnv(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=127.0.0.1"))
 	r := region(t, parsePolicy(t, n.printed))
@@ -266,7 +269,7 @@ func TestOff(t *testing.T) {
 	if report := n.health.Report(t.Context()); !report.Ready {
 		t.Error(report)
 	}
-	// What terminates TLS passes the rest on.
+	// The clients connect as a TLS proxy does: by plain HTTP.
 	url := "http://" + n.listeners.https.Addr().String() + "/derp"
 	testkit.Exchange(t, testkit.URLClient(t, url, key.NewNode()), testkit.URLClient(t, url, key.NewNode()))
 }
@@ -319,8 +322,8 @@ func TestSTUNNamesTheClient(t *testing.T) {
 					t.Fatal(err)
 				}
 				buf := make([]byte, 1500)
-				// A connected socket takes answers only from the address
-				// that it asked.
+				// A connected socket receives only from the
+				// address that it has sent to.
 				size, err := conn.Read(buf)
 				if err != nil {
 					t.Fatalf("%s: %v", target, err)
@@ -338,7 +341,7 @@ func TestSTUNNamesTheClient(t *testing.T) {
 	}
 }
 
-// response is what a test looks at.
+// response is the part of an HTTP response that the tests check.
 type response struct {
 	status int
 	proto  string
@@ -379,7 +382,7 @@ func TestRoutes(t *testing.T) {
 		url    string
 		header http.Header
 		status int
-		want   map[string]string // header fields
+		want   map[string]string // header fields of the response
 		body   string
 	}{
 		{url: https + "/", status: 200, body: ""},
@@ -404,11 +407,11 @@ func TestRoutes(t *testing.T) {
 				t.Errorf("%s: %s is %q, want %q", tt.url, field, got, want)
 			}
 		}
-		// Scanners collect relays by what they see here, in headers too.
+		// Scanners recognize relays by such pages and their headers.
 		if path := strings.TrimPrefix(tt.url, https); path == "/" || path == "/anything/else" || path == "/robots.txt" {
 			for field := range res.header {
 				if !slices.Contains([]string{"Content-Length", "Content-Type", "Date"}, field) {
-					t.Errorf("%s tells strangers %s: %s", tt.url, field, res.header.Get(field))
+					t.Errorf("%s shows strangers %s: %s", tt.url, field, res.header.Get(field))
 				}
 			}
 		}

@@ -17,22 +17,22 @@ import (
 	"derpd/internal/testkit/peers"
 )
 
-// authority is a real source of admission, and what can happen to it.
+// authority is a real source of admission, with functions that change it.
 type authority struct {
 	env      []string
-	member   key.NodePrivate // in the network
-	newcomer key.NodePrivate // too, but never seen by the relay while the source was up
+	member   key.NodePrivate // member of the network
+	newcomer key.NodePrivate // member that never connected while the source was up
 
 	down, up func()
 	revoke   func(key.NodePublic)
 
-	// lists tells a source whose last answer covers nodes that have not been
-	// asked about from one that answers for each node by itself.
+	// lists is true for a source that returns all nodes at once, so that
+	// its last answer covers nodes that never connected.
 	lists bool
 }
 
-// TestSourcesInReality takes a relay through what happens to its source of
-// admission over the years: each time through a real client.
+// TestSourcesInReality takes a relay through outages and changes of its source
+// of admission. A real client connects after each step.
 func TestSourcesInReality(t *testing.T) {
 	for name, start := range map[string]func(*testing.T) authority{
 		"headscale":  headscaleAuthority,
@@ -55,7 +55,7 @@ func TestSourcesInReality(t *testing.T) {
 					t.Errorf("%s: admitted %t, want %t; %s", what, got, admitted, n.health.Report(t.Context()))
 				}
 			}
-			// The API is asked every now and then.
+			// The list of the API comes only at intervals.
 			testkit.Until(t, "the member is admitted", func() bool { return connects(a.member) })
 			want("a stranger", stranger, false)
 
@@ -68,7 +68,7 @@ func TestSourcesInReality(t *testing.T) {
 			want("a member, the source is down, after a restart", a.member, true)
 			want("a stranger, the source is down, after a restart", stranger, false)
 			n.stop()
-			if !a.lists { // a list has an age of its own, in package admit
+			if !a.lists { // package admit tests the age of a list
 				n = begin(t, append(env, "DERP_VERIFY_GRACE=1ns"))
 				want("a member, the source is down, after the grace", a.member, false)
 				n.stop()
@@ -102,7 +102,7 @@ func TestSourcesInReality(t *testing.T) {
 	}
 }
 
-// network is a headscale with two nodes whose keys are known.
+// network starts a headscale with two nodes, and returns their private keys.
 func network(t *testing.T) (h *peers.Headscale, member, newcomer key.NodePrivate) {
 	t.Helper()
 	h = peers.NewHeadscale(t)
@@ -154,13 +154,14 @@ func keyFileAuthority(t *testing.T) authority {
 	return authority{
 		env:    []string{"DERP_ALLOW_KEYS=" + file},
 		member: member, newcomer: newcomer, lists: true,
-		// A broken file would stop the start, so it is whole again by then.
+		// A damaged file would prevent the start, so the file stays
+		// good.
 		down: func() {}, up: func() { write(both) },
 		revoke: func(key.NodePublic) { write(newcomer.Public().String()) },
 	}
 }
 
-// devicesAPI plays the part of Tailscale's API that lists devices
+// devicesAPI answers like the list of devices in Tailscale's API
 // (https://tailscale.com/api#tag/devices/get/tailnet/{tailnet}/devices).
 type devicesAPI struct {
 	mu      sync.Mutex
