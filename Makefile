@@ -37,11 +37,11 @@ test: peers $(DERPER) ## run all tests, in any order, with the race detector
 .PHONY: peers
 peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests use
 
-# High ports and ./data need no root. Variables of the environment win.
+# High ports and a directory here need no root. Variables of the environment win.
 run map: export DERP_ADDR ?= :8443
 run map: export DERP_HTTP_PORT ?= 8080
 run map: export DERP_STUN_PORT ?= 3478
-run map: export DERP_DATA_DIR ?= ./data
+run map: export DERP_DATA_DIR ?= $(CURDIR)/data
 .PHONY: run
 run: ## run a relay here, without Docker and without configuration
 	go run ./cmd/derpd
@@ -138,8 +138,7 @@ upstream-test: ## give a clone an older Tailscale, take the newest, run all test
 # A test fails when these differ from the configuration.
 .PHONY: docs
 docs: ## regenerate docker/env.example and the tables in the README
-	go run ./cmd/derpd env --example > docker/env.example
-	go test ./cmd/derpd -run TestDocs -update
+	go generate ./cmd/derpd/internal/config
 
 $(GOLANGCI_LINT): PACKAGE = github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 $(GOVULNCHECK): PACKAGE = golang.org/x/vuln/cmd/govulncheck

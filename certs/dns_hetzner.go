@@ -1,12 +1,10 @@
-//go:build hetzner
-
 package certs
 
-import (
-	"github.com/caddyserver/certmagic"
-	hetzner "github.com/libdns/hetzner/v2"
-)
+func init() {
+	registerDNS(DNSProvider{Name: "hetzner", Tag: "hetzner", Variables: func() DNSVariables { return new(Hetzner) }})
+}
 
-func newHetzner(v map[string]string) certmagic.DNSProvider {
-	return &hetzner.Provider{APIToken: v["API_TOKEN"]}
+// Hetzner are the variables of DERP_DNS_PROVIDER=hetzner.
+type Hetzner struct {
+	APIToken string `envconfig:"DERP_DNS_HETZNER_API_TOKEN" secret:"true" desc:"API token of the Cloud console's project that holds the zone" zh:"该区域所在的 Cloud Console 项目的 API 令牌"`
 }

@@ -6,13 +6,11 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/caddyserver/certmagic"
 	"github.com/libdns/libdns"
 	"github.com/miekg/dns"
 	"github.com/rs/zerolog"
@@ -22,24 +20,15 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-func dnsProvider(t *testing.T, name string, values map[string]string) certmagic.DNSProvider {
-	t.Helper()
-	i := slices.IndexFunc(certs.DNSProviders, func(p certs.DNSProvider) bool { return p.Name == name })
-	if i == -1 {
-		t.Fatalf("no provider %s", name)
-	}
-	return certs.DNSProviders[i].New(values)
-}
-
 // A real authority looks into a real DNS server, where records are made by
 // RFC 2136.
 func TestDNS01ByUpdate(t *testing.T) {
 	server := acmetest.StartNamed(t)
-	good := map[string]string{"SERVER": server.Addr, "KEY_NAME": acmetest.KeyName, "KEY": acmetest.Key}
-	refused := map[string]string{"SERVER": server.Addr, "KEY_NAME": acmetest.KeyName, "KEY": "bm90IHRoZSBrZXk="}
+	good := &certs.RFC2136{Server: server.Addr, KeyName: acmetest.KeyName, KeyAlg: "hmac-sha256", Key: acmetest.Key}
+	refused := &certs.RFC2136{Server: server.Addr, KeyName: acmetest.KeyName, KeyAlg: "hmac-sha256", Key: "bm90IHRoZSBrZXk="}
 	for _, tt := range []struct {
 		name, domain, delegate, record string
-		key                            map[string]string
+		key                            certs.DNSVariables
 		http                           bool
 	}{
 		{name: "in the zone", domain: "derp.example.com", record: "_acme-challenge.derp.example.com", key: good},
@@ -54,7 +43,7 @@ func TestDNS01ByUpdate(t *testing.T) {
 				Names: []string{tt.domain}, Directory: authority.Directory, Roots: authority.ServerRoots,
 				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
 				DNS: &certs.DNSConfig{
-					Provider:           dnsProvider(t, "rfc2136", tt.key),
+					Provider:           certs.NewDNSProvider(tt.key),
 					Resolvers:          []string{server.Addr},
 					PropagationTimeout: 20 * time.Second,
 					Delegate:           tt.delegate,
@@ -87,7 +76,7 @@ func TestDNS01Refused(t *testing.T) {
 		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 		ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
 		DNS: &certs.DNSConfig{
-			Provider:  dnsProvider(t, "rfc2136", map[string]string{"SERVER": server.Addr, "KEY_NAME": acmetest.KeyName, "KEY": key}),
+			Provider:  certs.NewDNSProvider(&certs.RFC2136{Server: server.Addr, KeyName: acmetest.KeyName, KeyAlg: "hmac-sha256", Key: key}),
 			Resolvers: []string{server.Addr},
 		},
 	})
@@ -204,9 +193,9 @@ func TestDNS01ByAcmeDNS(t *testing.T) {
 				Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 				ListenHost: "127.0.0.1", Dir: t.TempDir(), Log: zerolog.Nop(),
 				DNS: &certs.DNSConfig{
-					Provider: dnsProvider(t, "acmedns", map[string]string{
-						"SERVER_URL": server.url + "/", "USERNAME": "user", "PASSWORD": "password",
-						"SUBDOMAIN": strings.TrimSuffix(acmeDNSName, ".auth.example.net."),
+					Provider: certs.NewDNSProvider(&certs.ACMEDNS{
+						ServerURL: server.url + "/", Username: "user", Password: "password",
+						Subdomain: strings.TrimSuffix(acmeDNSName, ".auth.example.net."),
 					}),
 					Resolvers:          []string{server.addr},
 					PropagationTimeout: 20 * time.Second,
@@ -227,7 +216,7 @@ func TestDNSProvidersKeepSecrets(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel() // no request leaves
 	const secret = "s3cret/token+1"
-	provider := dnsProvider(t, "duckdns", map[string]string{"API_TOKEN": secret})
+	provider := certs.NewDNSProvider(&certs.DuckDNS{APIToken: secret})
 	record := []libdns.Record{libdns.RR{Type: "TXT", Name: "_acme-challenge", Data: "x"}}
 	for name, call := range map[string]func(context.Context, string, []libdns.Record) ([]libdns.Record, error){
 		"AppendRecords": provider.AppendRecords, "DeleteRecords": provider.DeleteRecords,

@@ -473,7 +473,8 @@ func TestLayers(t *testing.T) {
 		"plain HTTP": {Config{}, nil, []string{"*relay.session", "*relay.socketConn", "*net.TCPConn"}},
 		"TLS":        {Config{GetCertificate: getCertificate}, cert, []string{"*relay.session", "*tls.Conn", "*relay.socketConn", "*net.TCPConn"}},
 		"TLS behind a proxy": {
-			Config{GetCertificate: getCertificate, ProxyProtocol: true, TrustedProxies: proxies}, cert,
+			Config{GetCertificate: getCertificate, ProxyProtocol: true, TrustedProxies: proxies},
+			cert,
 			[]string{"*relay.session", "*tls.Conn", "*relay.proxiedConn", "*relay.socketConn", "*net.TCPConn"},
 		},
 	} {

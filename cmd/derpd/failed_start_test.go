@@ -43,7 +43,7 @@ func TestFailedStartFreesItsPorts(t *testing.T) {
 			tt.spoil(t, dir, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: stun})
 			ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 			defer cancel()
-			err := run(ctx, time.Now(), nil, dedup(loopbackEnv(t, "DERP_DATA_DIR="+dir,
+			err := run(ctx, time.Now(), nil, testkit.LastOfEach(testkit.Environ(t, "DERP_DATA_DIR="+dir,
 				fmt.Sprintf("DERP_ADDR=127.0.0.1:%d", https), fmt.Sprintf("DERP_HTTP_PORT=%d", plain), fmt.Sprintf("DERP_STUN_PORT=%d", stun),
 				fmt.Sprintf("DERP_ADMIN_ADDR=127.0.0.1:%d", admin), fmt.Sprintf("DERP_HEALTH_ADDR=127.0.0.1:%d", health))), io.Discard, io.Discard)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {

@@ -14,6 +14,13 @@ import (
 	"derpd/internal/testkit"
 )
 
+func answer(status int, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	}
+}
+
 // TestAnotherServerOnTheAdminAddress runs the commands that ask the running relay
 // while another server has DERP_ADMIN_ADDR. Its answers must not pass for a map
 // or for an admission.
@@ -21,7 +28,7 @@ func TestAnotherServerOnTheAdminAddress(t *testing.T) {
 	for name, answer := range map[string]http.HandlerFunc{
 		"a page":        answer(http.StatusOK, "<html>It works!</html>"),
 		"an empty page": answer(http.StatusOK, ""),
-		"not found":     answer(http.StatusNotFound, `{"Welcome":true,"Reason":"a source says yes"}`),
+		"not found":     answer(http.StatusNotFound, `{"Admitted":true,"Reason":"a source says yes"}`),
 		"a page of text": func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "text/plain")
 			_, _ = io.WriteString(w, "It works!")
@@ -30,7 +37,7 @@ func TestAnotherServerOnTheAdminAddress(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			server := httptest.NewServer(answer)
 			t.Cleanup(server.Close)
-			env := dedup(loopbackEnv(t, "DERP_ADMIN_ADDR="+server.Listener.Addr().String(), "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com"))
+			env := testkit.LastOfEach(testkit.Environ(t, "DERP_ADMIN_ADDR="+server.Listener.Addr().String(), "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com"))
 			ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 			defer cancel()
 

@@ -3,59 +3,48 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"time"
 
 	"derpd/certs"
-	"derpd/cmd/derpd/internal/host"
+	"derpd/cmd/derpd/internal/config"
+	"derpd/cmd/derpd/internal/node"
 )
 
 // pin is the command `derpd pin`.
-func pin(ctx context.Context, args, env []string, stdout, stderr io.Writer) error {
-	flags := newFlags("pin", stderr)
-	rotate := flags.Bool("rotate", false, "make a new certificate; clients need the new map")
-	format := formatFlag(flags)
-	if err := parseFlags(flags, args); err != nil {
+func pin(ctx context.Context, c *call) error {
+	rotate := c.flags.Bool("rotate", false, "make a new certificate, and print the new map that clients need")
+	format := c.formatFlag()
+	if err := c.parse(0); err != nil {
 		return err
 	}
-	c, err := readConfig(env)
+	conf, err := config.LoadForPin(c.env)
 	if err != nil {
 		return configError(err)
 	}
-	if c.mode != modePinned {
-		return noStart{fmt.Errorf("pin: DERP_CERT_MODE is %s, there is no pinned certificate", c.mode)}
+	if conf.Certificate.Mode != config.ModePinned {
+		return usageError{fmt.Errorf("pin: DERP_CERT_MODE is %s, so there is no pinned certificate", conf.Certificate.Mode)}
 	}
 	if *rotate {
-		return rotatePin(ctx, c, string(*format), stdout)
+		return rotatePin(ctx, c, conf, string(*format))
 	}
-	m, err := certs.LoadPinned(c.pinned)
+	m, err := certs.LoadPinned(conf.Certificate.Pinned)
 	if err != nil {
 		return err
 	}
 	status := m.Status()
-	_, err = fmt.Fprintf(stdout, "%s until %s\n", status.Pin, status.Leaf.NotAfter.Format(time.DateOnly))
+	_, err = fmt.Fprintf(c.stdout, "%s until %s\n", status.Pin, status.Leaf.NotAfter.Format(time.DateOnly))
 	return err
 }
 
-// rotatePin makes a new certificate, which a running relay takes at once, and
-// prints the map that clients need from now on.
-func rotatePin(ctx context.Context, c *config, format string, stdout io.Writer) error {
-	pinned := c.pinned
-	var f host.Addresses
-	if c.needsDiscovery() {
-		f = host.PublicAddresses(ctx, c.discovery)
-	}
-	pinned.Names = c.names(f)
-	if len(pinned.Names) == 0 {
-		return errNoName
-	}
-	if err := certs.RotatePinned(pinned, time.Now()); err != nil {
+// rotatePin makes a new certificate, and prints the new map.
+func rotatePin(ctx context.Context, c *call, conf *config.Config, format string) error {
+	if err := node.RotatePinned(ctx, conf, time.Now()); err != nil {
 		return err
 	}
-	out, err := mapOfStopped(ctx, c, format)
+	out, err := node.StoppedMap(ctx, conf, format)
 	if err != nil {
 		return err
 	}
-	_, err = stdout.Write(out)
+	_, err = c.stdout.Write(out)
 	return err
 }

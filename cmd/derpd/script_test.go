@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"derpd/cmd/derpd/internal/admin"
 	"derpd/internal/testkit"
 )
 
@@ -38,20 +38,16 @@ func TestScripts(t *testing.T) {
 // waitReady is the command waitready: it waits until the script's relay is
 // ready.
 func waitReady(ts *testscript.TestScript, _ bool, _ []string) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
 	defer cancel()
 	if err := testkit.Retry(ctx, func(ctx context.Context) error {
-		res, err := askAdmin(ctx, ts.Getenv("DERP_ADMIN_ADDR"), "/readyz")
-		if err != nil {
-			return err
+		report, ready, err := admin.Client{Addr: ts.Getenv("DERP_ADMIN_ADDR")}.Ready(ctx)
+		if err == nil && !ready {
+			err = errors.New(report)
 		}
-		_ = res.Body.Close()
-		if res.StatusCode != http.StatusOK {
-			return errors.New(res.Status)
-		}
-		return nil
+		return err
 	}); err != nil {
-		ts.Fatalf("the relay is not ready after %v: %v", patience, err)
+		ts.Fatalf("the relay is not ready after %v: %v", testkit.Patience, err)
 	}
 }
 
@@ -73,7 +69,7 @@ func asNobody(t *testing.T, dir string, args []string, env ...string) (stderr st
 	if err := os.WriteFile(derpd, binary, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, derpd, args...)
 	cmd.Env = env
@@ -159,8 +155,8 @@ func TestWithoutPrivileges(t *testing.T) {
 			if strings.Contains(tt.name, "port") && unprivilegedPortStart(t) < 1024 {
 				t.Skip("every user may listen below port 1024 here")
 			}
-			stderr, code := asNobody(t, dir, nil, dedup(append(free, tt.env...))...)
-			if want := "derpd: not started, nothing was changed: " + tt.want; stderr != want || code != exitNoStart {
+			stderr, code := asNobody(t, dir, nil, testkit.LastOfEach(append(free, tt.env...))...)
+			if want := "derpd: not started, nothing was changed: " + tt.want; stderr != want || code != exitUsage {
 				t.Errorf("exit code %d\ngot  %s\nwant %s", code, stderr, want)
 			}
 		})
@@ -179,4 +175,33 @@ func unprivilegedPortStart(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return port
+}
+
+// TestManualFilesAreOnlyRead uses a certificate directory that derpd may read
+// but not write.
+func TestManualFilesAreOnlyRead(t *testing.T) {
+	dir, err := os.MkdirTemp("", "derpd-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	data, certdir := filepath.Join(dir, "data"), filepath.Join(dir, "certs")
+	for _, d := range []string{data, certdir} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	testkit.WritePair(t, filepath.Join(certdir, "derp.example.com.crt"), filepath.Join(certdir, "derp.example.com.key"), testkit.SelfSigned(t, "derp.example.com"))
+	for path, mode := range map[string]os.FileMode{
+		dir: 0o755, data: 0o777, certdir: 0o555,
+		filepath.Join(certdir, "derp.example.com.crt"): 0o444, filepath.Join(certdir, "derp.example.com.key"): 0o444,
+	} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stderr, code := asNobody(t, dir, []string{"env"}, "DERP_DATA_DIR="+data, "DERP_CERT_DIR="+certdir, "DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com")
+	if code != exitOK {
+		t.Error(fmt.Sprint("exit code ", code, ": "), stderr)
+	}
 }

@@ -3,12 +3,13 @@
 package httpserver
 
 import (
-	"bytes"
 	stdlog "log"
 	"net/http"
 	"time"
 
 	"github.com/rs/zerolog"
+
+	"derpd/internal/debuglog"
 )
 
 const (
@@ -32,15 +33,6 @@ func New(handler http.Handler, log zerolog.Logger) *http.Server {
 		ReadTimeout:    requestTimeout,
 		WriteTimeout:   requestTimeout,
 		MaxHeaderBytes: maxHeaderBytes,
-		ErrorLog:       stdlog.New(debugWriter{log.With().Str("component", "http").Logger()}, "", 0),
+		ErrorLog:       stdlog.New(debuglog.Writer(log, "http"), "", 0),
 	}
-}
-
-// debugWriter logs each write as one line at debug level.
-type debugWriter struct{ log zerolog.Logger }
-
-// Write implements [io.Writer].
-func (w debugWriter) Write(p []byte) (int, error) {
-	w.log.Debug().Msg(string(bytes.TrimRight(p, "\n")))
-	return len(p), nil
 }

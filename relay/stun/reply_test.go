@@ -44,6 +44,9 @@ func FuzzSTUN(f *testing.F) {
 				t.Errorf("answer %x with %x, want %x with %x", got, source, want, wantSource)
 			}
 		}
+		if n := s.counters.noLocalAddr.Value(); n != 0 {
+			t.Errorf("without pktinfo, %d requests counted as without the address asked", n)
+		}
 	})
 }
 

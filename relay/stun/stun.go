@@ -73,21 +73,18 @@ func (s *Server) SetOpen(open bool) { s.open.Store(open) }
 // Open reports whether requests get replies.
 func (s *Server) Open() bool { return s.open.Load() }
 
-// Run answers requests until ctx ends. It closes the socket and returns nil.
+// Run answers requests until ctx ends or the socket is closed. It returns nil, with
+// the socket closed.
 func (s *Server) Run(ctx context.Context) error {
-	defer func() { _ = s.conn.Close() }()
 	defer context.AfterFunc(ctx, func() { _ = s.conn.Close() })()
 	for {
 		err := s.serve(ctx)
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, net.ErrClosed) {
 			return nil
 		}
 		s.counters.readError.Add(1)
-		s.log.Debug().Err(err).Msg("STUN read failed")
-		select {
-		case <-ctx.Done():
-		case <-time.After(retryAfter):
-		}
+		s.log.Debug().Err(err).Msg("stun read failed")
+		<-time.After(retryAfter)
 	}
 }
 
@@ -123,7 +120,7 @@ func (s *Server) sent(replies int, err error) {
 	counter := s.counters.success
 	if err != nil {
 		counter = s.counters.writeError
-		s.log.Debug().Err(err).Int("replies", replies).Msg("STUN reply failed")
+		s.log.Debug().Err(err).Int("replies", replies).Msg("stun reply failed")
 	}
 	counter.Add(int64(replies))
 }

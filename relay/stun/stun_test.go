@@ -3,6 +3,7 @@ package stun
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -378,12 +379,13 @@ func TestEnds(t *testing.T) {
 			c := dial(t, from, server)
 			c.expect(c.request())
 			stop()
-			again, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(bound))
-			if err != nil {
-				t.Errorf("%s: %v", addr, err)
-				continue
-			}
-			_ = again.Close()
+			waitFor(t, "free port", func() bool {
+				again, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(bound))
+				if err == nil {
+					_ = again.Close()
+				}
+				return err == nil
+			})
 		}
 	})
 }
@@ -468,8 +470,29 @@ func TestEndsAmongReadErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	stop := start(t, s)
-	waitFor(t, "a read error", func() bool { return s.counters.readError.Value() > 0 })
+	waitFor(t, "read error", func() bool { return s.counters.readError.Value() > 0 })
 	stop()
+	if err := s.conn.Close(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the socket was not closed: %v", err)
+	}
+}
+
+// Run returns when somebody else closes the socket.
+func TestEndsWithTheSocket(t *testing.T) {
+	onBothPaths(t, func(t *testing.T, singly bool) {
+		s, _ := listen(t, "127.0.0.1:0", singly, Config{})
+		done := make(chan error, 1)
+		go func() { done <- s.Run(context.Background()) }()
+		_ = s.conn.Close()
+		select {
+		case err := <-done:
+			if err != nil || s.counters.readError.Value() != 0 {
+				t.Errorf("Run returned %v after %d read errors", err, s.counters.readError.Value())
+			}
+		case <-time.After(patience):
+			t.Error("Run does not end")
+		}
+	})
 }
 
 func TestNewReportsErrors(t *testing.T) {
@@ -478,7 +501,7 @@ func TestNewReportsErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = conn.Close()
-	if s, err := New(Config{Conn: conn}); err == nil || s != nil {
+	if s, err := New(Config{Conn: conn}); s != nil || err == nil || !strings.Contains(err.Error(), "enabling pktinfo") {
 		t.Errorf("New on a closed socket returned %v, %v", s, err)
 	}
 }

@@ -1,0 +1,7 @@
+//go:build !route53
+
+package certs
+
+import "github.com/caddyserver/certmagic"
+
+func (*Route53) provider() certmagic.DNSProvider { return nil }

@@ -1,0 +1,66 @@
+// Package admin is both ends of the admin listener: the handlers that a running
+// relay serves there (this file, admission.go, metrics.go), and the client with
+// which derpd's commands ask it (client.go). The listener is for the operator;
+// it is never served on a public address.
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"expvar"
+	"net/http"
+
+	"tailscale.com/types/key"
+)
+
+// mapType is the media type of a map on the admin listener. The client uses it
+// to recognise a derpd.
+const mapType = "application/vnd.derpd.derpmap"
+
+// Config is the source of what the handlers serve.
+type Config struct {
+	// Health serves /livez, /readyz and /healthz.
+	Health http.Handler
+
+	// Map returns the map in one of derpmap.Formats. An error is a client's
+	// fault: an unknown format.
+	Map func(ctx context.Context, format string) ([]byte, error)
+
+	// Admission returns what the sources of admission say about a node.
+	Admission func(ctx context.Context, node key.NodePublic) Admission
+
+	// Metrics returns the current metrics.
+	Metrics func() []expvar.KeyValue
+}
+
+// Handler serves the admin listener.
+func Handler(c Config) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/", c.Health)
+	mux.HandleFunc("GET /derpmap", c.serveMap)
+	mux.HandleFunc("GET /admit", c.serveAdmission)
+	mux.HandleFunc("GET /metrics", c.serveMetrics)
+	return mux
+}
+
+// serveMap answers `derpd derpmap`.
+func (c Config) serveMap(w http.ResponseWriter, r *http.Request) {
+	out, err := c.Map(r.Context(), r.FormValue("format"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", mapType)
+	_, _ = w.Write(out)
+}
+
+// serveAdmission answers `derpd admit`.
+func (c Config) serveAdmission(w http.ResponseWriter, r *http.Request) {
+	var node key.NodePublic
+	if err := node.UnmarshalText([]byte(r.FormValue("node"))); err != nil || node.IsZero() {
+		http.Error(w, "want node=nodekey:…", http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", admissionType)
+	_ = json.NewEncoder(w).Encode(c.Admission(r.Context(), node))
+}

@@ -1,0 +1,158 @@
+package config
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"derpd/certs"
+)
+
+const repository = "../../../.."
+
+// The documentation is made from the structs of variables, and must not differ
+// from them. `make docs` writes it.
+func TestDocs(t *testing.T) {
+	read := func(name string) string {
+		t.Helper()
+		data, err := os.ReadFile(filepath.Join(repository, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	var example bytes.Buffer
+	if err := WriteExample(&example); err != nil {
+		t.Fatal(err)
+	}
+	if example.String() != read("docker/env.example") {
+		t.Error("docker/env.example differs from the code; run: make docs")
+	}
+	for language, name := range map[string]string{"en": "README.md", "zh": "README.zh-CN.md"} {
+		old := read(name)
+		if text, err := ReplaceTables(old, language); err != nil || text != old {
+			t.Errorf("%s differs from the code (%v); run: make docs", name, err)
+		}
+	}
+}
+
+func TestReplaceTablesNeedsBothMarks(t *testing.T) {
+	whole := tableBegin + tableEnd + providerTableBegin + tableEnd
+	if _, err := ReplaceTables(whole, "en"); err != nil {
+		t.Error(err)
+	}
+	for _, readme := range []string{"", tableBegin + tableEnd, providerTableBegin + tableEnd, tableBegin + providerTableBegin} {
+		if text, err := ReplaceTables(readme, "en"); err == nil {
+			t.Errorf("%q became %q", readme, text)
+		}
+	}
+}
+
+// Every field of every struct of variables is a string that the operator can set,
+// and is documented in both languages.
+func TestEveryVariableIsDocumented(t *testing.T) {
+	e := readEnvironment(nil, new(problems))
+	seen := make(map[string]bool)
+	for _, structure := range e.structs() {
+		for _, v := range variablesOf(structure) {
+			if seen[v.Name] || !strings.HasPrefix(v.Name, "DERP_") || v.tag("envconfig") != v.Name {
+				t.Errorf("%s: twice, or not in full: %q", v.Name, v.tags)
+			}
+			seen[v.Name] = true
+			if v.Meaning() == "" || v.ZhMeaning() == "" || (v.Computed() == "") != (v.ZhComputed() == "") || v.Computed() != "" && v.Default() != "" {
+				t.Errorf("%s: %q", v.Name, v.tags)
+			}
+			if text := v.Meaning() + v.ZhMeaning(); strings.Contains(text, "{") || strings.Contains(text, "|") {
+				t.Errorf("%s: a placeholder, or the end of a cell, in %q", v.Name, text)
+			}
+			// These make envconfig stop at the first problem, or not see the field.
+			for _, tag := range []string{"required", "ignored", "split_words"} {
+				if v.tag(tag) != "" {
+					t.Errorf("%s has the tag %s", v.Name, tag)
+				}
+			}
+			if is := v.tag("is"); is != "" && rules[is].valid == nil {
+				t.Errorf("%s: no rule %q", v.Name, is)
+			}
+		}
+		fields := 0
+		countStrings(t, reflect.ValueOf(structure).Elem(), &fields)
+		if got := len(variablesOf(structure)); got != fields {
+			t.Errorf("%T: envconfig sees %d of %d fields", structure, got, fields)
+		}
+	}
+	if len(seen) < 90 {
+		t.Errorf("only %d variables", len(seen))
+	}
+}
+
+func countStrings(t *testing.T, v reflect.Value, fields *int) {
+	t.Helper()
+	for i := range v.NumField() {
+		switch field := v.Field(i); field.Kind() {
+		case reflect.Struct:
+			countStrings(t, field, fields)
+		case reflect.String:
+			*fields++
+		default:
+			t.Errorf("%s is no string", v.Type().Field(i).Name)
+		}
+	}
+}
+
+func TestEveryProviderIsDocumented(t *testing.T) {
+	e := readEnvironment(nil, new(problems))
+	for _, v := range variablesOf(&e.DNSEnv) {
+		if v.Name != "DERP_DNS_PROVIDER" {
+			continue
+		}
+		for _, provider := range certs.DNSProviders() {
+			if !strings.Contains(v.Meaning(), provider.Name) || !strings.Contains(v.ZhMeaning(), provider.Name) {
+				t.Errorf("%s is not in %q and %q", provider.Name, v.Meaning(), v.ZhMeaning())
+			}
+		}
+	}
+}
+
+// What the READMEs tell people to put into .env is a valid configuration.
+func TestDocumentedSettings(t *testing.T) {
+	// One that every variable takes.
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("nodekey:"+key64), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"README.md", "README.zh-CN.md"} {
+		data, err := os.ReadFile(filepath.Join(repository, path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocks := strings.Split(string(data), "```sh\n")[1:]
+		found := 0
+		for _, block := range blocks {
+			block, _, _ = strings.Cut(block, "```")
+			if !strings.HasPrefix(block, "DERP_") {
+				continue
+			}
+			found++
+			env := []string{"DERP_DATA_DIR=" + t.TempDir()}
+			for line := range strings.Lines(block) {
+				line = strings.TrimSpace(line)
+				if name, value, isSetting := strings.Cut(line, "="); isSetting && !strings.HasPrefix(line, "#") {
+					if strings.HasPrefix(value, "/run/secrets/") {
+						value = secret
+					}
+					env = append(env, name+"="+value)
+				}
+			}
+			if _, err := Load(env); err != nil {
+				t.Errorf("%s: %v in\n%s", path, err, block)
+			}
+		}
+		if found == 0 {
+			t.Errorf("%s: no settings found", path)
+		}
+	}
+}

@@ -1,0 +1,196 @@
+package config
+
+import (
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/kelseyhightower/envconfig"
+
+	"derpd/certs"
+)
+
+// Env is every variable as text, except those of the sources of admission and of
+// the DNS providers, which have structs of their own. envconfig fills it. The
+// order is that of the documentation.
+type Env struct {
+	NamesEnv
+	ListenEnv
+	StorageEnv
+	CertificateEnv
+	ACMEEnv
+	DNSEnv
+	AdmissionEnv
+	RegionEnv
+	MeshEnv
+	ProxiesEnv
+	WebEnv
+	LogEnv
+}
+
+// environment is the environment as it was read.
+type environment struct {
+	Env
+	sources   []sourceEnv                   // of admission, one of each kind
+	providers map[string]certs.DNSVariables // of DNS, by name
+
+	platform *platform         // nil on none that is known
+	assumed  []string          // variables that the platform has set; they are not given
+	given    map[string]bool   // variables that the operator has set
+	files    map[string]string // path of each variable that was given as NAME_FILE
+	ignored  []string          // variables that Docker or Kubernetes injected
+}
+
+// readEnvironment resolves the variables and fills the structs.
+func readEnvironment(environ []string, p *problems) *environment {
+	e := &environment{
+		providers: make(map[string]certs.DNSVariables),
+		given:     make(map[string]bool),
+		files:     make(map[string]string),
+	}
+	for _, kind := range sourceKinds() {
+		e.sources = append(e.sources, kind.env())
+	}
+	for _, provider := range certs.DNSProviders() {
+		e.providers[provider.Name] = provider.Variables()
+	}
+	known := e.variables()
+	values := e.resolve(environ, known, p)
+	fill(values, known, e.structs())
+	return e
+}
+
+// structs are all structs of variables.
+func (e *environment) structs() []any {
+	list := []any{&e.Env}
+	for _, source := range e.sources {
+		list = append(list, source)
+	}
+	for _, provider := range certs.DNSProviders() {
+		list = append(list, e.providers[provider.Name])
+	}
+	return list
+}
+
+// derperDebug are variables with our prefix that upstream's code reads.
+var derperDebug = []string{"DERP_DEBUG_LOGS", "DERP_PROBER_DEBUG_LOGS"}
+
+// resolve returns the value of each known variable that has one. A variable that
+// is empty counts as not set, because Compose passes on variables that way.
+func (e *environment) resolve(environ []string, known []variable, p *problems) map[string]string {
+	lines := make(map[string]bool) // known variables, and whether they may have several lines
+	for _, v := range known {
+		lines[v.Name] = v.tag("lines") == "true"
+	}
+	ours, outside := make(map[string]string), make(map[string]string)
+	for _, pair := range environ {
+		name, value, _ := strings.Cut(pair, "=")
+		if strings.HasPrefix(name, "DERP_") {
+			ours[name] = value
+		} else {
+			outside[name] = value
+		}
+	}
+	values := make(map[string]string)
+	for name, value := range ours {
+		_, isKnown := lines[name]
+		target, isFile := strings.CutSuffix(name, "_FILE")
+		_, targetKnown := lines[target]
+		switch {
+		case value == "" || slices.Contains(derperDebug, name):
+		case injected(name, value, isKnown):
+			e.ignored = append(e.ignored, name)
+		case isKnown:
+			e.given[name] = true
+			values[name] = p.bareValue(name, value, lines[name])
+		case isFile && targetKnown:
+			e.given[target] = true
+			e.files[target] = p.path(name, p.bareValue(name, value, false))
+		default:
+			p.add(name, "unknown variable%s", suggestion(name, lines))
+		}
+	}
+	for name, path := range e.files {
+		if ours[name] != "" && !slices.Contains(e.ignored, name) {
+			p.add(name, "is set, and so is %s_FILE; remove one of the two", name)
+			continue
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			p.add(name+"_FILE", "%w%s", err, readHint(err))
+			continue
+		}
+		values[name] = p.bareContent(name+"_FILE", path, string(data), lines[name])
+	}
+	for name, value := range values {
+		if value == "" {
+			delete(values, name)
+		}
+	}
+	slices.Sort(e.ignored)
+	if e.platform = detectPlatform(outside, values); e.platform != nil {
+		e.assumed = e.platform.assume(values)
+	}
+	return values
+}
+
+// lending protects the environment of the process while it is lent to envconfig.
+var lending sync.Mutex
+
+// fill sets the fields of structs to values, or to their defaults. envconfig
+// reads the environment of the process only. So the known variables are set there
+// for the time of the call, and put back as they were.
+func fill(values map[string]string, known []variable, structs []any) {
+	lending.Lock()
+	defer lending.Unlock()
+	for _, v := range known {
+		old, wasSet := os.LookupEnv(v.Name)
+		value, isSet := values[v.Name]
+		if wasSet == isSet && old == value {
+			continue
+		}
+		defer putBack(v.Name, old, wasSet)
+		putBack(v.Name, value, isSet)
+	}
+	for _, s := range structs {
+		// Process fails only on a value that it cannot convert, and all
+		// fields are strings.
+		if err := envconfig.Process("", s); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// putBack sets a variable of the process, or removes it. Setenv fails only for
+// NUL characters, which bare has removed.
+func putBack(name, value string, isSet bool) {
+	if isSet {
+		_ = os.Setenv(name, value)
+	} else {
+		_ = os.Unsetenv(name)
+	}
+}
+
+// warnings are about variables that have no effect.
+func (e *environment) warnings() []string {
+	var list []string
+	for _, name := range e.ignored {
+		list = append(list, name+" was set by Docker or Kubernetes for a service of that name, and is ignored")
+	}
+	return list
+}
+
+// injected recognises the variables that Docker's links and Kubernetes set in a
+// container beside a service called derp, or derp-something.
+func injected(name, value string, known bool) bool {
+	for _, scheme := range []string{"tcp://", "udp://", "sctp://"} {
+		if strings.HasPrefix(value, scheme) {
+			return true
+		}
+	}
+	return !known && injectedName.MatchString(name)
+}
+
+var injectedName = regexp.MustCompile(`^DERP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?|ENV_\w+|NAME)$`)

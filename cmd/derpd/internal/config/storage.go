@@ -1,0 +1,128 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"derpd/certs"
+	"derpd/relay"
+)
+
+// StorageEnv are the directories.
+type StorageEnv struct {
+	DataDir string `envconfig:"DERP_DATA_DIR" default:"/data" desc:"directory of the node key; an absolute path" zh:"保存节点密钥的目录；绝对路径"`
+	CertDir string `envconfig:"DERP_CERT_DIR" desc:"directory of certificates and ACME accounts; an absolute path" zh:"保存证书和 ACME 账户的目录；绝对路径" or:"certs in DERP_DATA_DIR" zhor:"DERP_DATA_DIR 下的 certs"`
+}
+
+// Storage are the directories, as absolute paths.
+type Storage struct {
+	DataDir string
+	CertDir string
+}
+
+// NodeKeyFile is the file of the node key.
+func (s Storage) NodeKeyFile() string { return filepath.Join(s.DataDir, "node.key") }
+
+func parseStorage(p *problems, env StorageEnv) Storage {
+	s := Storage{DataDir: p.path("DERP_DATA_DIR", env.DataDir)}
+	s.CertDir = filepath.Join(s.DataDir, "certs")
+	if env.CertDir != "" {
+		s.CertDir = p.path("DERP_CERT_DIR", env.CertDir)
+	}
+	return s
+}
+
+// checkStorage checks the directories and what is stored in them. ownCertDir tells
+// that DERP_CERT_DIR is set; checkPin, that a pinned certificate must be valid.
+//
+// A directory that cannot be written to is refused only if something must be
+// written there: a volume that became read-only must not take down a relay that
+// has a key and a certificate. What works for now is a warning.
+func checkStorage(p *problems, s Storage, c Certificate, ownCertDir, checkPin bool) []string {
+	data := checkDirectory(p, "DERP_DATA_DIR", s.DataDir)
+	storesCertificates := c.Mode == ModePinned || c.Mode == ModeLetsEncrypt
+	certDir := directory{}
+	switch {
+	case !ownCertDir:
+		certDir.usable = data.usable
+	case c.Mode != ModeManual: // which only reads its files
+		certDir = checkDirectory(p, "DERP_CERT_DIR", s.CertDir)
+	}
+
+	_, keyErr := relay.LoadKey(s.NodeKeyFile())
+	if data.usable && keyErr != nil && !errors.Is(keyErr, fs.ErrNotExist) {
+		p.add("DERP_DATA_DIR", "%w%s", keyErr, readHint(keyErr))
+	}
+	if checkPin && certDir.usable && c.Mode == ModePinned {
+		checkPinned(p, c.Pinned)
+	}
+
+	var warnings []string
+	judge := func(name string, readOnly error, missing, holdsCertificates bool) {
+		switch {
+		case readOnly == nil:
+		case missing:
+			p.add(name, "%w", readOnly)
+		case holdsCertificates && c.Mode == ModeLetsEncrypt:
+			warnings = append(warnings, fmt.Sprintf("%s: %v; the stored certificate is served, but cannot be renewed", name, readOnly))
+		default:
+			warnings = append(warnings, fmt.Sprintf("%s: %v; derpd works with the files that are stored there", name, readOnly))
+		}
+	}
+	dataHoldsCertificates := storesCertificates && !ownCertDir
+	if data.readOnly != nil {
+		judge("DERP_DATA_DIR", data.readOnly, keyErr != nil || dataHoldsCertificates && !certificateStored(c), dataHoldsCertificates)
+	}
+	if certDir.readOnly != nil && storesCertificates {
+		judge("DERP_CERT_DIR", certDir.readOnly, !certificateStored(c), true)
+	}
+	return warnings
+}
+
+// certificateStored reports whether nothing must be written to the certificate
+// directory for now.
+func certificateStored(c Certificate) bool {
+	if c.Mode == ModePinned {
+		_, err := certs.LoadPinned(c.Pinned)
+		return err == nil
+	}
+	return c.ACME.Stored()
+}
+
+// directory is the state of a directory.
+type directory struct {
+	usable   bool
+	readOnly error // why it cannot be written to
+}
+
+// checkDirectory checks that path is a directory, or that it can be made.
+func checkDirectory(p *problems, name, path string) directory {
+	existing := filepath.Clean(path)
+	info, err := os.Stat(existing)
+	for errors.Is(err, fs.ErrNotExist) && existing != filepath.Dir(existing) {
+		existing = filepath.Dir(existing)
+		info, err = os.Stat(existing)
+	}
+	if err != nil {
+		p.add(name, "%w", err)
+		return directory{}
+	}
+	if !info.IsDir() {
+		p.add(name, "want a directory, but %s is a file", existing)
+		return directory{}
+	}
+	err = unix.Access(existing, unix.W_OK|unix.X_OK)
+	if err == nil {
+		return directory{usable: true}
+	}
+	fix := fmt.Sprintf("on the host: chown -R %d DIRECTORY, or use a named volume", os.Getuid())
+	if errors.Is(err, unix.EROFS) {
+		fix = "mount it for writing"
+	}
+	return directory{readOnly: fmt.Errorf("%s cannot be written to by uid %d: %w; %s", existing, os.Getuid(), err, fix)}
+}

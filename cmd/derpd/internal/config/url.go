@@ -1,0 +1,40 @@
+package config
+
+import (
+	"derpd/relay/admit"
+)
+
+func init() {
+	registerSource(sourceKind{name: "url", closes: "DERP_VERIFY_CLIENT_URL", env: func() sourceEnv { return new(URLEnv) }})
+}
+
+// URLEnv are the admission URLs to ask.
+type URLEnv struct {
+	URLs     string `envconfig:"DERP_VERIFY_CLIENT_URL" secret:"url" desc:"admission URLs, comma-separated (Headscale's /verify)" zh:"准入网址，逗号分隔（Headscale 的 /verify）"`
+	FailOpen string `envconfig:"DERP_VERIFY_CLIENT_URL_FAIL_OPEN" default:"false" desc:"true: anybody may connect while an admission URL cannot be reached, as derper does by default" zh:"true：准入网址无法访问时任何人都可以连接（derper 的默认行为）"`
+}
+
+func (env *URLEnv) parse(p *problems, _ sharedByAll) parsedSources {
+	var parsed parsedSources
+	failOpen := p.boolean("DERP_VERIFY_CLIENT_URL_FAIL_OPEN", env.FailOpen)
+	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", env.URLs) {
+		if _, ok := parseURL(target); !ok {
+			p.add("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
+			continue
+		}
+		parsed.list = append(parsed.list, Source{
+			Name:     "url",
+			Variable: "DERP_VERIFY_CLIENT_URL",
+			Target:   redactURL(target),
+			New:      opened(admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen})),
+		})
+	}
+	switch {
+	case !failOpen:
+	case env.URLs == "" && !p.has("DERP_VERIFY_CLIENT_URL"):
+		p.add("DERP_VERIFY_CLIENT_URL_FAIL_OPEN", "is only used with DERP_VERIFY_CLIENT_URL, but that is not set; set that, or remove this")
+	default:
+		parsed.warnings = append(parsed.warnings, "DERP_VERIFY_CLIENT_URL_FAIL_OPEN admits anybody while an admission URL cannot be reached; without it, nodes that were admitted before stay admitted for DERP_VERIFY_GRACE")
+	}
+	return parsed
+}

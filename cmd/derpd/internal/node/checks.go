@@ -1,0 +1,170 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"derpd/cmd/derpd/internal/config"
+	"derpd/healthz"
+	"derpd/relay/stun"
+)
+
+// checks are the parts of the health report, in the order of causes: the first
+// failure explains the later ones. A new check is one function and one line here.
+func (n *Node) checks() []healthz.Check {
+	list := []healthz.Check{{Name: "listeners", Run: n.checkListeners}}
+	if n.certs != nil {
+		list = append(list, healthz.Check{Name: "certificate", Run: n.checkCertificate})
+	}
+	list = append(list, healthz.Check{Name: "derp", Run: n.checkDERP})
+	if n.stun != nil {
+		list = append(list, healthz.Check{Name: "stun", Run: n.checkSTUN})
+	}
+	list = append(list, healthz.Check{Name: "admission", Run: n.checkAdmission})
+	if n.config.Meshed() {
+		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})
+	}
+	return list
+}
+
+// checkListeners connects to each public TCP listener. STUN and DERP have checks
+// of their own.
+func (n *Node) checkListeners(ctx context.Context) healthz.Result {
+	var up []string
+	for _, l := range []struct {
+		name string
+		ln   net.Listener
+	}{{"https", n.listeners.https}, {"http", n.listeners.http}} {
+		if l.ln == nil {
+			continue
+		}
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", loopback(l.ln.Addr()).String())
+		if err != nil {
+			return healthz.Failf("%s on %s: %v", l.name, l.ln.Addr(), err)
+		}
+		_ = conn.Close()
+		up = append(up, fmt.Sprintf("%s %s", l.name, l.ln.Addr()))
+	}
+	return healthz.Okf("%s", strings.Join(up, ", "))
+}
+
+const day = 24 * time.Hour
+
+// expiryWarning is the time before a certificate's end at which health begins to
+// warn. It has the modes whose certificates derpd does not renew. A new pinned
+// certificate needs a new map in every client.
+var expiryWarning = map[string]time.Duration{config.ModeManual: 14 * day, config.ModePinned: 90 * day}
+
+func (n *Node) checkCertificate(context.Context) healthz.Result {
+	mode := n.config.Certificate.Mode
+	s := n.certs.Status()
+	if s.Leaf == nil {
+		return healthz.Failf("waiting for %s: %v", strings.Join(n.config.Domains, ", "), s.Err)
+	}
+	names := slices.Clone(s.Leaf.DNSNames)
+	for _, ip := range s.Leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	left := time.Until(s.Leaf.NotAfter)
+	line := fmt.Sprintf("%s, %s, %d days left", mode, strings.Join(names, " "), int(left/day))
+	switch {
+	case left <= 0:
+		return healthz.Failf("%s expired on %s", strings.Join(names, " "), s.Leaf.NotAfter.Format(time.DateOnly))
+	case s.Err != nil:
+		return healthz.Warnf("%s; %v", line, s.Err)
+	case left < expiryWarning[mode] && mode == config.ModeManual:
+		return healthz.Warnf("%s; renew the files", line)
+	case left < expiryWarning[mode]:
+		return healthz.Warnf("%s; make a new one with `derpd pin --rotate` and paste the new map", line)
+	}
+	return healthz.Okf("%s", line)
+}
+
+// checkDERP reports the state of the self-check, which runs all the time.
+func (n *Node) checkDERP(context.Context) healthz.Result {
+	if err := n.notServing(); err != nil {
+		return healthz.Failf("through %s: %v", n.listeners.https.Addr(), err)
+	}
+	return healthz.Okf("a packet between two clients in %s", n.selfCheck.State().Took.Round(100*time.Microsecond))
+}
+
+// refusedWarning is how long health reports a refused STUN request. Clients ask
+// about twice a minute, so the warning ends soon after the cause is fixed.
+const refusedWarning = time.Hour
+
+func (n *Node) checkSTUN(ctx context.Context) healthz.Result {
+	if !n.stun.Open() {
+		return healthz.Failf("closed, since the relay cannot serve clients: %v", n.notServing())
+	}
+	took, err := healthz.STUN(ctx, loopback(n.listeners.stun.LocalAddr()))
+	if err != nil {
+		return healthz.Failf("round trip through %s: %v", n.listeners.stun.LocalAddr(), err)
+	}
+	line := fmt.Sprintf("round trip in %s", took.Round(10*time.Microsecond))
+	if refused, last := n.stun.Refused(); refused > 0 && time.Since(last) < refusedWarning {
+		return healthz.Warnf("%s; %d requests refused, the last one %s ago: %v", line, refused, age(last), stun.ErrGateway)
+	}
+	return healthz.Okf("%s", line)
+}
+
+func (n *Node) checkAdmission(context.Context) healthz.Result {
+	if n.gate == nil {
+		return healthz.Warnf("open: anybody who finds this relay can use it; %s", config.HowToClose())
+	}
+	var good, bad []string
+	for _, s := range n.gate.States() {
+		switch {
+		case s.Err != nil && s.AsOf.IsZero():
+			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Err))
+		case s.Err != nil:
+			bad = append(bad, fmt.Sprintf("%s: %v (its last answer is %s old)", s.Source, s.Err, age(s.AsOf)))
+		case s.Problem != nil:
+			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Problem))
+		case s.AsOf.IsZero():
+			good = append(good, s.Source+", not asked yet")
+		default:
+			good = append(good, fmt.Sprintf("%s, as of %s ago", s.Source, age(s.AsOf)))
+		}
+	}
+	counts := n.gate.Counts()
+	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
+		counts.Admitted, counts.Refused+counts.Unavailable, counts.Kept, counts.Disconnected)
+	if len(bad) > 0 {
+		return healthz.Warnf("%d of %d sources need attention: %s; %s", len(bad), len(bad)+len(good), strings.Join(bad, "; "), done)
+	}
+	return healthz.Okf("%s; %s", strings.Join(good, ", "), done)
+}
+
+// checkMesh never fails: clients of this node gain nothing when it closes because
+// another node is down.
+func (n *Node) checkMesh(context.Context) healthz.Result {
+	var up, all int
+	var bad []string
+	for _, s := range n.relay.Mesh().States() {
+		switch {
+		case s.Self:
+			continue
+		case s.Up:
+			up++
+		case s.Err == nil:
+			bad = append(bad, "connecting to "+s.Node)
+		default:
+			bad = append(bad, fmt.Sprintf("%s is down for %s: %v", s.Node, age(s.Since), shortNetError(s.Err)))
+		}
+		all++
+	}
+	switch {
+	case all == 0:
+		return healthz.Okf("DERP_MESH_WITH names no other node")
+	case len(bad) > 0:
+		return healthz.Warnf("%d of %d nodes connected; %s", up, all, strings.Join(bad, "; "))
+	}
+	return healthz.Okf("%d of %d nodes connected", up, all)
+}
+
+// age is the time since t, in whole seconds.
+func age(t time.Time) time.Duration { return time.Since(t).Round(time.Second) }

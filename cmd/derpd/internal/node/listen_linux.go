@@ -1,0 +1,54 @@
+package node
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"tailscale.com/net/ktimeout"
+)
+
+const (
+	// keepAlive is negative: accepted connections inherit the keepalive of the
+	// listener, and package net must not set it again.
+	keepAlive = -1
+
+	// Both values are the defaults of package net.
+	tcpKeepAliveInterval = 15 * time.Second
+	tcpKeepAliveCount    = 9
+)
+
+// tcpOptions sets options on the listening socket. Accepted connections inherit
+// them without further system calls.
+func tcpOptions(congestion string) func(network, address string, c syscall.RawConn) error {
+	userTimeout := ktimeout.UserTimeout(tcpUserTimeout)
+	return func(network, address string, c syscall.RawConn) error {
+		if err := userTimeout(network, address, c); err != nil {
+			return err
+		}
+		var optionErr error
+		if err := c.Control(func(fd uintptr) {
+			for _, option := range []struct{ level, name, value int }{
+				{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(tcpKeepAlive / time.Second)},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(tcpKeepAliveInterval / time.Second)},
+				{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, tcpKeepAliveCount},
+			} {
+				if err := unix.SetsockoptInt(int(fd), option.level, option.name, option.value); err != nil && optionErr == nil {
+					optionErr = os.NewSyscallError("setsockopt", err)
+				}
+			}
+			if congestion == "" {
+				return
+			}
+			if err := unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion); err != nil {
+				optionErr = fmt.Errorf("DERP_TCP_CONGESTION: using %s: %w; allow it on the host with sysctl net.ipv4.tcp_allowed_congestion_control", congestion, err)
+			}
+		}); err != nil {
+			return err
+		}
+		return optionErr
+	}
+}

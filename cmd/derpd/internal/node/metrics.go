@@ -1,0 +1,105 @@
+package node
+
+import (
+	"expvar"
+
+	"tailscale.com/metrics"
+)
+
+// metrics are all metrics of the relay. Metrics of derpserver and STUN keep the
+// names that derper gives them (derp_bytes_sent and so on), so that dashboards
+// made for derper keep working. Metrics of derpd begin with derpd_. A prefix
+// gives the type to the exporter, which does not print it.
+func (n *Node) metrics() []expvar.KeyValue {
+	list := []expvar.KeyValue{
+		{Key: "derp", Value: n.relay.Metrics()},
+		{Key: "gauge_derpd_open", Value: number(n.gate == nil)},
+		{Key: "counter_derpd_self_check_failures_total", Value: number(int64(n.selfCheck.State().Failures))},
+	}
+	if n.stun != nil {
+		refused, _ := n.stun.Refused()
+		list = append(list,
+			expvar.KeyValue{Key: "stun", Value: n.stun.Metrics()},
+			expvar.KeyValue{Key: "gauge_derpd_stun_open", Value: number(n.stun.Open())},
+			expvar.KeyValue{Key: "counter_derpd_stun_gateway_refused_total", Value: number(int64(refused))})
+	}
+	if n.certs != nil {
+		status := n.certs.Status()
+		if status.Leaf != nil {
+			list = append(list, expvar.KeyValue{Key: "gauge_derpd_certificate_not_after_timestamp_seconds", Value: number(status.Leaf.NotAfter.Unix())})
+		}
+		list = append(list,
+			expvar.KeyValue{Key: "gauge_derpd_certificate_failing", Value: number(status.Err != nil)},
+			expvar.KeyValue{Key: "counter_derpd_certificate_reloads_total", Value: number(int64(status.Reloads))},
+			expvar.KeyValue{Key: "counter_derpd_certificate_reload_errors_total", Value: number(int64(status.ReloadErrors))})
+	}
+	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
+}
+
+// The types are labels of metrics.
+type (
+	decisionLabel struct{ Decision string }
+	sourceLabel   struct{ Source string }
+	nodeLabel     struct{ Node string }
+)
+
+func (n *Node) admissionMetrics() []expvar.KeyValue {
+	if n.gate == nil {
+		return nil
+	}
+	counts := n.gate.Counts()
+	decisions := &metrics.MultiLabelMap[decisionLabel]{Type: "counter", Help: "Decisions about nodes since the start. Disconnected nodes had been admitted before."}
+	for decision, count := range map[string]uint64{
+		"admitted": counts.Admitted, "kept": counts.Kept, "refused": counts.Refused,
+		"unavailable": counts.Unavailable, "disconnected": counts.Disconnected,
+	} {
+		decisions.Set(decisionLabel{decision}, number(int64(count)))
+	}
+	up := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Whether the source answered the last question."}
+	asOf := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Time of the source's information."}
+	for _, s := range n.gate.States() {
+		label := sourceLabel{s.Source}
+		up.Set(label, number(s.Err == nil && s.Problem == nil))
+		if !s.AsOf.IsZero() {
+			asOf.Set(label, number(s.AsOf.Unix()))
+		}
+	}
+	return []expvar.KeyValue{
+		{Key: "derpd_admission_decisions_total", Value: decisions},
+		{Key: "derpd_admission_source_up", Value: up},
+		{Key: "derpd_admission_source_timestamp_seconds", Value: asOf},
+		{Key: "gauge_derpd_clients", Value: number(len(n.connected()))},
+	}
+}
+
+func (n *Node) meshMetrics() []expvar.KeyValue {
+	if !n.config.Meshed() {
+		return nil
+	}
+	up := &metrics.MultiLabelMap[nodeLabel]{Type: "gauge", Help: "Whether packets are forwarded to the node."}
+	clients := &metrics.MultiLabelMap[nodeLabel]{Type: "gauge", Help: "Clients that are connected to the node."}
+	for _, s := range n.relay.Mesh().States() {
+		if s.Self {
+			continue
+		}
+		up.Set(nodeLabel{s.Node}, number(s.Up))
+		clients.Set(nodeLabel{s.Node}, number(s.Clients))
+	}
+	return []expvar.KeyValue{{Key: "derpd_mesh_up", Value: up}, {Key: "derpd_mesh_clients", Value: clients}}
+}
+
+// number is a metric with one value.
+func number[T bool | int | int64](v T) expvar.Var {
+	i := new(expvar.Int)
+	switch v := any(v).(type) {
+	case bool:
+		if v {
+			i.Set(1)
+		}
+	case int:
+		i.Set(int64(v))
+	case int64:
+		i.Set(v)
+	}
+	return i
+}

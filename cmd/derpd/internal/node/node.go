@@ -1,0 +1,155 @@
+// Package node is one relay: put together from its configuration, run, and
+// stopped. Each file is one layer:
+//
+//   - node.go builds the parts, run.go runs and stops them
+//   - listen*.go binds the sockets, certificates.go chooses the certificate manager
+//   - admission.go connects the relay to the gate
+//   - selfcheck.go, checks.go and metrics.go observe
+//   - public.go and region.go make the map
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"derpd/certs"
+	"derpd/cmd/derpd/internal/admin"
+	"derpd/cmd/derpd/internal/config"
+	"derpd/cmd/derpd/internal/host"
+	"derpd/healthz"
+	"derpd/internal/httpserver"
+	"derpd/relay"
+	"derpd/relay/admit"
+	"derpd/relay/stun"
+)
+
+// Options is what a node needs beside its configuration.
+type Options struct {
+	// Gateways are the gateways of the container's network; see
+	// [host.ContainerGateways].
+	Gateways []netip.Addr
+
+	// Start is when the process started.
+	Start time.Time
+
+	// Map receives the map once the relay serves.
+	Map io.Writer
+
+	// Version and Upstream are the versions of derpd and tailscale.com.
+	Version, Upstream string
+
+	Log zerolog.Logger
+}
+
+// Node is one relay with everything around it, bound and ready to run.
+type Node struct {
+	config  *config.Config
+	options Options
+	log     zerolog.Logger
+
+	listeners *listeners
+	relay     *relay.Relay
+	stun      *stun.Server  // nil when off
+	certs     certs.Manager // nil in mode off
+	gate      *admit.Gate   // nil when open
+	bootstrap *relay.BootstrapDNS
+	health    *healthz.Health
+	selfCheck *healthz.SelfCheck
+	probe     probeKeys
+
+	plain      http.Handler // of the plain HTTP listener
+	admin      *http.Server
+	healthOnly *http.Server // nil when off
+
+	// serving is closed when the self-check has succeeded for the first time.
+	serving chan struct{}
+
+	// found is valid once address is closed.
+	address chan struct{}
+	found   host.Addresses
+}
+
+// New binds every socket, and then reads or creates the files of the data
+// directory. It writes nothing until all sockets are bound. A [BindError] is a
+// fault of the configuration; another start may succeed after any other error.
+func New(ctx context.Context, c *config.Config, o Options) (*Node, error) {
+	l, err := listen(ctx, c.Listen)
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{
+		config: c, options: o, log: o.Log, listeners: l,
+		probe: newProbeKeys(), serving: make(chan struct{}), address: make(chan struct{}),
+	}
+	if err := n.build(ctx); err != nil {
+		l.close()
+		return nil, err
+	}
+	return n, nil
+}
+
+func (n *Node) build(ctx context.Context) error {
+	c := n.config
+	var err error
+	// The certificate comes first. It may turn out that there is no name to
+	// make one for, and then nothing must have been written.
+	if n.certs, err = n.certificates(ctx); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(c.Storage.DataDir, 0o700); err != nil {
+		return fmt.Errorf("DERP_DATA_DIR: %w", err)
+	}
+	private, err := relay.LoadOrCreateKey(c.Storage.NodeKeyFile())
+	if err != nil {
+		return fmt.Errorf("DERP_DATA_DIR: %w", err)
+	}
+	if n.gate, err = newGate(c, n.log); err != nil {
+		return err
+	}
+	n.bootstrap = relay.NewBootstrapDNS(c.Web.BootstrapDNS, n.log)
+	mesh := c.Mesh
+	mesh.Describe = n.describe
+	rc := relay.Config{
+		PrivateKey:     private,
+		Admit:          n.admit(),
+		DisallowApps:   c.Admission.DisallowApps,
+		Home:           c.Web.Home,
+		BootstrapDNS:   n.bootstrap,
+		Mesh:           mesh,
+		TrustedProxies: c.Proxies.Trusted,
+		ProxyProtocol:  c.Proxies.ProxyProtocol,
+		Log:            n.log,
+	}
+	if n.certs != nil {
+		rc.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return n.certs.GetCertificate(hello) }
+	}
+	if n.relay, err = relay.New(rc); err != nil {
+		return err
+	}
+	if n.listeners.stun != nil {
+		if n.stun, err = stun.New(stun.Config{Conn: n.listeners.stun, Gateways: n.options.Gateways, Log: n.log}); err != nil {
+			return err
+		}
+	}
+	n.selfCheck = n.newSelfCheck()
+	n.health = healthz.New(n.checks())
+	n.plain = relay.RedirectHandler(c.PublicHTTPSPort(n.listeners.ports().https))
+	if n.certs != nil {
+		n.plain = n.certs.HTTPHandler(n.plain)
+	}
+	n.admin = httpserver.New(admin.Handler(admin.Config{
+		Health: n.health.Handler(), Map: n.formatMap, Admission: n.admission, Metrics: n.metrics,
+	}), n.log)
+	if n.listeners.health != nil {
+		n.healthOnly = httpserver.New(n.health.StatusHandler(), n.log)
+	}
+	return nil
+}

@@ -1,0 +1,139 @@
+package node
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"tailscale.com/types/key"
+
+	"derpd/healthz"
+)
+
+// probeKeys are the two clients of the self-check. Their private keys never
+// leave this process, so admitting them admits nobody else.
+type probeKeys struct {
+	from, to key.NodePrivate
+	public   [2]key.NodePublic // of from and to; expensive to compute, and needed for every client
+}
+
+func newProbeKeys() probeKeys {
+	p := probeKeys{from: key.NewNode(), to: key.NewNode()}
+	p.public = [2]key.NodePublic{p.from.Public(), p.to.Public()}
+	return p
+}
+
+func (p probeKeys) has(node key.NodePublic) bool { return slices.Contains(p.public[:], node) }
+
+var errNoCertificate = errors.New("waiting for a certificate")
+
+// newSelfCheck returns the check that passes a packet through the relay's own
+// listener. STUN is open only while it succeeds: clients choose a relay by STUN
+// alone, and would choose one that cannot serve them. Clients that are connected
+// stay connected.
+func (n *Node) newSelfCheck() *healthz.SelfCheck {
+	ready := sync.OnceFunc(func() { close(n.serving) })
+	return healthz.NewSelfCheck(n.probeDERP, func(serving bool, cause error) {
+		if n.stun != nil {
+			n.stun.SetOpen(serving)
+		}
+		n.health.Changed()
+		switch {
+		case !serving:
+			n.log.Warn().Err(cause).Str("stun", n.stunState()).Msg("the relay cannot serve clients")
+		case n.hasServed():
+			n.log.Info().Str("stun", n.stunState()).Msg("the relay serves clients again")
+		}
+		if serving {
+			ready()
+		}
+	})
+}
+
+// hasServed reports whether the self-check has ever succeeded.
+func (n *Node) hasServed() bool {
+	select {
+	case <-n.serving:
+		return true
+	default:
+		return false
+	}
+}
+
+// stunState is a word for the log.
+func (n *Node) stunState() string {
+	switch {
+	case n.stun == nil:
+		return "off"
+	case n.stun.Open():
+		return "open"
+	}
+	return "closed"
+}
+
+// notServing is the reason why the relay cannot serve clients, or nil.
+func (n *Node) notServing() error {
+	state := n.selfCheck.State()
+	switch {
+	case n.certs != nil && n.certs.Status().Leaf == nil:
+		return errNoCertificate
+	case state.Err == nil && !state.Serving:
+		return errors.New("the last check succeeded; STUN opens again after one more success")
+	}
+	return state.Err
+}
+
+// runSelfCheck waits for a certificate, and then checks until ctx ends.
+func (n *Node) runSelfCheck(ctx context.Context) error {
+	if n.certs != nil {
+		select {
+		case <-n.certs.Ready():
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	err := n.selfCheck.Run(ctx)
+	// The last check may have opened STUN after the stop closed it.
+	if n.stun != nil {
+		n.stun.SetOpen(false)
+	}
+	return err
+}
+
+// probeDERP passes a packet through the HTTPS listener.
+func (n *Node) probeDERP(ctx context.Context) (time.Duration, error) {
+	probe := healthz.DERPProbe{
+		Host: "localhost",
+		Dial: func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", loopback(n.listeners.https.Addr()).String())
+		},
+		From: n.probe.from, To: n.probe.to,
+	}
+	if n.certs != nil {
+		if probe.Leaf = n.certs.Status().Leaf; probe.Leaf == nil {
+			return 0, errNoCertificate
+		}
+		probe.Host = probedName(probe.Leaf, n.config.Domains)
+	}
+	return probe.Run(ctx)
+}
+
+// probedName is the name that the certificate must cover. It is the name that
+// clients dial, if there is one. Otherwise it is a name or an address of the
+// certificate; an address is verified but not sent, since SNI has names only.
+func probedName(leaf *x509.Certificate, domains []string) string {
+	if len(domains) > 0 && net.ParseIP(domains[0]) == nil {
+		return domains[0]
+	}
+	if len(leaf.DNSNames) > 0 {
+		return leaf.DNSNames[0]
+	}
+	if len(leaf.IPAddresses) > 0 {
+		return leaf.IPAddresses[0].String()
+	}
+	return "localhost" // not covered by the certificate: the check fails
+}
