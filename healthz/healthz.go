@@ -91,7 +91,7 @@ type Health struct {
 
 	mu          sync.Mutex
 	last        Report    // guarded by mu
-	lastDone    time.Time // end of the last round; guarded by mu
+	lastDone    time.Time // end of the last round, zero before the first; guarded by mu
 	lastChanges uint64    // changes at the begin of the last round; guarded by mu
 }
 
@@ -123,7 +123,7 @@ func (h *Health) shared(ctx context.Context) Report {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	changes := h.changes.Load()
-	if h.lastDone.IsZero() || time.Since(h.lastDone) >= reuse || h.lastChanges != changes {
+	if time.Since(h.lastDone) >= reuse || h.lastChanges != changes {
 		h.last, h.lastChanges = h.round(ctx), changes
 		h.lastDone = time.Now()
 	}

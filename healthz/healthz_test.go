@@ -222,15 +222,25 @@ func TestChangesDuringARound(t *testing.T) {
 		}
 	}
 
+	wait := func() {
+		t.Helper()
+		select {
+		case <-begun:
+		case <-time.After(10 * time.Second):
+			close(release)
+			t.Fatal("no new round")
+		}
+	}
+
 	changed := report()
-	<-begun
+	wait()
 	unlocked(h.Changed)
 	release <- struct{}{}
 	if r := <-changed; !r.Ready {
 		t.Errorf("got %+v, want ready", r)
 	}
 	stopped := report()
-	<-begun // so the change has ended the first report
+	wait() // the change has ended the use of the first report
 	if n := runs.Load(); n != 2 {
 		t.Errorf("%d rounds, want 2", n)
 	}

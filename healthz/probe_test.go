@@ -97,6 +97,10 @@ func silence(t *testing.T) string {
 func TestDERPProbe(t *testing.T) {
 	refuse := httptest.NewServer(http.NotFoundHandler())
 	t.Cleanup(refuse.Close)
+	hang := make(chan struct{})
+	hanging := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-hang }))
+	t.Cleanup(hanging.Close)
+	t.Cleanup(func() { close(hang) })
 	good := issue(t, "derp.example.com")
 	for _, tt := range []struct {
 		name        string
@@ -111,6 +115,7 @@ func TestDERPProbe(t *testing.T) {
 		{name: "another name", certificate: good, change: func(p *DERPProbe) { p.Host = "other.example.com" }, want: "certificate is valid for derp.example.com, not other.example.com"},
 		{name: "TLS at a plain listener", change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "first record does not look like a TLS handshake"},
 		{name: "refused", admit: refuse.URL, want: "the relay closed the connection after the DERP handshake: "},
+		{name: "admission hangs", admit: hanging.URL, want: "context deadline exceeded"},
 		{name: "no listener", change: func(p *DERPProbe) { p.Dial = dialing(closedPort(t)) }, want: "connection refused"},
 		{name: "silence", change: func(p *DERPProbe) { p.Dial = dialing(silence(t)) }, want: "context deadline exceeded"},
 		{name: "silence in place of TLS", change: func(p *DERPProbe) { p.Leaf, p.Dial = good.Leaf, dialing(silence(t)) }, want: "context deadline exceeded"},
