@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -100,7 +101,8 @@ func TestDERPProbe(t *testing.T) {
 	hang := make(chan struct{})
 	hanging := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-hang }))
 	t.Cleanup(hanging.Close)
-	t.Cleanup(func() { close(hang) })
+	release := sync.OnceFunc(func() { close(hang) })
+	t.Cleanup(release)
 	good := issue(t, "derp.example.com")
 	for _, tt := range []struct {
 		name        string
@@ -116,14 +118,24 @@ func TestDERPProbe(t *testing.T) {
 		{name: "TLS at a plain listener", change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "first record does not look like a TLS handshake"},
 		{name: "refused", admit: refuse.URL, want: "the relay closed the connection after the DERP handshake: "},
 		{name: "admission hangs", admit: hanging.URL, want: "context deadline exceeded"},
+		{name: "no packet", change: func(p *DERPProbe) {
+			// Two relays that do not know each other have a client each.
+			dials := []func(context.Context) (net.Conn, error){p.Dial, relay(t, "", nil).Dial}
+			p.Dial = func(ctx context.Context) (net.Conn, error) {
+				dial := dials[0]
+				dials = dials[1:]
+				return dial(ctx)
+			}
+		}, want: "a packet between two clients: context deadline exceeded"},
 		{name: "no listener", change: func(p *DERPProbe) { p.Dial = dialing(closedPort(t)) }, want: "connection refused"},
 		{name: "silence", change: func(p *DERPProbe) { p.Dial = dialing(silence(t)) }, want: "context deadline exceeded"},
 		{name: "silence in place of TLS", change: func(p *DERPProbe) { p.Leaf, p.Dial = good.Leaf, dialing(silence(t)) }, want: "context deadline exceeded"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			patience := 30 * time.Second
-			if tt.want == "context deadline exceeded" {
-				patience = 50 * time.Millisecond
+			hangs := strings.HasSuffix(tt.want, "context deadline exceeded")
+			if hangs {
+				patience = 200 * time.Millisecond
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
@@ -133,13 +145,19 @@ func TestDERPProbe(t *testing.T) {
 			}
 			began := time.Now()
 			took, err := p.Run(ctx)
+			all := time.Since(began)
+			if tt.admit == hanging.URL {
+				release() // the relay's stop waits for the answer
+			}
 			switch {
 			case tt.want == "":
-				if err != nil || took <= 0 || took > time.Since(began) {
+				if err != nil || took <= 0 || took > all {
 					t.Errorf("%s, %v", took, err)
 				}
 			case err == nil || !strings.Contains(err.Error(), tt.want):
 				t.Errorf("got %v, want %q in it", err, tt.want)
+			case hangs && all > 4*time.Second:
+				t.Errorf("the end of the context after %s had no effect for %s", patience, all)
 			}
 		})
 	}
