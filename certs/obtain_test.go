@@ -176,4 +176,8 @@ func TestEvents(t *testing.T) {
 	event("cached_managed_cert", map[string]any{"sans": []string{"a.example.com"}})
 	event("cached_managed_cert", map[string]any{"sans": []string{"a.example.com"}})
 	is("the first name", 1, 1, false, true)
+	a.onWrite(syscall.ENOSPC)
+	is("a full disk", 2, 1, true, true)
+	a.onWrite(nil)
+	is("room on the disk", 2, 1, false, true)
 }
