@@ -82,8 +82,8 @@ func (c PinnedConfig) load() (*tls.Certificate, error) {
 // rotateHint is a fix that every client notices, so only the operator may apply it.
 const rotateHint = "make a new one with `derpd pin --rotate` and paste the new map"
 
-// pinPath is the file of the pin. It tells a lost certificate from a first start.
-// The pin is public.
+// pinPath is the file of the pin. It distinguishes a lost certificate from a first
+// start. The pin is public.
 func (c PinnedConfig) pinPath() string { return c.Path + ".pin" }
 
 // LoadOrCreatePinned is LoadPinned, but makes a certificate if there never was

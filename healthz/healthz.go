@@ -1,5 +1,5 @@
 // Package healthz reports whether the relay is ready, and if not, the first
-// cause. It knows the relay only as a client does, through the listeners.
+// cause. It checks the relay as a client does, through the listeners.
 //
 // healthz.go runs the checks and keeps their results, http.go serves the report,
 // selfcheck.go repeats a probe and decides whether the relay serves clients, and

@@ -34,8 +34,8 @@ type CA struct {
 	// Directory is the URL of the ACME directory.
 	Directory string
 
-	// ServerRoots is the pool, and RootsFile a file, of the root of the
-	// authority's own HTTPS server.
+	// ServerRoots and RootsFile hold the root of the authority's own HTTPS
+	// server.
 	ServerRoots *x509.CertPool
 	RootsFile   string
 
@@ -154,7 +154,7 @@ func (c *CA) Validate(t testing.TB, httpPort, tlsPort int) {
 // Root is the root of issued certificates. Call Validate first.
 func (c *CA) Root() *x509.Certificate { return c.issued.GetRootCert(0).Cert }
 
-// Roots is the pool of Root.
+// Roots returns a pool with Root.
 func (c *CA) Roots() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(c.Root())
