@@ -77,7 +77,7 @@ func TestStorageKeepsPairs(t *testing.T) {
 	if string(stored(open())) != string(first) {
 		t.Error("a renewal that stored only the key changed the pair")
 	}
-	for _, name := range []string{certFile, keyFile} {
+	for _, name := range []string{certFile, keyFile, "certificates/ca/derp.example.com"} {
 		if err := s.Delete(ctx, name); err != nil {
 			t.Fatal(err)
 		}

@@ -275,7 +275,9 @@ func TestSTUNProbe(t *testing.T) {
 		{"other packets first", func(tx stun.TxID, from netip.AddrPort) [][]byte {
 			return [][]byte{[]byte("x"), stun.Response(stun.NewTxID(), gateway), stun.Response(tx, from)}
 		}, ""},
-		{"another address", func(tx stun.TxID, _ netip.AddrPort) [][]byte { return [][]byte{stun.Response(tx, gateway)} }, "the response names 172.17.0.1:4242, but the request came from 127.0.0.1:"},
+		{"another address", func(tx stun.TxID, from netip.AddrPort) [][]byte {
+			return [][]byte{stun.Response(tx, netip.AddrPortFrom(gateway.Addr(), from.Port()))}
+		}, "the response names 172.17.0.1:"},
 		{"another port", func(tx stun.TxID, from netip.AddrPort) [][]byte {
 			return [][]byte{stun.Response(tx, netip.AddrPortFrom(from.Addr(), from.Port()^1))}
 		}, "the response names 127.0.0.1:"},
