@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// X-Forwarded-For is read from its end, up to the first that is no proxy.
+// X-Forwarded-For is read from the right, up to the first address that is not a
+// proxy.
 func TestForwardedFor(t *testing.T) {
 	for _, tt := range []struct {
 		peer, want string
@@ -20,16 +21,16 @@ func TestForwardedFor(t *testing.T) {
 		{"[2001:db8::1]:5", "[2001:dead::7]:0", []string{"2001:dead::7"}},
 		{"10.0.0.1:5", "[2001:dead::7]:0", []string{"[2001:dead::7]"}},
 		{"10.0.0.1:5", "[2001:dead::7]:81", []string{"[2001:dead::7]:81"}},
-		{"10.0.0.1:5", "10.0.0.2:0", []string{"10.0.0.2"}}, // the proxy itself asks
+		{"10.0.0.1:5", "10.0.0.2:0", []string{"10.0.0.2"}}, // a request of the proxy itself
 
-		// What a client says of itself.
+		// Addresses that a client has sent itself.
 		{"10.0.0.1:5", "192.0.2.7:0", []string{"198.51.100.1, 192.0.2.7"}},
 		{"10.0.0.1:5", "192.0.2.7:0", []string{"10.0.0.9", "192.0.2.7"}},
 		{"10.0.0.1:5", "192.0.2.7:0", []string{"unknown,,;, 192.0.2.7"}},
 		{"192.0.2.7:5", "192.0.2.7:5", []string{"198.51.100.1"}},
 		{"192.0.2.7:5", "192.0.2.7:5", []string{"198.51.100.1, 10.0.0.1"}},
 
-		// What is no address.
+		// Malformed entries.
 		{"10.0.0.1:5", "10.0.0.1:5", nil},
 		{"10.0.0.1:5", "10.0.0.1:5", []string{""}},
 		{"10.0.0.1:5", "10.0.0.1:5", []string{"192.0.2.7,"}},
@@ -52,7 +53,8 @@ func TestForwardedFor(t *testing.T) {
 	}
 }
 
-// Nothing that a client puts before what the proxy appends makes a difference.
+// FuzzForwardedFor puts any text before the address that the proxy appends. The
+// result does not depend on the text.
 func FuzzForwardedFor(f *testing.F) {
 	f.Add("198.51.100.1, 10.0.0.2")
 	f.Add("[2001:db8::1]:80,")

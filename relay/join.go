@@ -45,7 +45,7 @@ func (j *joiner) write(conn net.Conn, p []byte) (int, error) {
 	j.started = true
 	// The HTTP response has no frames. With the fast start there is none.
 	inside := !(first && bytes.HasPrefix(p, []byte("HTTP/"))) && j.frames.follow(p)
-	if j.length == 0 && (!inside || len(p) >= recordSize) {
+	if j.length == 0 && !inside {
 		n, err := conn.Write(p)
 		j.err = err
 		return n, err

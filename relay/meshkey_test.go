@@ -28,7 +28,7 @@ func TestParseMeshKey(t *testing.T) {
 			t.Errorf("%q: %v, want %q", text, err, want)
 		}
 	}
-	// derper's key file has the same key.
+	// The digits are the key, as in derper's key file.
 	if k, _ := ParseMeshKey(strings.ToUpper(hexKey)); k.String() != hexKey {
 		t.Error("the digits are not the key")
 	}
@@ -39,7 +39,7 @@ func TestParseMeshKey(t *testing.T) {
 	}
 }
 
-// A token is that of one key. No token is that of no key.
+// A token proves one key. No token proves the zero key.
 func TestMeshToken(t *testing.T) {
 	ours, err := ParseMeshKey("correct horse battery")
 	if err != nil {

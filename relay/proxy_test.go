@@ -24,10 +24,10 @@ import (
 	"derpd/internal/testkit"
 )
 
-// The proxy is at 127.0.0.9, the rest of loopback is strangers.
+// proxies are the trusted ones. 127.0.0.8 and the rest of loopback are not.
 var proxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.9/32"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}
 
-// v2 is a header of version 2.
+// v2 returns a header of version 2.
 func v2(t *testing.T, change func(*proxyproto.Header)) string {
 	t.Helper()
 	h := &proxyproto.Header{
@@ -45,8 +45,8 @@ func v2(t *testing.T, change func(*proxyproto.Header)) string {
 	return string(text)
 }
 
-// proxiedRelay is a relay behind the proxies, and the addresses that its
-// admission is asked about.
+// proxiedRelay is a relay behind the proxies. Its admission sends the address of
+// each client to asked.
 type proxiedRelay struct {
 	relay *Relay
 	addr  string
@@ -54,7 +54,7 @@ type proxiedRelay struct {
 	log   *lockedBuffer
 }
 
-// startProxied starts a relay that takes PROXY headers, or else X-Forwarded-For.
+// startProxied starts a relay that reads PROXY headers, or else X-Forwarded-For.
 func startProxied(t *testing.T, headers bool) *proxiedRelay {
 	t.Helper()
 	p := &proxiedRelay{asked: make(chan netip.Addr, 1), log: new(lockedBuffer)}
@@ -79,7 +79,7 @@ func startProxied(t *testing.T, headers bool) *proxiedRelay {
 	return p
 }
 
-// dial connects from an address of loopback, and sends the first bytes.
+// dial connects from a loopback address and sends the first bytes.
 func (p *proxiedRelay) dial(ctx context.Context, from, first string) (net.Conn, error) {
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
 	conn, err := d.DialContext(ctx, "tcp", p.addr)
@@ -89,8 +89,8 @@ func (p *proxiedRelay) dial(ctx context.Context, from, first string) (net.Conn, 
 	return conn, err
 }
 
-// connect lets a real client pass, and returns who the relay says it is: by
-// admission, and in its list.
+// connect connects a client, and returns its address as admission has it and as
+// the list of clients has it.
 func (p *proxiedRelay) connect(t *testing.T, from, first string) (asked, listed netip.Addr, err error) {
 	t.Helper()
 	private := key.NewNode()
@@ -116,9 +116,9 @@ func (p *proxiedRelay) connect(t *testing.T, from, first string) (asked, listed 
 	return asked, listed.Unmap(), nil
 }
 
-// Whoever connects and whatever the connection begins with: the address is the
-// one that a trusted proxy tells or the peer's, or only this one connection is
-// closed.
+// The address of a client is the one in the header of a trusted proxy, or else
+// the one of the peer. Any other header closes the connection, and no other
+// connection.
 func TestProxyProtocol(t *testing.T) {
 	const proxy, stranger = "127.0.0.9", "127.0.0.8"
 	p := startProxied(t, true)
@@ -178,11 +178,11 @@ func TestProxyProtocol(t *testing.T) {
 		})
 	}
 	if log := p.log.String(); !strings.Contains(log, `"level":"debug","error":"proxyproto: upstream connection sent PROXY header but isn't allowed to send one","peer":"127.0.0.8:`) {
-		t.Errorf("the log does not tell of the stranger:\n%s", log)
+		t.Errorf("the log lacks the refused header:\n%s", log)
 	}
 }
 
-// Who sends nothing, or half a header, keeps nobody waiting.
+// A connection without a header, or with half of one, blocks no other.
 func TestSlowProxyHeader(t *testing.T) {
 	p := startProxied(t, true)
 	began := time.Now()
@@ -199,11 +199,11 @@ func TestSlowProxyHeader(t *testing.T) {
 		t.Errorf("connected as %s, %v", asked, err)
 	}
 	if took := time.Since(began); took >= proxyHeaderTimeout {
-		t.Errorf("a client waited %s for others", took)
+		t.Errorf("a client waited %s for other connections", took)
 	}
 }
 
-// A header may come in pieces, and the rest of the connection with it.
+// A header may arrive in pieces, and so may the bytes after it.
 func TestProxyHeaderInPieces(t *testing.T) {
 	client, server := net.Pipe()
 	ln := &oneConn{fakePeer{server, netip.MustParseAddrPort("127.0.0.9:1")}}
@@ -232,14 +232,14 @@ func TestProxyHeaderInPieces(t *testing.T) {
 	}
 }
 
-// oneConn is a listener with one connection.
+// oneConn is a listener that accepts one connection.
 type oneConn struct{ conn net.Conn }
 
 func (l *oneConn) Accept() (net.Conn, error) { return l.conn, nil }
 func (l *oneConn) Close() error              { return nil }
 func (l *oneConn) Addr() net.Addr            { return l.conn.LocalAddr() }
 
-// fakePeer is a connection from somewhere.
+// fakePeer is a connection from a given address.
 type fakePeer struct {
 	net.Conn
 	peer netip.AddrPort
@@ -248,7 +248,7 @@ type fakePeer struct {
 func (c fakePeer) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.peer) }
 func (c fakePeer) LocalAddr() net.Addr  { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 443} }
 
-// sentConn has been sent all that it will be.
+// sentConn is a connection whose peer has sent all its bytes.
 type sentConn struct {
 	fakePeer
 	sent *bytes.Reader
@@ -258,8 +258,8 @@ func (c sentConn) Read(b []byte) (int, error)      { return c.sent.Read(b) }
 func (c sentConn) SetReadDeadline(time.Time) error { return nil }
 func (c sentConn) Close() error                    { return nil }
 
-// Whatever the first bytes are, the addresses are addresses, strangers keep
-// theirs, and what is passed on is what was sent.
+// FuzzProxyProtocol sends any first bytes. The addresses are always valid, an
+// untrusted peer keeps its own, and the bytes after the header pass unchanged.
 func FuzzProxyProtocol(f *testing.F) {
 	f.Add([]byte("PROXY TCP4 192.0.2.7 203.0.113.1 4000 443\r\nGET / HTTP/1.1\r\n\r\n"))
 	f.Add([]byte("PROXY UNKNOWN\r\n"))

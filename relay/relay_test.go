@@ -16,10 +16,11 @@ import (
 	"go.uber.org/goleak"
 	"tailscale.com/types/key"
 
+	"derpd/internal/testkit"
 	"derpd/relay"
 )
 
-const patience = 30 * time.Second
+const patience = testkit.Patience
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -44,8 +45,7 @@ func TestKey(t *testing.T) {
 	}
 }
 
-// A key that cannot be read is an error, never replaced: it may be the only
-// copy.
+// A malformed key file is an error, and never replaced: it may be the only copy.
 func TestKeyIsNeverReplaced(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "node.key")
 	for _, content := range []string{"", "{}", "nonsense", `{"PrivateKey":"privkey:0000000000000000000000000000000000000000000000000000000000000000"}`} {
@@ -61,14 +61,14 @@ func TestKeyIsNeverReplaced(t *testing.T) {
 	}
 }
 
-// derper's own configuration file can be copied.
+// A copy of derper's configuration file is a key file.
 func TestKeyOfDerper(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "derper.key")
 	text, err := key.NewNode().MarshalText()
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The shape that cmd/derper writes.
+	// The format of cmd/derper.
 	if err := os.WriteFile(path, []byte("{\n\t\"PrivateKey\": \""+string(text)+"\"\n}"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestHome(t *testing.T) {
 	}
 	for _, bad := range []string{"", "ftp://example.com", "https://", "example.com"} {
 		if _, err := relay.Home(bad); err == nil {
-			t.Errorf("%q was taken", bad)
+			t.Errorf("%q was accepted", bad)
 		}
 	}
 }
@@ -132,7 +132,8 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-// localhost is in every machine's hosts file.
+// The response contains the addresses of the names. The hosts file contains
+// localhost.
 func TestBootstrapDNS(t *testing.T) {
 	b := relay.NewBootstrapDNS([]string{"localhost"}, zerolog.Nop())
 	ask := func() string {

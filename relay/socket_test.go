@@ -16,9 +16,11 @@ import (
 	"time"
 )
 
-// sockets is the layer under test, plain none.
+// sockets adds the layer under test.
 func sockets(l net.Listener) net.Listener { return socketListener{l} }
-func plain(l net.Listener) net.Listener   { return l }
+
+// plain adds no layer.
+func plain(l net.Listener) net.Listener { return l }
 
 func random(n int) []byte {
 	p := make([]byte, n)
@@ -28,8 +30,8 @@ func random(n int) []byte {
 	return p
 }
 
-// pair is the two ends of a TCP connection; the first was accepted by l, which
-// is closed with them.
+// pair returns both ends of a TCP connection. The first one is accepted by a
+// listener with a layer.
 func pair(t testing.TB, wrap func(net.Listener) net.Listener) (accepted net.Conn, far *net.TCPConn) {
 	t.Helper()
 	inner, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -59,7 +61,7 @@ func TestSocketHoldsNothing(t *testing.T) {
 			t.Errorf("holds a buffer: %v, want %v", got, want)
 		}
 	}
-	// Nothing is there: it waits without a buffer.
+	// The socket is empty: no buffer is held during the wait.
 	if err := c.raw.Control(func(fd uintptr) {
 		if c.fill(fd) {
 			t.Error("read something from an empty socket")
@@ -82,7 +84,7 @@ func TestSocketHoldsNothing(t *testing.T) {
 		holds(size != 900)
 	}
 	if !bytes.Equal(got, sent) {
-		t.Error("other bytes, or another order")
+		t.Error("the bytes differ")
 	}
 	if err := far.Close(); err != nil {
 		t.Fatal(err)
@@ -93,7 +95,7 @@ func TestSocketHoldsNothing(t *testing.T) {
 	holds(false)
 }
 
-// reset ends a connection as one does that has crashed.
+// reset ends a connection with a reset, as a crash of the peer does.
 func reset(t *testing.T, c *net.TCPConn) {
 	t.Helper()
 	if err := errors.Join(c.SetLinger(0), c.Close()); err != nil {
@@ -101,7 +103,7 @@ func reset(t *testing.T, c *net.TCPConn) {
 	}
 }
 
-// Errors are those of a connection that is not wrapped.
+// Errors are those of a connection of package net.
 func TestSocketErrors(t *testing.T) {
 	c, far := pair(t, sockets)
 	if err := c.SetReadDeadline(time.Now()); err != nil {
@@ -127,8 +129,8 @@ func TestSocketErrors(t *testing.T) {
 	}
 }
 
-// What does not fit into the socket is sent when there is room, whole writes
-// one after the other.
+// A write that is larger than the socket's buffer waits for room. Concurrent
+// writes do not mix.
 func TestSocketWrites(t *testing.T) {
 	conn, far := pair(t, sockets)
 	const writers, each = 4, 3 << 20 // more than the buffers of both sides
@@ -147,15 +149,15 @@ func TestSocketWrites(t *testing.T) {
 	wg.Wait()
 	for of := range slices.Chunk(got, each) {
 		if !bytes.Equal(of, bytes.Repeat(of[:1], each)) {
-			t.Fatal("a write has another one in it")
+			t.Fatal("two writes are mixed")
 		}
 	}
 	if n, err := conn.Write(nil); n != 0 || err != nil {
-		t.Errorf("nothing: %d, %v", n, err)
+		t.Errorf("an empty write: %d, %v", n, err)
 	}
 }
 
-// A write that fails says how much was sent, and why as one that is not wrapped.
+// A failed write returns the number of bytes sent, and the error of package net.
 func TestSocketWriteErrors(t *testing.T) {
 	conn, far := pair(t, sockets)
 	tooMuch := make([]byte, 64<<20)
