@@ -41,10 +41,10 @@ func (j *joiner) write(conn net.Conn, p []byte) (int, error) {
 	if j.err != nil {
 		return 0, j.err
 	}
-	first := !j.started
-	j.started = true
 	// The HTTP response has no frames. With the fast start there is none.
-	inside := !(first && bytes.HasPrefix(p, []byte("HTTP/"))) && j.frames.follow(p)
+	response := !j.started && bytes.HasPrefix(p, []byte("HTTP/"))
+	j.started = true
+	inside := !response && j.frames.follow(p)
 	if j.length == 0 && !inside {
 		n, err := conn.Write(p)
 		j.err = err
