@@ -8,7 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
+	"strings"
 
 	"derpd/certs"
 )
@@ -169,9 +169,9 @@ func refuseUnused(p *problems, e *environment, mode string) {
 	if e.MeshWith == "" {
 		refuse([]string{"DERP_ACME_CA_ROOTS"}, "DERP_CERT_MODE=letsencrypt or DERP_MESH_WITH")
 	}
-	for _, v := range slices.Concat(variablesOf(&e.ACMEEnv), variablesOf(&e.DNSEnv), e.providerVariables()) {
-		if v.Name != "DERP_ACME_CA_ROOTS" {
-			refuse([]string{v.Name}, "DERP_CERT_MODE=letsencrypt")
+	for name := range e.given {
+		if name != "DERP_ACME_CA_ROOTS" && (strings.HasPrefix(name, "DERP_ACME_") || strings.HasPrefix(name, "DERP_DNS_")) {
+			refuse([]string{name}, "DERP_CERT_MODE=letsencrypt")
 		}
 	}
 }

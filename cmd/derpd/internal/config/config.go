@@ -95,7 +95,7 @@ func LoadForPin(environ []string) (*Config, error) {
 func AdminAddr(environ []string) (string, error) {
 	p := new(problems)
 	e := readEnvironment(environ, p)
-	return e.Admin, p.err(e.order())
+	return e.Admin, p.err(e.order)
 }
 
 func load(environ []string, checkPin bool) (*Config, error) {
@@ -125,7 +125,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	c.Log = parseLog(p, e.LogEnv)
 
 	c.Warnings = slices.Concat(e.warnings(), c.Platform.warnings, optional(fallback), storageWarnings, admissionWarnings, proxyWarnings)
-	err := p.err(e.order())
+	err := p.err(e.order)
 	if err == nil {
 		c.computed = c.computedDefaults()
 	}

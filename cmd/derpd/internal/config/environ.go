@@ -1,6 +1,7 @@
 package config
 
 import (
+	"maps"
 	"os"
 	"regexp"
 	"slices"
@@ -36,6 +37,7 @@ type environment struct {
 	sources   []sourceEnv                   // of admission, one of each kind
 	providers map[string]certs.DNSVariables // of DNS, by name
 
+	order    map[string]int    // position of each variable in the documentation
 	platform *platform         // nil on none that is known
 	assumed  []string          // variables that the platform has set; they are not given
 	given    map[string]bool   // variables that the operator has set
@@ -47,6 +49,7 @@ type environment struct {
 func readEnvironment(environ []string, p *problems) *environment {
 	e := &environment{
 		providers: make(map[string]certs.DNSVariables),
+		order:     make(map[string]int),
 		given:     make(map[string]bool),
 		files:     make(map[string]string),
 	}
@@ -57,6 +60,9 @@ func readEnvironment(environ []string, p *problems) *environment {
 		e.providers[provider.Name] = provider.Variables()
 	}
 	known := e.variables()
+	for i, v := range known {
+		e.order[v.Name] = i
+	}
 	values := e.resolve(environ, known, p)
 	fill(values, known, e.structs())
 	return e
@@ -94,7 +100,8 @@ func (e *environment) resolve(environ []string, known []variable, p *problems) m
 		}
 	}
 	values := make(map[string]string)
-	for name, value := range ours {
+	for _, name := range slices.Sorted(maps.Keys(ours)) {
+		value := ours[name]
 		_, isKnown := lines[name]
 		target, isFile := strings.CutSuffix(name, "_FILE")
 		_, targetKnown := lines[target]
@@ -112,7 +119,8 @@ func (e *environment) resolve(environ []string, known []variable, p *problems) m
 			p.add(name, "unknown variable%s", suggestion(name, lines))
 		}
 	}
-	for name, path := range e.files {
+	for _, name := range slices.Sorted(maps.Keys(e.files)) {
+		path := e.files[name]
 		if ours[name] != "" && !slices.Contains(e.ignored, name) {
 			p.add(name, "is set, and so is %s_FILE; remove one of the two", name)
 			continue
@@ -124,12 +132,7 @@ func (e *environment) resolve(environ []string, known []variable, p *problems) m
 		}
 		values[name] = p.bareContent(name+"_FILE", path, string(data), lines[name])
 	}
-	for name, value := range values {
-		if value == "" {
-			delete(values, name)
-		}
-	}
-	slices.Sort(e.ignored)
+	maps.DeleteFunc(values, func(_, value string) bool { return value == "" })
 	if e.platform = detectPlatform(outside, values); e.platform != nil {
 		e.assumed = e.platform.assume(values)
 	}

@@ -67,7 +67,7 @@ func TestPlatforms(t *testing.T) {
 		{
 			"elsewhere", "PORT=8080 DERP_DOMAIN=derp.example.com", ModeLetsEncrypt,
 			":443", ":80", ":3478", "", "$D",
-			public{name: "derp.example.com", https: 443},
+			public{"derp.example.com", 443, 0, 0},
 			0,
 		},
 	} {

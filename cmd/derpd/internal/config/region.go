@@ -1,7 +1,6 @@
 package config
 
 import (
-	"net"
 	"net/netip"
 	"regexp"
 	"strconv"
@@ -107,7 +106,7 @@ func parseDiscovery(p *problems, value string) []string {
 	}
 	servers := p.list("DERP_DISCOVERY", value)
 	for _, server := range servers {
-		if host, port, err := net.SplitHostPort(server); err != nil || host == "" || port == "" {
+		if !isServer(server) {
 			p.add("DERP_DISCOVERY", "want stun, off or STUN servers as HOST:PORT, got %q", server)
 		}
 	}

@@ -38,22 +38,19 @@ func parseStorage(p *problems, env StorageEnv) Storage {
 }
 
 // checkStorage checks the directories and what is stored in them. ownCertDir tells
-// that DERP_CERT_DIR is set; checkPin, that a pinned certificate must be valid.
-//
-// A directory that cannot be written to is refused only if something must be
-// written there: a volume that became read-only must not take down a relay that
-// has a key and a certificate. What works for now is a warning.
+// that DERP_CERT_DIR is set; checkPin, that a pinned certificate must be valid. It
+// returns warnings.
 func checkStorage(p *problems, s Storage, c Certificate, ownCertDir, checkPin bool) []string {
 	data := checkDirectory(p, "DERP_DATA_DIR", s.DataDir)
-	storesCertificates := c.Mode == ModePinned || c.Mode == ModeLetsEncrypt
-	certDir := directory{}
+	certDir := data
 	switch {
 	case !ownCertDir:
-		certDir.usable = data.usable
-	case c.Mode != ModeManual: // which only reads its files
+		certDir.readOnly = nil // judged with the data directory
+	case c.Mode == ModeManual: // which only reads its files
+		certDir = directory{}
+	default:
 		certDir = checkDirectory(p, "DERP_CERT_DIR", s.CertDir)
 	}
-
 	_, keyErr := relay.LoadKey(s.NodeKeyFile())
 	if data.usable && keyErr != nil && !errors.Is(keyErr, fs.ErrNotExist) {
 		p.add("DERP_DATA_DIR", "%w%s", keyErr, readHint(keyErr))
@@ -61,12 +58,18 @@ func checkStorage(p *problems, s Storage, c Certificate, ownCertDir, checkPin bo
 	if checkPin && certDir.usable && c.Mode == ModePinned {
 		checkPinned(p, c.Pinned)
 	}
+	return judgeReadOnly(p, data, certDir, keyErr == nil, c, ownCertDir)
+}
 
+// judgeReadOnly refuses directories that cannot be written to only if something
+// must be written there: a volume that became read-only must not take down a relay
+// that has a key and a certificate. It returns what works for now as warnings.
+func judgeReadOnly(p *problems, data, certDir directory, hasKey bool, c Certificate, ownCertDir bool) []string {
+	storesCertificates := c.Mode == ModePinned || c.Mode == ModeLetsEncrypt
 	var warnings []string
-	judge := func(name string, readOnly error, missing, holdsCertificates bool) {
+	judge := func(name string, readOnly error, complete, holdsCertificates bool) {
 		switch {
-		case readOnly == nil:
-		case missing:
+		case !complete:
 			p.add(name, "%w", readOnly)
 		case holdsCertificates && c.Mode == ModeLetsEncrypt:
 			warnings = append(warnings, fmt.Sprintf("%s: %v; the stored certificate is served, but cannot be renewed", name, readOnly))
@@ -74,12 +77,12 @@ func checkStorage(p *problems, s Storage, c Certificate, ownCertDir, checkPin bo
 			warnings = append(warnings, fmt.Sprintf("%s: %v; derpd works with the files that are stored there", name, readOnly))
 		}
 	}
-	dataHoldsCertificates := storesCertificates && !ownCertDir
 	if data.readOnly != nil {
-		judge("DERP_DATA_DIR", data.readOnly, keyErr != nil || dataHoldsCertificates && !certificateStored(c), dataHoldsCertificates)
+		holdsCertificates := storesCertificates && !ownCertDir
+		judge("DERP_DATA_DIR", data.readOnly, hasKey && (!holdsCertificates || certificateStored(c)), holdsCertificates)
 	}
 	if certDir.readOnly != nil && storesCertificates {
-		judge("DERP_CERT_DIR", certDir.readOnly, !certificateStored(c), true)
+		judge("DERP_CERT_DIR", certDir.readOnly, certificateStored(c), true)
 	}
 	return warnings
 }

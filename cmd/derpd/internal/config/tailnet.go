@@ -3,7 +3,6 @@ package config
 import (
 	"fmt"
 	"strings"
-	"time"
 
 	"github.com/rs/zerolog"
 
@@ -23,10 +22,6 @@ type TailnetEnv struct {
 	APIURL       string `envconfig:"DERP_TAILNET_API_URL" default:"https://api.tailscale.com" secret:"url" desc:"URL of Tailscale's API, or of a proxy of yours that can reach it" zh:"Tailscale API 的网址，或你自己的、能访问它的代理的网址"`
 	External     string `envconfig:"DERP_TAILNET_EXTERNAL" default:"false" desc:"whether devices that others share into the tailnet may connect too" zh:"别人共享进 tailnet 的设备是否也可以连接"`
 }
-
-// leastAPIInterval is the shortest interval between two questions to Tailscale's
-// API, which limits their rate.
-const leastAPIInterval = 15 * time.Second
 
 func (env *TailnetEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	var parsed parsedSources
@@ -71,7 +66,7 @@ func (env *TailnetEnv) tailnets(p *problems, shared sharedByAll) []admit.Tailnet
 		}
 		list[i].BaseURL = base
 		list[i].External = external
-		list[i].Interval = max(shared.interval, leastAPIInterval)
+		list[i].Interval = shared.interval // admit.Tailnet knows how often the API may be asked
 		list[i].Grace = shared.grace
 	}
 	return list

@@ -1,12 +1,10 @@
 package config
 
 import (
-	"io"
 	"reflect"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"text/template"
 
 	"github.com/kelseyhightower/envconfig"
@@ -22,26 +20,24 @@ type variable struct {
 	tags reflect.StructTag
 }
 
+// fieldsTemplate prints name, value and tags of each field. NUL, which no value
+// has, ends each of the three.
+var fieldsTemplate = template.Must(template.New("").Parse("{{range .}}{{.Key}}\x00{{.Field.String}}\x00{{.Tags}}\x00{{end}}"))
+
 // variablesOf lists the fields of a struct of variables, given as a pointer, as
 // envconfig sees them.
 func variablesOf(structure any) []variable {
-	var list []variable
-	add := func(name string, value reflect.Value, tags reflect.StructTag) string {
-		list = append(list, variable{name, value.String(), tags})
-		return ""
-	}
-	each := template.Must(eachField().Clone()).Funcs(template.FuncMap{"add": add})
+	var b strings.Builder
 	// The template is constant, and the structs are our own.
-	if err := envconfig.Usaget("", structure, io.Discard, each); err != nil {
+	if err := envconfig.Usaget("", structure, &b, fieldsTemplate); err != nil {
 		panic(err)
+	}
+	var list []variable
+	for fields := range slices.Chunk(strings.Split(strings.TrimSuffix(b.String(), "\x00"), "\x00"), 3) {
+		list = append(list, variable{fields[0], fields[1], reflect.StructTag(fields[2])})
 	}
 	return list
 }
-
-var eachField = sync.OnceValue(func() *template.Template {
-	none := func(string, reflect.Value, reflect.StructTag) string { return "" }
-	return template.Must(template.New("each").Funcs(template.FuncMap{"add": none}).Parse("{{range .}}{{add .Key .Field .Tags}}{{end}}"))
-})
 
 // documented lists the variables in the order of the documentation, but those of
 // DNS providers. The sources of admission stand before what they share.
@@ -56,25 +52,13 @@ func (e *environment) documented() []variable {
 	return slices.Insert(list, at, sources...)
 }
 
-// providerVariables lists the variables of all DNS providers.
-func (e *environment) providerVariables() []variable {
-	var list []variable
+// variables lists all variables, those of DNS providers last.
+func (e *environment) variables() []variable {
+	list := e.documented()
 	for _, provider := range certs.DNSProviders() {
 		list = append(list, variablesOf(e.providers[provider.Name])...)
 	}
 	return list
-}
-
-// variables lists all variables.
-func (e *environment) variables() []variable { return append(e.documented(), e.providerVariables()...) }
-
-// order is the position of each variable in the documentation.
-func (e *environment) order() map[string]int {
-	order := make(map[string]int)
-	for i, v := range e.variables() {
-		order[v.Name] = i
-	}
-	return order
 }
 
 func (v variable) tag(name string) string { return v.tags.Get(name) }
