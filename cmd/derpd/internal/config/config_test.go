@@ -50,6 +50,9 @@ func pair(base, name string, when time.Time) setup {
 // key64 is the hex part of a node key.
 var key64 = strings.Repeat("ab", 32)
 
+// longName is as long as a name may be.
+var longName = strings.Repeat(strings.Repeat("a", 62)+".", 4) + "a"
+
 // meshed adds good mesh keys.
 func meshed(env string, keys int) string {
 	var list []string
@@ -86,6 +89,12 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=derp_1.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "derp_1.example.com"`}},
 	{env: "DERP_DOMAIN=中继.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "中继.example.com"`}},
 	{env: "DERP_DOMAIN=a.example.com,A.example.com.", want: []string{`DERP_DOMAIN: "a.example.com" is there twice; remove one of the two`}},
+	{env: "DERP_DOMAIN=fe80::1%eth0", want: []string{`DERP_DOMAIN: want an address that clients can dial, got "fe80::1%eth0"`}},
+	{env: "DERP_DOMAIN=224.0.0.1", want: []string{`DERP_DOMAIN: want an address that clients can dial, got "224.0.0.1"`}},
+	{env: "DERP_DOMAIN=" + longName + "a", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "` + longName + `a"`}},
+	{env: "DERP_DOMAIN=" + strings.Repeat("a", 64) + ".example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "` + strings.Repeat("a", 64) + `.example.com"`}},
+	{env: "DERP_DOMAIN=-a.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "-a.example.com"`}},
+	{env: "DERP_DOMAIN=a..example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "a..example.com"`}},
 	{env: "DERP_DOMAIN=203.0.113", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "203.0.113"`}},
 	{env: "DERP_DOMAIN=0.0.0.0", want: []string{`DERP_DOMAIN: want an address that clients can dial, got "0.0.0.0"`}},
 
@@ -93,6 +102,10 @@ var badConfigurations = []struct {
 	{env: "DERP_ADDR=443", want: []string{`DERP_ADDR: want host:port or :port, got "443"`}},
 	{env: "DERP_ADDR=:https", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "https"`}},
 	{env: "DERP_ADDR=:70000", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "70000"`}},
+	{env: "DERP_ADDR=:65536", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "65536"`}},
+	{env: "DERP_ADDR=:-1", want: []string{`DERP_ADDR: want a port from 1 to 65535, got "-1"`}},
+	{env: "DERP_HTTP_PORT=65536", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "65536"`}},
+	{env: "DERP_STUN_PORT=65536", want: []string{`DERP_STUN_PORT: want a port from 1 to 65535, got "65536"`}},
 	{env: "DERP_ADDR=ho/st:443", want: []string{`DERP_ADDR: want a host name or an address before the port, got "ho/st:443"`}},
 	{env: "DERP_TCP_CONGESTION=bbrr", want: []string{`DERP_TCP_CONGESTION: want one that the kernel has loaded ($CONTROLS), got "bbrr"; on the host: modprobe tcp_bbrr`}},
 	{env: "DERP_HTTP_PORT=off", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "off"`}},
@@ -105,6 +118,14 @@ var badConfigurations = []struct {
 	{env: "DERP_ADDR=:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; choose another port"}},
 	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_ADMIN_ADDR: port 8080 is taken by DERP_HTTP_PORT; choose another port"}},
 
+	{env: "DERP_ADDR=:7000 DERP_HTTP_PORT=7000 DERP_ADMIN_ADDR=:7000 DERP_HEALTH_ADDR=:7000", want: []string{
+		"DERP_HTTP_PORT: port 7000 is taken by DERP_ADDR; choose another port",
+		"DERP_HEALTH_ADDR: port 7000 is taken by DERP_ADDR; choose another port",
+		"DERP_HEALTH_ADDR: port 7000 is taken by DERP_HTTP_PORT; choose another port",
+		"DERP_HEALTH_ADDR: port 7000 is taken by DERP_ADMIN_ADDR; choose another port",
+		"DERP_ADMIN_ADDR: port 7000 is taken by DERP_ADDR; choose another port",
+		"DERP_ADMIN_ADDR: port 7000 is taken by DERP_HTTP_PORT; choose another port",
+	}},
 	{env: "DERP_HEALTH_ADDR=8081", want: []string{`DERP_HEALTH_ADDR: want host:port or :port, got "8081"`}},
 	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HEALTH_ADDR=:8080", want: []string{"DERP_HEALTH_ADDR: port 8080 is taken by DERP_ADMIN_ADDR; choose another port"}},
 
@@ -114,6 +135,7 @@ var badConfigurations = []struct {
 	{env: "RAILWAY_PROJECT_ID=p PORT=8080", want: []string{"RAILWAY_TCP_PROXY_DOMAIN: this service has no TCP proxy, and Railway's HTTP edge does not carry DERP; make one with `railway tcp-proxy create --port 8443`, and deploy again"}},
 	{env: onRailway + " DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{"DERP_DOMAIN: want a name of yours that is a CNAME to a.proxy.rlwy.net, since DERP_DNS_PROVIDER is set; got nothing"}},
 	{env: onRailway + " DERP_DOMAIN=derp.example.com DERP_CERT_MODE=letsencrypt", want: []string{"DERP_CERT_MODE: letsencrypt cannot prove a name on Railway, which has no port 80 or 443 for the relay; set DERP_DNS_PROVIDER, or remove this to get a pinned certificate"}},
+	{env: onRailway + " DERP_DOMAIN=derp.example.com DERP_CERT_MODE=gcp DERP_ACME_EAB_KID=k DERP_ACME_EAB_KEY=c2Vj", want: []string{"DERP_CERT_MODE: gcp cannot prove a name on Railway, which has no port 80 or 443 for the relay; set DERP_DNS_PROVIDER, or remove this to get a pinned certificate"}},
 	{env: onRailway + " PORT=8443 DERP_ADDR=:8443", want: []string{"DERP_HEALTH_ADDR: port 8443 is taken by DERP_ADDR; choose another port"}},
 
 	// Directories.
@@ -121,6 +143,30 @@ var badConfigurations = []struct {
 	{env: "DERP_CERT_DIR=$D/certs", setup: file("certs", ""), want: []string{"DERP_CERT_DIR: want a directory, but $D/certs is a file"}},
 	{env: "DERP_DATA_DIR=$D", setup: file("node.key", "{}"), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)"}},
 	{env: "DERP_DATA_DIR=$D", setup: file("node.key", `{"PrivateKey":"privkey:12"}`), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)"}},
+
+	// Paths.
+	{env: "DERP_DATA_DIR=./data", want: []string{`DERP_DATA_DIR: want an absolute path, got "./data"; write $PWD/data`}},
+	{env: "DERP_CERT_DIR=certs", want: []string{`DERP_CERT_DIR: want an absolute path, got "certs"; write $PWD/certs`}},
+	{env: "DERP_CERT_MODE=pinned DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/key DERP_ACME_CA_ROOTS=config.go", setup: file("key", strings.Repeat("0123456789abcdef", 4)), want: []string{
+		`DERP_ACME_CA_ROOTS: want an absolute path, got "config.go"; write $PWD/config.go`,
+		"DERP_ACME_CA_ROOTS: want a file of PEM certificates, but $PWD/config.go holds none",
+	}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=a.crt DERP_KEY_FILE=../a.key", want: []string{
+		`DERP_CERT_FILE: want an absolute path, got "a.crt"; write $PWD/a.crt`,
+		"DERP_CERT_FILE: loading $PWD/a.crt and $UP/a.key: open $PWD/a.crt: no such file or directory",
+		`DERP_KEY_FILE: want an absolute path, got "../a.key"; write $UP/a.key`,
+	}},
+	{env: "DERP_REGION_NAME_FILE=name", want: []string{
+		`DERP_REGION_NAME_FILE: want an absolute path, got "name"; write $PWD/name`,
+		"DERP_REGION_NAME_FILE: open $PWD/name: no such file or directory",
+	}},
+	{env: "DERP_ALLOW_KEYS=./keys", want: []string{
+		`DERP_ALLOW_KEYS: want an absolute path, got "./keys"; write $PWD/keys`,
+	}},
+	{env: "DERP_ALLOW_KEYS=../keys", want: []string{
+		`DERP_ALLOW_KEYS: want an absolute path, got "../keys"; write $UP/keys`,
+	}},
+	{env: "DERP_TAILSCALED_SOCKET=/a.sock,b.sock DERP_VERIFY_CLIENTS=false", want: []string{`DERP_TAILSCALED_SOCKET: want an absolute path, got "b.sock"; write $PWD/b.sock`}},
 
 	// Certificate modes.
 	{env: "DERP_CERT_MODE=selfsigned", want: []string{`DERP_CERT_MODE: want letsencrypt, manual, pinned, off or gcp, got "selfsigned"`}},
@@ -144,6 +190,16 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KID=kid", want: []string{"DERP_ACME_EAB_KEY: want the key that belongs to DERP_ACME_EAB_KID, got nothing"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KEY=c2VjcmV0", want: []string{"DERP_ACME_EAB_KID: want the ID that belongs to DERP_ACME_EAB_KEY, got nothing"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KID=kid DERP_ACME_EAB_KEY=se!cret", want: []string{"DERP_ACME_EAB_KEY: want base64, got something else"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_CERT_MODE=gcp DERP_ACME_CA=zerossl DERP_ACME_EAB_KID=k DERP_ACME_EAB_KEY=c2Vj", want: []string{`DERP_ACME_CA: DERP_CERT_MODE=gcp means google, got "zerossl"; set DERP_CERT_MODE=letsencrypt for another authority`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=google", want: []string{"DERP_ACME_EAB_KID: Google's authority needs an external account binding; make one with `gcloud publicca external-account-keys create`"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=https:///dir", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "https:///dir"`}},
+	{env: "DERP_CERT_MODE=pinned DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{
+		"DERP_ACME_CA_ROOTS: want a file of PEM certificates, but $D/roots.pem holds none",
+		"DERP_ACME_CA_ROOTS: is only used with DERP_CERT_MODE=letsencrypt or DERP_MESH_WITH, but the mode is pinned; remove one of the two",
+	}},
+	{env: "DERP_ACME_CA=zerossl", want: []string{"DERP_ACME_CA: is only used with DERP_CERT_MODE=letsencrypt, but the mode is pinned; set that, or remove this"}},
+	{env: "DERP_CERT_MODE=letsencrypt DERP_DOMAIN=a.example.com DERP_KEY_FILE=/a.key", want: []string{"DERP_KEY_FILE: is only used with DERP_CERT_MODE=manual, but the mode is letsencrypt; remove one of the two"}},
+	{env: "DERP_CERT_MODE=acme DERP_CERT_FILE=/a.crt DERP_DNS_PROVIDER=desec", want: []string{`DERP_CERT_MODE: want letsencrypt, manual, pinned, off or gcp, got "acme"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_CERT_MODE=gcp", want: []string{"DERP_ACME_EAB_KID: Google's authority needs an external account binding; make one with `gcloud publicca external-account-keys create`"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http,smtp", want: []string{`DERP_ACME_CHALLENGES: want http, tls-alpn, dns or several of them, got "smtp"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_HTTP_PORT=-1", want: []string{"DERP_ACME_CHALLENGES: http needs the plain HTTP listener, but DERP_HTTP_PORT is -1"}},
@@ -172,6 +228,11 @@ var badConfigurations = []struct {
 		"DERP_DNS_DELEGATE: is only used with DERP_DNS_PROVIDER, but that is not set; set that, or remove this",
 	}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_RESOLVERS=192.0.2.1:53,192.0.2.2", want: []string{`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got "192.0.2.2"`}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_RESOLVERS=192.0.2.1:65536,192.0.2.1:0,:53", want: []string{
+		`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got "192.0.2.1:65536"`,
+		`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got "192.0.2.1:0"`,
+		`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got ":53"`,
+	}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_RESOLVERS=192.0.2.1:dns", want: []string{`DERP_DNS_RESOLVERS: want DNS servers as HOST:PORT, comma-separated, got "192.0.2.1:dns"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_PROPAGATION_TIMEOUT=120", want: []string{`DERP_DNS_PROPAGATION_TIMEOUT: want a duration such as 2m or 90s, got "120"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_PROPAGATION_TIMEOUT=-1s", want: []string{`DERP_DNS_PROPAGATION_TIMEOUT: want a duration such as 2m or 90s, got "-1s"`}},
@@ -222,6 +283,13 @@ var badConfigurations = []struct {
 	{env: "DERP_TAILNET_EXTERNAL=true", want: []string{"DERP_TAILNET_EXTERNAL: is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"}},
 	{env: "DERP_TAILNET=a,b DERP_TAILNET_API_KEY=tskey-api-1", want: []string{"DERP_TAILNET: want one name for each of the 1 credentials, API keys first, or none; got 2"}},
 	{env: "DERP_TAILNET_OAUTH_CLIENT_ID=a,b DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 2 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
+	{env: "DERP_TAILNET_API_KEY=tskey-client-s3cret", want: []string{"DERP_TAILNET_API_KEY: want an API access token (tskey-api-…); an auth key adds devices and cannot list them, and an OAuth client goes into DERP_TAILNET_OAUTH_CLIENT_ID and _SECRET"}},
+	{env: "DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 0 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
+	{env: "DERP_TAILNET_EXTERNAL=some", want: []string{`DERP_TAILNET_EXTERNAL: want true or false, got "some"`}},
+	{env: "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=some", want: []string{`DERP_VERIFY_CLIENT_URL_FAIL_OPEN: want true or false, got "some"`}},
+	{env: "DERP_VERIFY_CLIENTS=true DERP_VERIFY_CLIENT_URL=http:///verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "http:///verify"`}},
+	{env: "DERP_VERIFY_INTERVAL=0", want: []string{`DERP_VERIFY_INTERVAL: want at least 1s, got "0"`}},
+	{env: "DERP_DISALLOW_APPS=,", want: []string{`DERP_DISALLOW_APPS: want a comma-separated list, got ","`}},
 	{env: "DERP_TAILNET_API_KEY=tskey-auth-s3cret", want: []string{"DERP_TAILNET_API_KEY: want an API access token (tskey-api-…); an auth key adds devices and cannot list them, and an OAuth client goes into DERP_TAILNET_OAUTH_CLIENT_ID and _SECRET"}},
 	{env: "DERP_TAILNET_API_URL=api.example.com", want: []string{`DERP_TAILNET_API_URL: want an http or https URL, got "api.example.com"`}},
 	{env: "DERP_TAILNET_API_KEY=,", want: []string{`DERP_TAILNET_API_KEY: want a comma-separated list, got ","`}},
@@ -230,16 +298,26 @@ var badConfigurations = []struct {
 
 	// The map.
 	{env: "DERP_REGION_ID=1", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "1"`}},
+	{env: "DERP_REGION_ID=899", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "899"`}},
+	{env: "DERP_REGION_ID=1000", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "1000"`}},
 	{env: "DERP_REGION_ID=sha", want: []string{`DERP_REGION_ID: want a number from 900 to 999 (the others are Tailscale's), got "sha"`}},
 	{env: "DERP_REGION_CODE=上海", want: []string{`DERP_REGION_CODE: want letters, digits, dots, underscores and hyphens, got "上海"`}},
 	{env: "DERP_NODE_NAME=/", want: []string{`DERP_NODE_NAME: want letters, digits, dots, underscores and hyphens, got "/"`}},
 	{env: "DERP_PUBLIC_IPV4=2001:db8::1", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "2001:db8::1"`}},
 	{env: "DERP_PUBLIC_IPV4=relay.example.com", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "relay.example.com"`}},
+	{env: "DERP_PUBLIC_IPV4=0.0.0.0", want: []string{`DERP_PUBLIC_IPV4: want an IPv4 address or none, got "0.0.0.0"`}},
+	{env: "DERP_PUBLIC_IPV6=::ffff:203.0.113.7", want: []string{`DERP_PUBLIC_IPV6: want an IPv6 address or none, got "::ffff:203.0.113.7"`}},
+	{env: "DERP_PUBLIC_IPV6=fe80::1%eth0", want: []string{`DERP_PUBLIC_IPV6: want an IPv6 address or none, got "fe80::1%eth0"`}},
 	{env: "DERP_PUBLIC_IPV6=203.0.113.7", want: []string{`DERP_PUBLIC_IPV6: want an IPv6 address or none, got "203.0.113.7"`}},
 	{env: "DERP_PUBLIC_IPV4=none DERP_PUBLIC_IPV6=none", want: []string{"DERP_PUBLIC_IPV4: is none, and so is DERP_PUBLIC_IPV6, so that clients have nothing to dial; set one of the two to an address, or set DERP_DOMAIN"}},
 	{env: "DERP_PUBLIC_PORT=0", want: []string{`DERP_PUBLIC_PORT: want a port from 1 to 65535, got "0"`}},
+	{env: "DERP_PUBLIC_PORT=65536", want: []string{`DERP_PUBLIC_PORT: want a port from 1 to 65535, got "65536"`}},
+	{env: "DERP_PUBLIC_HTTP_PORT=-1", want: []string{`DERP_PUBLIC_HTTP_PORT: want a port from 1 to 65535, got "-1"`}},
 	{env: "DERP_PUBLIC_HTTP_PORT=http", want: []string{`DERP_PUBLIC_HTTP_PORT: want a port from 1 to 65535, got "http"`}},
 	{env: "DERP_PUBLIC_STUN_PORT=stun", want: []string{`DERP_PUBLIC_STUN_PORT: want a port from 1 to 65535, or -1 for off, got "stun"`}},
+	{env: "DERP_PUBLIC_STUN_PORT=-2", want: []string{`DERP_PUBLIC_STUN_PORT: want a port from 1 to 65535, or -1 for off, got "-2"`}},
+	{env: "DERP_DISCOVERY=stun.example.com:3478,stun.example.com:stun", want: []string{`DERP_DISCOVERY: want stun, off or STUN servers as HOST:PORT, got "stun.example.com:stun"`}},
+	{env: "DERP_DISCOVERY=:3478", want: []string{`DERP_DISCOVERY: want stun, off or STUN servers as HOST:PORT, got ":3478"`}},
 	{env: "DERP_DISCOVERY=on", want: []string{`DERP_DISCOVERY: want stun, off or STUN servers as HOST:PORT, got "on"`}},
 
 	// Mesh.
@@ -255,6 +333,14 @@ var badConfigurations = []struct {
 	{env: meshed("DERP_MESH_WITH=https://b.example.com", 1), want: []string{`DERP_MESH_WITH: want a node without a scheme, such as derp2.example.com or derp2.example.com:8443, got "https://b.example.com"`}},
 	{env: meshed("DERP_MESH_WITH=b.example.com/a/b", 1), want: []string{`DERP_MESH_WITH: want a host or an address, with or without a port, after /, got "b.example.com/a/b"`}},
 	{env: meshed("DERP_MESH_WITH=b.example.com:0", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "b.example.com:0"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com:65536", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "b.example.com:65536"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com/10.0.0.2:65536", 1), want: []string{`DERP_MESH_WITH: want a host or an address, with or without a port, after /, got "b.example.com/10.0.0.2:65536"`}},
+	{env: meshed("DERP_MESH_WITH=0.0.0.0", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "0.0.0.0"`}},
+	{env: meshed("DERP_MESH_WITH=fe80::1%eth0", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "fe80::1%eth0"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com=sha256-raw:"+key64+"ab", 1), want: []string{`DERP_MESH_WITH: want sha256-raw: and 64 hex digits after =, as in CertName in the map of that node, got "b.example.com=sha256-raw:` + key64 + `ab"`}},
+	{env: meshed("DERP_MESH_WITH=b.example.com", 2), want: []string{"DERP_MESH_KEY: want one key without commas and line breaks, got several; to change the key, set the new one on every node and restart them"}},
+	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/key", setup: file("key", strings.Repeat("0123456789abcdef", 4)+"\n"+strings.Repeat("0123456789abcdef", 4)), want: []string{"DERP_MESH_KEY: want one key without commas and line breaks, got several; to change the key, set the new one on every node and restart them"}},
+	{env: "DERP_MESH_KEY=" + strings.Repeat("0123456789abcdef", 4), want: []string{"DERP_MESH_KEY: is only used with DERP_MESH_WITH, but that is not set; set that, or remove this"}},
 	{env: meshed("DERP_MESH_WITH=b.example.com:https", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "b.example.com:https"`}},
 	{env: meshed("DERP_MESH_WITH=10.0.0", 1), want: []string{`DERP_MESH_WITH: want HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH], got "10.0.0"`}},
 	{env: meshed("DERP_MESH_WITH=b.example.com=ab", 1), want: []string{`DERP_MESH_WITH: want sha256-raw: and 64 hex digits after =, as in CertName in the map of that node, got "b.example.com=ab"`}},
@@ -334,7 +420,7 @@ func TestBadConfigurations(t *testing.T) {
 				tt.setup(t, dir)
 			}
 			before := tree(t, dir)
-			names := strings.NewReplacer("$D", dir, "$CONTROLS", controls, "$PWD", working)
+			names := strings.NewReplacer("$D", dir, "$CONTROLS", controls, "$PWD", working, "$UP", filepath.Dir(working))
 			_, err := Load(append(base(filepath.Join(dir, "state")), strings.Split(names.Replace(tt.env), " ")...))
 			want := names.Replace(strings.Join(tt.want, "\n"))
 			if got := fmt.Sprint(err); got != want {
