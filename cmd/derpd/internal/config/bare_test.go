@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -77,29 +78,32 @@ func TestEveryVariableRefusesValuesThatAreNotBare(t *testing.T) {
 	for i, form := range ugly {
 		file(fmt.Sprint(i), fmt.Sprintf(form, secret)+"\n")(t, dir)
 	}
-	problemsOf := func(pair string) []string {
-		p := new(problems)
-		e := readEnvironment([]string{pair}, p)
-		return strings.Split(fmt.Sprint(p.err(e.order)), "\n")
-	}
-	for _, v := range readEnvironment(nil, new(problems)).variables() {
-		for i, form := range ugly {
-			path := filepath.Join(dir, fmt.Sprint(i))
-			want := map[string]string{
-				v.Name + "=" + fmt.Sprintf(form, secret):      v.Name + ": the value ",
-				v.Name + "=" + fmt.Sprintf(form, "a\r\nb\nc"): v.Name + ": the value ",
-				v.Name + "_FILE=" + fmt.Sprintf(form, path):   v.Name + "_FILE: the value ",
-				v.Name + "_FILE=" + path:                      v.Name + "_FILE: the content of " + path + " ",
+	variables := readEnvironment(nil, new(problems)).variables()
+	for i, form := range ugly {
+		path := filepath.Join(dir, fmt.Sprint(i))
+		for _, kind := range []struct{ suffix, value, want string }{
+			{"", fmt.Sprintf(form, secret), "the value "},
+			{"", fmt.Sprintf(form, "a\r\nb\nc"), "the value "},
+			{"_FILE", fmt.Sprintf(form, path), "the value "},
+			{"_FILE", path, "the content of " + path + " "},
+		} {
+			var environ []string
+			for _, v := range variables {
+				environ = append(environ, v.Name+kind.suffix+"="+kind.value)
 			}
-			if form == "%s\r" || v.tag("lines") == "true" && strings.Trim(form, " \t") == "%s" {
-				// The end of the last line, and blanks around the lines, are
-				// no part of a value in a file.
-				delete(want, v.Name+"_FILE="+path)
-			}
-			for pair, want := range want {
-				got := problemsOf(pair)
-				if !strings.HasPrefix(got[0], want) || strings.Contains(got[0], secret) {
-					t.Errorf("%q: %q, want %q, and not the value", pair, got, want)
+			p := new(problems)
+			e := readEnvironment(environ, p)
+			lines := strings.Split(fmt.Sprint(p.err(e.order)), "\n")
+			for _, v := range variables {
+				if kind.value == path && (form == "%s\r" || v.tag("lines") == "true" && strings.Trim(form, " \t") == "%s") {
+					// The end of the last line, and blanks around the
+					// lines, are no part of a value in a file.
+					continue
+				}
+				want := v.Name + kind.suffix + ": " + kind.want
+				at := slices.IndexFunc(lines, func(line string) bool { return strings.HasPrefix(line, want) })
+				if at == -1 || strings.Contains(lines[at], secret) {
+					t.Errorf("%s%s=%q: want %q, and not the value, in\n%s", v.Name, kind.suffix, kind.value, want, strings.Join(lines, "\n"))
 				}
 			}
 		}
