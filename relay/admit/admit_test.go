@@ -171,6 +171,19 @@ func TestAskTimeout(t *testing.T) {
 				t.Errorf("%s: %v after %s, want unavailable after 4 s", name, err, time.Since(began))
 			}
 		}
+		slow := source("slow", ErrRefused)
+		slow.Ask = func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) {
+			<-time.After(3 * time.Second)
+			return time.Now(), ErrRefused
+		}
+		began := time.Now()
+		if _, err := newGate(t, slow, slow).AskAll(t.Context(), newNode()); !errors.Is(err, ErrRefused) || time.Since(began) != 3*time.Second {
+			t.Errorf("AskAll: %v after %s, want a refusal after 3 s", err, time.Since(began))
+		}
+		began = time.Now()
+		if err := newGate(t, slow, slow).Admit(t.Context(), newNode(), netip.Addr{}); !errors.Is(err, ErrRefused) || time.Since(began) != 3*time.Second {
+			t.Errorf("Admit: %v after %s, want a refusal after 3 s", err, time.Since(began))
+		}
 		for i, want := range []error{context.DeadlineExceeded, context.DeadlineExceeded, nil} {
 			if s := g.States()[i]; !errors.Is(s.Err, want) {
 				t.Errorf("%s: %v, want %v", s.Source, s.Err, want)
@@ -251,6 +264,24 @@ func TestStates(t *testing.T) {
 	}
 	if got := g.Sources(); !slices.Equal(got, []string{"far", "near", "broken"}) {
 		t.Errorf("sources %q", got)
+	}
+}
+
+// An answer without an age leaves the age of the last one, and is not
+// remembered.
+func TestAnswerWithoutAge(t *testing.T) {
+	node, asOf := newNode(), time.Now()
+	var failure error
+	g := newGate(t, Source{Name: "a", Ask: func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) { return asOf, failure }})
+	_ = g.Admit(t.Context(), newNode(), netip.Addr{})
+	was := asOf
+	asOf = time.Time{}
+	if err := g.Admit(t.Context(), node, netip.Addr{}); err != nil || !g.States()[0].AsOf.Equal(was) {
+		t.Errorf("%v, %+v", err, g.States()[0])
+	}
+	failure = errBroken
+	if err := g.Admit(t.Context(), node, netip.Addr{}); err == nil {
+		t.Error("the node is admitted by the grace")
 	}
 }
 

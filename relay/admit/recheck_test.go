@@ -324,7 +324,7 @@ func TestSummary(t *testing.T) {
 	})
 }
 
-// What the gate keeps of refused nodes is limited.
+// The gate keeps a limited number of refused keys, and none of admitted nodes.
 func TestRefusedKeysAreLimited(t *testing.T) {
 	g := newGate(t)
 	for i := range 10_100 {
@@ -336,8 +336,14 @@ func TestRefusedKeysAreLimited(t *testing.T) {
 	if n := g.takeRefusedKeys(); n != 0 {
 		t.Errorf("%d keys are left", n)
 	}
-	if got := g.Counts().Refused; got != 10_100 {
-		t.Errorf("counted %d", got)
+	for d, want := range map[decision]int{admitted: 0, kept: 0, refused: 1, unavailable: 1} {
+		g.count(newNode(), d)
+		if n := g.takeRefusedKeys(); n != want {
+			t.Errorf("decision %d: %d keys kept, want %d", d, n, want)
+		}
+	}
+	if got := g.Counts(); got != (Counts{Admitted: 1, Kept: 1, Refused: 10_101, Unavailable: 1}) {
+		t.Errorf("counted %+v", got)
 	}
 }
 

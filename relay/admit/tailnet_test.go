@@ -270,7 +270,7 @@ func TestTailnetFailures(t *testing.T) {
 		{"429", always(http.StatusTooManyRequests, `{"message":"rate limited"}`), "429 Too Many Requests: rate limited"},
 		{"500", always(http.StatusInternalServerError, ``), "500 Internal Server Error"},
 		{"a proxy's 502", always(http.StatusBadGateway, `<html>tskey-5ecfe7</html>`), "502 Bad Gateway"},
-		{"an error that is long, coloured and knows too much", always(http.StatusBadRequest, `{"message":"\u001b[31m\n`+apiKey+strings.Repeat("é", 1000)+`"}`), "400 Bad Request:  [31m …éé"},
+		{"an error that is long and coloured and holds a secret", always(http.StatusBadRequest, `{"message":"\u001b[31m\n`+apiKey+strings.Repeat("é", 1000)+`"}`), "400 Bad Request:  [31m …éé"},
 		{"redirection", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/login", http.StatusFound) }, "302 Found"},
 		{"304", always(http.StatusNotModified, ``), "304 Not Modified"},
 		{"no content", always(http.StatusNoContent, ``), "204 No Content"},

@@ -45,8 +45,8 @@ func TestFormatsRoundTrip(t *testing.T) {
 				}
 				return &policy.DERPMap, json.Unmarshal(standard, &policy)
 			},
-			// headscale decodes into tailcfg.DERPMap, whose fields yaml
-			// knows by their names in lower case.
+			// Headscale decodes into tailcfg.DERPMap, and yaml's names of
+			// the fields are in lower case.
 			"headscale": func(out []byte) (*tailcfg.DERPMap, error) {
 				var m tailcfg.DERPMap
 				dec := yaml.NewDecoder(bytes.NewReader(out))
