@@ -136,6 +136,9 @@ func TestKeyFile(t *testing.T) {
 			if got := answers(t, s, a) + answers(t, s, b); got != step.answers {
 				t.Errorf("%s: answers %s, want %s", step.name, got, step.answers)
 			}
+			if asOf, _ := s.Ask(t.Context(), a, netip.Addr{}); time.Since(asOf) > 0 {
+				t.Errorf("%s: the answer is as of %s, want now", step.name, asOf)
+			}
 			if len(changes) != step.changes {
 				t.Errorf("%s: %d changes, want %d", step.name, len(changes), step.changes)
 			}
