@@ -1,0 +1,102 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"derpd/internal/testkit"
+)
+
+// running is the whole of derpd in the test's process, started as main starts
+// it.
+type running struct {
+	admin          string // address of the admin listener
+	stdout, stderr lockedBuffer
+	stop           func() error // stops the program and returns its error
+}
+
+// lockedBuffer is a buffer for several goroutines.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// startProgram runs derpd with an environment, and waits until it is ready.
+func startProgram(t *testing.T, env []string) *running {
+	t.Helper()
+	p := &running{admin: testkit.FreeAddr(t)}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, time.Now(), nil, testkit.LastOfEach(append(env, "DERP_ADMIN_ADDR="+p.admin)), &p.stdout, &p.stderr) }()
+	p.stop = sync.OnceValue(func() error {
+		cancel()
+		return testkit.Receive(t, "derpd stops", done)
+	})
+	t.Cleanup(func() {
+		if err := p.stop(); err != nil {
+			t.Errorf("derpd ended with %v", err)
+		}
+	})
+	testkit.Wait(t, "derpd to be ready", func(ctx context.Context) error {
+		select {
+		case err := <-done:
+			done <- err
+			t.Fatalf("derpd ended with %v", err)
+		default:
+		}
+		status, err := p.ask(ctx, "/readyz")
+		if err == nil && status != http.StatusOK {
+			err = errors.New(http.StatusText(status))
+		}
+		return err
+	})
+	return p
+}
+
+// ask sends a request to the admin listener.
+func (p *running) ask(ctx context.Context, path string) (status int, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.admin+path, http.NoBody)
+	if err != nil {
+		return 0, err
+	}
+	res, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+	if err != nil {
+		return 0, err
+	}
+	return res.StatusCode, res.Body.Close()
+}
+
+// logged returns the lines of the log with a message.
+func (p *running) logged(t *testing.T, message string) []map[string]any {
+	t.Helper()
+	var list []map[string]any
+	for line := range strings.Lines(p.stderr.String()) {
+		var entry map[string]any
+		if err := json.Unmarshal([]byte(line), &entry); err != nil {
+			t.Errorf("a line of the log is not JSON: %q", line)
+		}
+		if text, _ := entry["message"].(string); strings.HasPrefix(text, message) {
+			list = append(list, entry)
+		}
+	}
+	return list
+}
