@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -68,7 +67,7 @@ func waitReady(t *testing.T, m certs.Manager) {
 		case <-m.Ready():
 			return nil
 		default:
-			return fmt.Errorf("the status is %v", m.Status().Err)
+			return errors.Join(errors.New("not ready"), m.Status().Err)
 		}
 	})
 }
