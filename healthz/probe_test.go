@@ -2,13 +2,8 @@ package healthz
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -25,6 +20,8 @@ import (
 	"tailscale.com/net/stun"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
+
+	"derpd/internal/testkit"
 )
 
 // relay is an upstream relay. It admits by the URL, if there is one, and serves
@@ -52,25 +49,6 @@ func relay(t *testing.T, admit string, certificate *tls.Certificate) DERPProbe {
 
 func dialing(addr string) func(context.Context) (net.Conn, error) {
 	return func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", addr) }
-}
-
-// issue makes a self-signed certificate.
-func issue(t *testing.T, name string) *tls.Certificate {
-	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &private.PublicKey, private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leaf, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}
 }
 
 // closedPort is an address of the loopback interface where nothing listens.
@@ -103,7 +81,7 @@ func TestDERPProbe(t *testing.T) {
 	t.Cleanup(hanging.Close)
 	release := sync.OnceFunc(func() { close(hang) })
 	t.Cleanup(release)
-	good := issue(t, "derp.example.com")
+	good := testkit.SelfSigned(t, "derp.example.com")
 	for _, tt := range []struct {
 		name        string
 		admit       string
@@ -113,7 +91,7 @@ func TestDERPProbe(t *testing.T) {
 	}{
 		{name: "plain HTTP"},
 		{name: "TLS", certificate: good},
-		{name: "another certificate", certificate: issue(t, "derp.example.com"), change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "certificate signed by unknown authority"},
+		{name: "another certificate", certificate: testkit.SelfSigned(t, "derp.example.com"), change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "certificate signed by unknown authority"},
 		{name: "another name", certificate: good, change: func(p *DERPProbe) { p.Host = "other.example.com" }, want: "certificate is valid for derp.example.com, not other.example.com"},
 		{name: "TLS at a plain listener", change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "first record does not look like a TLS handshake"},
 		{name: "refused", admit: refuse.URL, want: "the relay closed the connection after the DERP handshake: "},

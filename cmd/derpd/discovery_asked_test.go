@@ -86,3 +86,23 @@ func TestDiscoveryIsAsked(t *testing.T) {
 		})
 	}
 }
+
+// TestDiscoveredAddressIsServed asserts that a running relay puts the address that
+// a STUN server has returned into the map, and into its pinned certificate.
+func TestDiscoveredAddressIsServed(t *testing.T) {
+	const found = "198.18.0.9"
+	conn, err := new(net.Dialer).DialContext(t.Context(), "udp4", "198.51.100.1:9") // sends nothing
+	if err != nil {
+		t.Skipf("this machine has no IPv4 route: %v", err)
+	}
+	_ = conn.Close()
+	server, _ := stunSaying(t, found)
+	p := startProgram(t, loopbackEnv(t, "DERP_PUBLIC_IPV4=", "DERP_PUBLIC_IPV6=none", "DERP_DISCOVERY="+server))
+	testkit.Until(t, "the map is printed", func() bool { return p.stdout.String() != "" })
+	if node := region(t, parsePolicy(t, []byte(p.stdout.String()))).Nodes[0]; node.IPv4 != found || node.HostName != found {
+		t.Errorf("the map has %+v, want the address %s", node, found)
+	}
+	if health := p.page(t, "/readyz"); !strings.Contains(health, "certificate: pinned, "+found) {
+		t.Errorf("the certificate does not cover %s:\n%s", found, health)
+	}
+}

@@ -63,9 +63,9 @@ func startProgram(t *testing.T, env []string) *running {
 			t.Fatalf("derpd ended with %v", err)
 		default:
 		}
-		status, err := p.ask(ctx, "/readyz")
+		status, body, err := p.ask(ctx, "/readyz")
 		if err == nil && status != http.StatusOK {
-			err = errors.New(http.StatusText(status))
+			err = errors.New(body)
 		}
 		return err
 	})
@@ -73,16 +73,28 @@ func startProgram(t *testing.T, env []string) *running {
 }
 
 // ask sends a request to the admin listener.
-func (p *running) ask(ctx context.Context, path string) (status int, err error) {
+func (p *running) ask(ctx context.Context, path string) (status int, body string, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.admin+path, http.NoBody)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	res, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
-	return res.StatusCode, res.Body.Close()
+	defer func() { _ = res.Body.Close() }()
+	text, err := io.ReadAll(res.Body)
+	return res.StatusCode, string(text), err
+}
+
+// page is a page of the admin listener.
+func (p *running) page(t *testing.T, path string) string {
+	t.Helper()
+	_, body, err := p.ask(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return body
 }
 
 // logged returns the lines of the log with a message.

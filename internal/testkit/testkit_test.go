@@ -181,6 +181,7 @@ func TestExchange(t *testing.T) {
 	if err := c.Send(b.SelfPublicKey(), []byte("forged")); err != nil {
 		t.Fatal(err)
 	}
+	Reach(t, c, a) // the relay has handled the packet before this one
 	if got := failureOf(t, func(t testing.TB) { Exchange(t, a, b) }); got != "another packet arrives than was sent" {
 		t.Errorf("with a packet of another client: %q", got)
 	}
