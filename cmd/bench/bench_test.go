@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -89,6 +90,26 @@ func TestSetDelays(t *testing.T) {
 	s.setDelays(delays)
 	if want := (sample{delayMedian: 51, delayP99: 100}); !maps.Equal(s, want) {
 		t.Errorf("%v, want %v", s, want)
+	}
+}
+
+func TestIntervalSample(t *testing.T) {
+	s := &server{program: &program{cpus: []int{0, 1}}}
+	all := float64(runtime.NumCPU())
+	for _, c := range []struct {
+		machine, others float64
+	}{
+		{3, 0},
+		{2, 0}, // the kernel's clocks differ a little
+		{3 + all, 0.5},
+	} {
+		got, err := interval{span: 2, server: 2, load: 1, machine: c.machine, count: 1}.sample(s)
+		if want := (sample{serverBusy: 0.5, loadBusy: 0.25, othersBusy: c.others}); err != nil || !maps.Equal(got, want) {
+			t.Errorf("%v, %v; want %v", got, err, want)
+		}
+	}
+	if got, err := (interval{span: 2, server: 2}).sample(s); err == nil {
+		t.Errorf("%v of nothing", got)
 	}
 }
 

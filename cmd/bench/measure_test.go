@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -130,6 +131,10 @@ func TestAsker(t *testing.T) {
 	var count tally
 	count.timed.Store(true)
 	count.count(a)
+	answer(burst()[0])
+	if a.missing != clients-1 {
+		t.Errorf("%d answers are missing after the first one to a new burst, want %d", a.missing, clients-1)
+	}
 	if count.answers.Load() != clients || count.lost.Load() != 0 || len(count.delays) != 0 {
 		t.Errorf("%d answers, %d lost, delays %v; want %d and nothing", count.answers.Load(), count.lost.Load(), count.delays, clients)
 	}
@@ -315,6 +320,11 @@ func TestMeasure(t *testing.T) {
 	}, memoryPerClient, memoryAlone)
 	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, 1) },
 		startDERP, startSTUN)
+	var calls float64
+	list = append(list, measurement{name: "twice", again: true, run: func(context.Context, *server) (sample, error) {
+		calls++
+		return sample{packetRate: calls}, nil
+	}})
 	add("where it runs", func(_ context.Context, s *server) (sample, error) {
 		var set unix.CPUSet
 		err := unix.SchedGetaffinity(s.pid, &set)
@@ -329,6 +339,36 @@ func TestMeasure(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.conclude()
+	// derpd is first in round 1, so derper has calls 2 and 3, and derpd 1 and 4.
+	if found := r.find("twice", packetRate); found == nil || found.Derper[0] != 2.5 || found.Derpd[0] != 2.5 || calls != 4 {
+		t.Errorf("measured twice: %+v after %v calls, want means of 2.5", found, calls)
+	}
+	// The CPU time of one unit times the rate is the server's share of its CPU.
+	value := func(name string, m metric) float64 {
+		if found := r.find(name, m); found != nil && len(found.Derpd) > 0 {
+			return found.Derpd[0]
+		}
+		return math.NaN()
+	}
+	large, single := list[0].name, list[1].name
+	for _, c := range []struct {
+		name string
+		busy float64
+	}{
+		{large, value(large, packetRate) * value(large, cpuPerPacket) / 1e6},
+		{large, value(large, packetRate) * 1280 * value(large, cpuPerByte) / 1e9},
+		{single, value(single, packetRate) * value(single, cpuPerPacket) / 1e6},
+		{connectName, value(connectName, connectRate) * value(connectName, cpuPerConnect) / 1e3},
+		{stunName(1), value(stunName(1), answerRate) / value(stunName(1), answersPer)},
+	} {
+		if want := value(c.name, serverBusy); !(math.Abs(c.busy/want-1) < 1e-6) {
+			t.Errorf("%s: rate and CPU time make %v of a CPU, want %v", c.name, c.busy, want)
+		}
+	}
+	// Idle clients add less memory than the server itself has.
+	if added := value(idleName(clients), memoryPerClient) * clients / 1024; !(added < value(idleName(clients), memoryAlone)) {
+		t.Errorf("%d clients add %v MiB", clients, added)
+	}
 	for name, metrics := range expect {
 		for _, m := range metrics {
 			found := r.find(name, m)
