@@ -16,8 +16,8 @@ func TestMain(m *testing.M) {
 
 // The scripts in testdata run the whole program against a module proxy with the
 // versions in testdata/modules: odd minor versions, pre-releases, a retracted
-// version and skipped numbers. In testdata/toonew, the newest release needs a Go
-// version that does not exist.
+// version, skipped numbers, and a test whose import is missing. In testdata/toonew,
+// the newest release needs a Go version that does not exist.
 func TestScripts(t *testing.T) {
 	proxy := goproxytest.NewTestServer(t, "testdata/modules", "").URL
 	tooNew := goproxytest.NewTestServer(t, "testdata/toonew", "").URL
