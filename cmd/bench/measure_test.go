@@ -186,6 +186,7 @@ func TestReceive(t *testing.T) {
 	send(derp.FrameRecvPacket, 1)
 	send(derp.FrameRecvPacket, 5)
 	send(derp.FrameRecvPacket, 4)
+	_ = relay.Close()
 	if err := <-ended; err == nil || !strings.Contains(err.Error(), "packet 4 came after packet 5") {
 		t.Errorf("receive ended with: %v", err)
 	}
