@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"derpd/cmd/derpd/internal/admin"
 	"derpd/cmd/derpd/internal/config"
@@ -22,6 +24,9 @@ func printMap(ctx context.Context, c *call) error {
 	}
 	out, err := admin.Client{Addr: conf.Listen.Admin}.Map(ctx, string(*format))
 	if err != nil {
+		if _, other := errors.AsType[admin.NotDerpdError](err); other {
+			_, _ = fmt.Fprintf(c.stderr, "derpd: DERP_ADMIN_ADDR: %v; the map is made from the configuration\n", err)
+		}
 		out, err = node.StoppedMap(ctx, conf, string(*format))
 	}
 	if err != nil {

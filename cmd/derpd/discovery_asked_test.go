@@ -97,10 +97,12 @@ func TestDiscoveredAddressIsServed(t *testing.T) {
 	}
 	_ = conn.Close()
 	server, _ := stunSaying(t, found)
-	p := startProgram(t, loopbackEnv(t, "DERP_PUBLIC_IPV4=", "DERP_PUBLIC_IPV6=none", "DERP_DISCOVERY="+server))
+	p := startProgram(t, testkit.Environ(t, "DERP_PUBLIC_IPV4=", "DERP_PUBLIC_IPV6=none", "DERP_DISCOVERY="+server))
 	testkit.Until(t, "the map is printed", func() bool { return p.stdout.String() != "" })
-	if node := region(t, parsePolicy(t, []byte(p.stdout.String()))).Nodes[0]; node.IPv4 != found || node.HostName != found {
-		t.Errorf("the map has %+v, want the address %s", node, found)
+	for _, want := range []string{`"IPv4": "` + found + `"`, `"HostName": "` + found + `"`} {
+		if !strings.Contains(strings.Join(strings.Fields(p.stdout.String()), " "), want) {
+			t.Errorf("the map lacks %s:\n%s", want, p.stdout.String())
+		}
 	}
 	if health := p.page(t, "/readyz"); !strings.Contains(health, "certificate: pinned, "+found) {
 		t.Errorf("the certificate does not cover %s:\n%s", found, health)

@@ -41,11 +41,18 @@ func TestAnotherServerOnTheAdminAddress(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 			defer cancel()
 
-			var out strings.Builder
-			err := run(ctx, time.Now(), []string{"derpmap", "--format", "json"}, env, &out, io.Discard)
-			// The map comes from the configuration, as without a relay.
-			if err != nil || !strings.Contains(out.String(), `"HostName": "derp.example.com"`) {
-				t.Errorf("derpmap: %v\n%s", err, out.String())
+			var out, stderr strings.Builder
+			err := run(ctx, time.Now(), []string{"derpmap", "--format", "json"}, env, &out, &stderr)
+			// The map comes from the configuration, as without a relay,
+			// and a message says so.
+			if err != nil || !strings.Contains(out.String(), `"HostName": "derp.example.com"`) || !strings.Contains(stderr.String(), "is not a derpd") {
+				t.Errorf("derpmap: %v\n%s\n%s", err, out.String(), stderr.String())
+			}
+
+			out.Reset()
+			err = run(ctx, time.Now(), []string{"healthcheck"}, env, &out, io.Discard)
+			if err == nil || !strings.Contains(err.Error(), "is not a derpd") || out.Len() > 0 {
+				t.Errorf("healthcheck: %v\n%s", err, out.String())
 			}
 
 			out.Reset()

@@ -65,10 +65,10 @@ func TestMapNotes(t *testing.T) {
 // TestFirstAddressOfTheDomains asserts that the map has the first address of each
 // family in DERP_DOMAIN.
 func TestFirstAddressOfTheDomains(t *testing.T) {
-	env := loopbackEnv(t, "DERP_PUBLIC_IPV4=", "DERP_PUBLIC_IPV6=", "DERP_HTTP_PORT=80", "DERP_CERT_MODE=letsencrypt",
+	env := testkit.Environ(t, "DERP_PUBLIC_IPV4=", "DERP_PUBLIC_IPV6=", "DERP_HTTP_PORT=80", "DERP_CERT_MODE=letsencrypt",
 		"DERP_DOMAIN=198.18.0.2,2606:4700::2,198.18.0.3,2606:4700::3")
 	var out strings.Builder
-	if err := run(t.Context(), time.Now(), []string{"derpmap", "--format", "json"}, dedup(env), &out, io.Discard); err != nil {
+	if err := run(t.Context(), time.Now(), []string{"derpmap", "--format", "json"}, testkit.LastOfEach(env), &out, io.Discard); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{`"IPv4": "198.18.0.2"`, `"IPv6": "2606:4700::2"`} {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -46,7 +47,9 @@ func startProgram(t *testing.T, env []string) *running {
 	p := &running{admin: testkit.FreeAddr(t)}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, time.Now(), nil, testkit.LastOfEach(append(env, "DERP_ADMIN_ADDR="+p.admin)), &p.stdout, &p.stderr) }()
+	go func() {
+		done <- run(ctx, time.Now(), nil, testkit.LastOfEach(append(env, "DERP_ADMIN_ADDR="+p.admin)), &p.stdout, &p.stderr)
+	}()
 	p.stop = sync.OnceValue(func() error {
 		cancel()
 		return testkit.Receive(t, "derpd stops", done)

@@ -101,18 +101,23 @@ func TestClientAndHandler(t *testing.T) {
 func TestClientOfAnotherProgram(t *testing.T) {
 	node := key.NewNode().Public()
 	for name, h := range map[string]http.HandlerFunc{
-		"a web server":       answer(http.StatusOK, "text/html", "<html>"),
-		"JSON of another":    answer(http.StatusOK, "application/json", `{"Admitted":true}`),
-		"a derpd that fails": answer(http.StatusInternalServerError, mapType, "the map"),
-		"no JSON":            answer(http.StatusOK, admissionType, "yes"),
-		"a failed admission": answer(http.StatusBadGateway, admissionType, `{"Admitted":true}`),
+		"a web server":            answer(http.StatusOK, "text/html", "<html>"),
+		"JSON of another":         answer(http.StatusOK, "application/json", `{"Admitted":true}`),
+		"a derpd that fails":      answer(http.StatusInternalServerError, mapType, "the map"),
+		"no JSON":                 answer(http.StatusOK, admissionType, "yes"),
+		"ready by another status": answer(http.StatusNoContent, "", "ready\n"),
+		"an error page":           answer(http.StatusServiceUnavailable, "text/html", "<html>"),
+		"a failed admission":      answer(http.StatusBadGateway, admissionType, `{"Admitted":true}`),
 	} {
 		c := running(t, h)
-		if a, err := c.Admission(t.Context(), node); !errors.Is(err, NotDerpdError{c.Addr}) || a.Admitted {
+		if a, err := c.Admission(t.Context(), node); !errors.Is(err, NotDerpdError(c)) || a.Admitted {
 			t.Errorf("%s: %+v, %v", name, a, err)
 		}
-		if out, err := c.Map(t.Context(), "json"); !errors.Is(err, NotDerpdError{c.Addr}) {
+		if out, err := c.Map(t.Context(), "json"); !errors.Is(err, NotDerpdError(c)) {
 			t.Errorf("%s: %q, %v", name, out, err)
+		}
+		if report, ready, err := c.Ready(t.Context()); !errors.Is(err, NotDerpdError(c)) || ready {
+			t.Errorf("%s: ready %t, %q, %v", name, ready, report, err)
 		}
 	}
 }

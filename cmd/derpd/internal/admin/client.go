@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strings"
 	"time"
 
 	"tailscale.com/types/key"
@@ -37,7 +38,16 @@ func (e NotDerpdError) Error() string {
 // Ready returns the health of the relay as text, and whether it is ready.
 func (c Client) Ready(ctx context.Context) (report string, ready bool, err error) {
 	status, _, body, err := c.get(ctx, "/readyz")
-	return string(body), status == http.StatusOK, err
+	report = string(body)
+	switch {
+	case err != nil:
+		return "", false, err
+	case status == http.StatusOK && strings.HasPrefix(report, "ready\n"):
+		return report, true, nil
+	case status == http.StatusServiceUnavailable && strings.HasPrefix(report, "not ready"):
+		return report, false, nil
+	}
+	return "", false, NotDerpdError(c)
 }
 
 // Map returns the map of the running relay in one of derpmap.Formats.
@@ -47,7 +57,7 @@ func (c Client) Map(ctx context.Context, format string) ([]byte, error) {
 	case err != nil:
 		return nil, err
 	case status != http.StatusOK || contentType != mapType:
-		return nil, NotDerpdError{c.Addr}
+		return nil, NotDerpdError(c)
 	}
 	return body, nil
 }
@@ -60,7 +70,7 @@ func (c Client) Admission(ctx context.Context, node key.NodePublic) (Admission, 
 	}
 	var a Admission
 	if status != http.StatusOK || contentType != admissionType || json.Unmarshal(body, &a) != nil {
-		return Admission{}, NotDerpdError{c.Addr}
+		return Admission{}, NotDerpdError(c)
 	}
 	return a, nil
 }

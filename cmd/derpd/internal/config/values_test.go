@@ -299,7 +299,7 @@ func TestMesh(t *testing.T) {
 	} {
 		c := good(t, append(strings.Fields(env), "DERP_MESH_KEY="+secret)...)
 		equal(t, env, c.Mesh.Nodes, want)
-		if !c.Meshed() || len(c.Mesh.Keys) != 1 || !c.Mesh.Keys[0].Equal(key) {
+		if !c.Meshed() || !c.Mesh.Key.Equal(key) {
 			t.Errorf("%s: the key is lost", env)
 		}
 	}

@@ -17,8 +17,8 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"derpd/cmd/derpd/internal/config"
-	"derpd/internal/testkit"
 	"derpd/cmd/derpd/internal/host"
+	"derpd/internal/testkit"
 )
 
 // repository is the path of a file of this repository.

@@ -9,8 +9,8 @@ import (
 	"github.com/miekg/dns"
 	"tailscale.com/derp/derphttp"
 
-	"derpd/internal/testkit/acmetest"
 	"derpd/internal/testkit"
+	"derpd/internal/testkit/acmetest"
 )
 
 // A relay that can be reached on neither 80 nor 443 gets its certificate by

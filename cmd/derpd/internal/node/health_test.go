@@ -3,6 +3,7 @@ package node
 import (
 	"net/http"
 	"testing"
+
 	"derpd/internal/testkit"
 )
 

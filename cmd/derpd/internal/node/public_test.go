@@ -12,8 +12,8 @@ import (
 
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/host"
-	"derpd/relay/derpmap"
 	"derpd/internal/testkit"
+	"derpd/relay/derpmap"
 )
 
 // The map follows what is configured and what is found.
