@@ -77,6 +77,9 @@ var badConfigurations = []struct {
 
 	// _FILE.
 	{env: "DERP_DOMAIN=a.example.com DERP_DOMAIN_FILE=$D/domain", setup: file("domain", "b.example.com"), want: []string{"DERP_DOMAIN: is set, and so is DERP_DOMAIN_FILE; remove one of the two"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DOMAIN_FILE=$D/none", want: []string{"DERP_DOMAIN: is set, and so is DERP_DOMAIN_FILE; remove one of the two"}},
+	{env: "DERP_CERT_MODE=pinned DERP_ACME_EMAIL_FILE=$D/mail", setup: file("mail", "me@example.com"), want: []string{"DERP_ACME_EMAIL: is only used with DERP_CERT_MODE=letsencrypt, but the mode is pinned; remove one of the two"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKEN_FILE=$D/token", setup: file("token", "t"), want: []string{"DERP_DNS_DESEC_TOKEN: is only used with DERP_DNS_PROVIDER=desec, but no provider is set; set that, or remove this"}},
 	{env: "DERP_REGION_NAME_FILE=$D/none", want: []string{"DERP_REGION_NAME_FILE: open $D/none: no such file or directory"}},
 	{env: "DERP_REGION_NAME_FILE=$D", want: []string{"DERP_REGION_NAME_FILE: read $D: is a directory"}},
 	{env: "DERP_REGION_NAME_FILE=$D/empty", setup: file("empty", "\n"), want: []string{"DERP_REGION_NAME_FILE: $D/empty is empty"}},

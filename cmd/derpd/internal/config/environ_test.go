@@ -15,6 +15,7 @@ func TestProcessEnvironment(t *testing.T) {
 	t.Setenv("DERP_REGION_NAME", "of the process")
 	t.Setenv("DERP_DOMAIN", "process.example.com")
 	t.Setenv("DERP_ACME_EMAIL", "")
+	t.Setenv("DERP_STUN_PORT", "") // a default must not become empty
 	t.Setenv("HOME", "/home/of-the-process")
 	t.Setenv("DOMAIN", "process.example.com")
 	before := os.Environ()
@@ -27,6 +28,7 @@ func TestProcessEnvironment(t *testing.T) {
 	}
 	equal(t, "region", c.Region.Node.RegionName, "derpd")
 	equal(t, "domains", c.Domains, []string{"a.example.com"})
+	equal(t, "STUN", c.Listen.STUN, ":3478")
 	equal(t, "key ID", c.Certificate.ACME.EABKeyID, "kid")
 	after := os.Environ()
 	slices.Sort(after)
@@ -40,26 +42,22 @@ func TestProcessEnvironment(t *testing.T) {
 
 // Several nodes in one process have their own environments.
 func TestConcurrentLoads(t *testing.T) {
-	dir := t.TempDir()
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
-			for range 20 {
-				env := []string{"DERP_DATA_DIR=" + dir, fmt.Sprintf("DERP_REGION_ID=%d", 900+i)}
-				if i%2 == 0 {
-					env = append(env, fmt.Sprintf("DERP_REGION_NAME=%d", i))
-				}
-				c, err := Load(env)
-				if err != nil {
-					t.Error(err)
+			var environ []string
+			want := "derpd, derpd"
+			switch i % 3 {
+			case 1:
+				environ, want = []string{fmt.Sprintf("DERP_REGION_NAME=%d", i)}, fmt.Sprintf("derpd, %d", i)
+			case 2:
+				environ, want = []string{fmt.Sprintf("DERP_REGION_CODE=%d", i)}, fmt.Sprintf("%d, derpd", i)
+			}
+			for range 200 {
+				e := readEnvironment(environ, new(problems))
+				if got := e.RegionCode + ", " + e.RegionName; got != want {
+					t.Errorf("%q: %s, want %s", environ, got, want)
 					return
-				}
-				want := "derpd"
-				if i%2 == 0 {
-					want = fmt.Sprint(i)
-				}
-				if c.Region.Node.RegionID != 900+i || c.Region.Node.RegionName != want {
-					t.Errorf("%d: region %+v", i, c.Region.Node)
 				}
 			}
 		})
