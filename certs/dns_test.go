@@ -65,7 +65,7 @@ func TestDNS01ByUpdate(t *testing.T) {
 	}
 }
 
-// What the DNS server says is what the operator reads.
+// The operator reads the reason that the DNS server gives, and no secret.
 func TestDNS01Refused(t *testing.T) {
 	server := acmetest.StartNamed(t)
 	authority := acmetest.StartResolving(t, server.Addr)

@@ -84,7 +84,7 @@ func TestSources(t *testing.T) {
 	}
 }
 
-// What New returns asks the real thing.
+// New returns a source that asks the real thing.
 func TestSourcesAnswer(t *testing.T) {
 	member, stranger := key.NewNode().Public(), key.NewNode().Public()
 	dir := t.TempDir()

@@ -118,7 +118,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	var admissionWarnings []string
 	c.Admission, c.Sources, admissionWarnings = parseAdmission(p, e)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
-	c.Mesh = parseMesh(p, e, c.selfAddresses(), roots)
+	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string
 	c.Proxies, proxyWarnings = parseProxies(p, e.ProxiesEnv, c.Certificate.Mode)
 	c.Web = parseWeb(p, e.WebEnv)

@@ -62,8 +62,8 @@ func meshed(env string, keys int) string {
 	return env + " DERP_MESH_KEY=" + strings.Join(list, ",")
 }
 
-// badConfigurations are what people get wrong, and the message for each, whole.
-// In both, $D stands for a directory of the test.
+// badConfigurations are common mistakes with their messages, in full. $D stands for a
+// directory of the test, $PWD for the working directory, and $UP for its parent.
 var badConfigurations = []struct {
 	env   string // space-separated
 	setup setup

@@ -43,7 +43,7 @@ var providerValues = map[string]string{
 	"DERP_DNS_RFC2136_KEY":         "a2V5",
 }
 
-// fieldsOf is the inside of the provider that a configuration holds.
+// fieldsOf returns the fields of the provider in a configuration, as JSON.
 func fieldsOf(t *testing.T, c *Config) string {
 	t.Helper()
 	data, err := json.Marshal(c.Certificate.ACME.DNS.Provider)

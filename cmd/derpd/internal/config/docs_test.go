@@ -117,9 +117,9 @@ func TestEveryProviderIsDocumented(t *testing.T) {
 	}
 }
 
-// What the READMEs tell people to put into .env is a valid configuration.
+// The settings that the READMEs show are a valid configuration.
 func TestDocumentedSettings(t *testing.T) {
-	// One that every variable takes.
+	// A value that every variable accepts.
 	secret := filepath.Join(t.TempDir(), "secret")
 	if err := os.WriteFile(secret, []byte("nodekey:"+key64), 0o600); err != nil {
 		t.Fatal(err)

@@ -34,16 +34,16 @@ func (s self) is(n relay.MeshNode) bool {
 
 // parseMesh returns the other nodes and the key. Without DERP_MESH_WITH there is
 // no mesh.
-func parseMesh(p *problems, e *environment, self self, roots roots) relay.MeshConfig {
-	c := relay.MeshConfig{Nodes: parseMeshNodes(p, e.MeshWith, self), Roots: roots.mesh}
+func parseMesh(p *problems, env MeshEnv, self self, roots roots) relay.MeshConfig {
+	c := relay.MeshConfig{Nodes: parseMeshNodes(p, env.MeshWith, self), Roots: roots.mesh}
 	switch {
-	case e.MeshWith != "" && e.MeshKey == "" && !p.has("DERP_MESH_KEY"):
+	case env.MeshWith != "" && env.MeshKey == "" && !p.has("DERP_MESH_KEY"):
 		p.add("DERP_MESH_KEY", "want the secret that the nodes of DERP_MESH_WITH share (openssl rand -hex 32), got nothing")
-	case e.MeshWith == "" && e.MeshKey != "" && !p.has("DERP_MESH_WITH"):
+	case env.MeshWith == "" && env.MeshKey != "" && !p.has("DERP_MESH_WITH"):
 		p.add("DERP_MESH_KEY", "is only used with DERP_MESH_WITH, but that is not set; set that, or remove this")
 	}
-	if e.MeshKey != "" {
-		c.Key = parseMeshKey(p, e.MeshKey)
+	if env.MeshKey != "" {
+		c.Key = parseMeshKey(p, env.MeshKey)
 	}
 	return c
 }

@@ -7,13 +7,13 @@ import (
 	"testing"
 )
 
-// What the platforms put into the environment.
+// Variables that the platforms set.
 const (
 	onFly     = "FLY_APP_NAME=my-derp FLY_REGION=hkg FLY_PUBLIC_IP=2606:4700::bad FLY_PRIVATE_IP=fdaa::3"
 	onRailway = "RAILWAY_PROJECT_ID=p PORT=8080 RAILWAY_TCP_PROXY_DOMAIN=a.proxy.rlwy.net RAILWAY_TCP_PROXY_PORT=35432 RAILWAY_TCP_APPLICATION_PORT=8443"
 )
 
-// A platform decides what nobody has set, and nothing else.
+// A platform sets what the operator has not set, and nothing else.
 func TestPlatforms(t *testing.T) {
 	// The name and the ports of the map.
 	type public struct {
@@ -95,8 +95,8 @@ func TestPlatforms(t *testing.T) {
 	}
 }
 
-// Fly.io's proxy is believed only where its header is asked for: without one it
-// hands on whatever its clients send.
+// Fly.io's proxy is trusted only with DERP_PROXY_PROTOCOL: without PROXY headers it
+// forwards whatever its clients send.
 func TestFlyProxy(t *testing.T) {
 	for setting, want := range map[string]string{
 		"":                           "",
@@ -115,7 +115,7 @@ func TestFlyProxy(t *testing.T) {
 	}
 }
 
-// An operator sees what came from the platform.
+// `derpd env` shows which values the platform has set.
 func TestPlatformIsTheSource(t *testing.T) {
 	c, err := Load(strings.Split(onFly+" DERP_HTTP_PORT=-1 DERP_DATA_DIR="+t.TempDir(), " "))
 	if err != nil {

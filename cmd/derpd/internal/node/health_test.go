@@ -7,7 +7,7 @@ import (
 	"derpd/internal/testkit"
 )
 
-// What the platforms put into the environment.
+// Variables that the platforms set.
 const (
 	onFly     = "FLY_APP_NAME=my-derp FLY_REGION=hkg FLY_PUBLIC_IP=2606:4700::bad FLY_PRIVATE_IP=fdaa::3"
 	onRailway = "RAILWAY_PROJECT_ID=p PORT=8080 RAILWAY_TCP_PROXY_DOMAIN=a.proxy.rlwy.net RAILWAY_TCP_PROXY_PORT=35432 RAILWAY_TCP_APPLICATION_PORT=8443"
