@@ -198,3 +198,38 @@ func TestHowToClose(t *testing.T) {
 		}
 	}
 }
+
+// recordingEnv keeps what a source gets, and answers with parsed.
+type recordingEnv struct {
+	got    sharedByAll
+	parsed parsedSources
+}
+
+func (env *recordingEnv) parse(_ *problems, shared sharedByAll) parsedSources {
+	env.got = shared
+	return env.parsed
+}
+
+// Every source gets the shared settings, and its result reaches the configuration.
+func TestSourcesShare(t *testing.T) {
+	dir := t.TempDir()
+	file("name", "a")(t, dir)
+	p := new(problems)
+	e := readEnvironment([]string{"DERP_VERIFY_GRACE=2h", "DERP_VERIFY_INTERVAL=3s", "DERP_REGION_NAME_FILE=" + dir + "/name"}, p)
+	first := &recordingEnv{parsed: parsedSources{list: []Source{{Name: "a"}}, warnings: []string{"w1"}, open: true}}
+	second := &recordingEnv{parsed: parsedSources{list: []Source{{Name: "b"}}, warnings: []string{"w2"}}}
+	e.sources = []sourceEnv{first, second}
+	a, sources, warnings := parseAdmission(p, e)
+	for _, env := range []*recordingEnv{first, second} {
+		equal(t, "shared", env.got, sharedByAll{grace: 2 * time.Hour, interval: 3 * time.Second, files: map[string]string{"DERP_REGION_NAME": dir + "/name"}})
+	}
+	equal(t, "sources", sources, []Source{{Name: "a"}, {Name: "b"}})
+	equal(t, "warnings", warnings, []string{"w1", "w2"})
+	equal(t, "open on order", a.OpenOnOrder, false)
+	first.parsed.list, second.parsed.list = nil, nil
+	a, _, _ = parseAdmission(p, e)
+	equal(t, "open on order", a.OpenOnOrder, true)
+	first.parsed.open = false
+	a, _, _ = parseAdmission(p, e)
+	equal(t, "open on order", a.OpenOnOrder, false)
+}

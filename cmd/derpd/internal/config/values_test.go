@@ -161,6 +161,12 @@ func TestRoots(t *testing.T) {
 				t.Errorf("%q: %v", env, err)
 			}
 		}
+		if own := x509.NewCertPool(); c.Certificate.Mode == ModeLetsEncrypt {
+			own.AddCert(certificate.Leaf)
+			if !c.Certificate.ACME.Roots.Equal(own) {
+				t.Error("the authority's server is verified by other roots too")
+			}
+		}
 		system, err := x509.SystemCertPool()
 		if err != nil {
 			t.Fatal(err)
