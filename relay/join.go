@@ -3,7 +3,6 @@ package relay
 import (
 	"bytes"
 	"encoding/binary"
-	"net"
 	"sync"
 
 	"tailscale.com/derp"
@@ -15,7 +14,7 @@ const recordSize = 16 << 10
 // recordBuffers holds *[recordSize]byte.
 var recordBuffers = sync.Pool{New: func() any { return new([recordSize]byte) }}
 
-// joiner joins the writes of derpserver to one connection.
+// joiner joins the writes of derpserver on one connection.
 //
 // derpserver writes frames through a small buffer. It flushes the buffer when
 // the buffer is full, mostly in the middle of a frame, and at the end of each
@@ -26,52 +25,43 @@ var recordBuffers = sync.Pool{New: func() any { return new([recordSize]byte) }}
 //
 // The buffer is held only while a batch is written: an idle client has none.
 type joiner struct {
-	mu      sync.Mutex // held by one writer
 	frames  frames
 	started bool              // whether there was a write
 	buffer  *[recordSize]byte // nil when nothing is held
 	length  int               // of the bytes held
-	err     error             // sticky write error, returned by every later write
 }
 
-// write sends p to conn, or holds the end of p.
-func (j *joiner) write(conn net.Conn, p []byte) (int, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.err != nil {
-		return 0, j.err
-	}
+// follow reports whether p, the next write, ends inside a frame.
+func (j *joiner) follow(p []byte) (inside bool) {
 	// The HTTP response has no frames. With the fast start there is none.
 	response := !j.started && bytes.HasPrefix(p, []byte("HTTP/"))
 	j.started = true
-	inside := !response && j.frames.follow(p)
-	if j.length == 0 && !inside {
-		n, err := conn.Write(p)
-		j.err = err
-		return n, err
-	}
-	for rest := p; len(rest) > 0; {
-		if j.buffer == nil {
-			j.buffer = recordBuffers.Get().(*[recordSize]byte)
-		}
-		n := copy(j.buffer[j.length:], rest)
-		j.length += n
-		rest = rest[n:]
-		if j.length == recordSize || len(rest) == 0 && !inside {
-			if err := j.flush(conn); err != nil {
-				return 0, err
-			}
-		}
-	}
-	return len(p), nil
+	return !response && j.frames.follow(p)
 }
 
-// flush sends the bytes held and releases the buffer. j.mu is locked.
-func (j *joiner) flush(conn net.Conn) error {
-	_, j.err = conn.Write(j.buffer[:j.length])
-	recordBuffers.Put(j.buffer)
-	j.buffer, j.length = nil, 0
-	return j.err
+// next takes bytes of a write, and returns the bytes to send now, or nil, and
+// the rest of the write. After sending, sent must be called.
+func (j *joiner) next(p []byte, inside bool) (send, rest []byte) {
+	if j.length == 0 && !inside {
+		return p, nil
+	}
+	if j.buffer == nil {
+		j.buffer = recordBuffers.Get().(*[recordSize]byte)
+	}
+	n := copy(j.buffer[j.length:], p)
+	j.length += n
+	if rest = p[n:]; j.length == recordSize || len(rest) == 0 && !inside {
+		return j.buffer[:j.length], rest
+	}
+	return nil, rest
+}
+
+// sent releases the buffer.
+func (j *joiner) sent() {
+	if j.buffer != nil {
+		recordBuffers.Put(j.buffer)
+		j.buffer, j.length = nil, 0
+	}
 }
 
 // longestFrame is the length that clients accept (derp.Client.Recv).

@@ -75,14 +75,14 @@ func frame(length int) []byte {
 }
 
 // held returns the number of bytes held. A buffer without content fails.
-func (j *joiner) held(t *testing.T) int {
+func (s *session) held(t *testing.T) int {
 	t.Helper()
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if (j.buffer == nil) != (j.length == 0) {
-		t.Errorf("%d bytes are held, and the buffer is %p", j.length, j.buffer)
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	if (s.out.buffer == nil) != (s.out.length == 0) {
+		t.Errorf("%d bytes are held, and the buffer is %p", s.out.length, s.out.buffer)
 	}
-	return j.length
+	return s.out.length
 }
 
 // Batches of frames, written as derpserver writes them: through a buffer, and
@@ -102,8 +102,8 @@ func TestJoinBatch(t *testing.T) {
 		"exactly a record":          {2048, []int{16000, 384}, []int{16000, 384}},
 		"longer than the buffer":    {2048, []int{8229}, []int{8229}},
 		"two longer ones":           {2048, []int{8229, 8229}, []int{8229, 8229}},
-		"longest packet":            {2048, []int{65573}, []int{16384, 16384, 16384, 16384, 37}},
-		"packets, then a long one":  {2048, slices.Concat(slices.Repeat([]int{2000}, 5), []int{60000}), []int{16384, 16384, 16384, 16384, 4464}},
+		"longest packet":            {2048, []int{65573}, []int{16384, 49189}},
+		"packets, then a long one":  {2048, slices.Concat(slices.Repeat([]int{2000}, 5), []int{60000}), []int{16384, 53616}},
 		"long one, then short ones": {2048, []int{8229, 5, 5}, []int{8229, 10}},
 		// The buffer ends with a frame: sent early.
 		"frame ends with buffer": {2048, []int{1000, 1048, 500, 300}, []int{2048, 800}},
@@ -112,8 +112,8 @@ func TestJoinBatch(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var below recorder
-			var j joiner
-			w := bufio.NewWriterSize(writerFunc(func(p []byte) (int, error) { return j.write(&below, p) }), tt.buffer)
+			s := sessionOf(&below, nil)
+			w := bufio.NewWriterSize(s, tt.buffer)
 			var want []byte
 			for _, length := range tt.frames {
 				f := frame(length)
@@ -127,7 +127,7 @@ func TestJoinBatch(t *testing.T) {
 			if err := w.Flush(); err != nil {
 				t.Fatal(err)
 			}
-			if held := j.held(t); held != 0 {
+			if held := s.held(t); held != 0 {
 				t.Errorf("%d bytes are held after the batch", held)
 			}
 			if got := below.lengths(); !slices.Equal(got, tt.want) {
@@ -140,33 +140,30 @@ func TestJoinBatch(t *testing.T) {
 	}
 }
 
-type writerFunc func([]byte) (int, error)
-
-func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
-
 // The HTTP response is sent at once, and frames are followed after it.
 func TestJoinAfterResponse(t *testing.T) {
 	const response = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: DERP\r\n\r\n"
 	var below recorder
-	var j joiner
+	s := sessionOf(&below, nil)
 	f := frame(3000)
 	for _, p := range [][]byte{[]byte(response), f[:2048], f[2048:]} {
-		if _, err := j.write(&below, p); err != nil {
+		if _, err := s.Write(p); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if got, want := below.lengths(), []int{len(response), 3000}; !slices.Equal(got, want) {
 		t.Errorf("writes of %v, want %v", got, want)
 	}
-	// A frame whose bytes resemble a response is a frame.
+	// A frame whose bytes resemble a response is a frame, and so is the next.
 	f = frame(3000)
 	copy(f[2048:], "HTTP/1.1")
-	for _, p := range [][]byte{f[:2048], f[2048:]} {
-		if _, err := j.write(&below, p); err != nil {
+	next := frame(4000)
+	for _, p := range [][]byte{f[:2048], f[2048:], next[:2048], next[2048:]} {
+		if _, err := s.Write(p); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if got, want := below.lengths(), []int{len(response), 3000, 3000}; !slices.Equal(got, want) {
+	if got, want := below.lengths(), []int{len(response), 3000, 3000, 4000}; !slices.Equal(got, want) {
 		t.Errorf("writes of %v, want %v", got, want)
 	}
 }
@@ -174,9 +171,9 @@ func TestJoinAfterResponse(t *testing.T) {
 // A stream that is not DERP is never held.
 func TestJoinOtherStream(t *testing.T) {
 	var below recorder
-	var j joiner
+	s := sessionOf(&below, nil)
 	for i := range 10 {
-		if _, err := j.write(&below, []byte("GET / HTTP/1.1\r\n\r\n")); err != nil {
+		if _, err := s.Write([]byte("GET / HTTP/1.1\r\n\r\n")); err != nil {
 			t.Fatal(err)
 		}
 		if got := len(below.lengths()); got != i+1 {
@@ -205,21 +202,21 @@ func TestJoinErrors(t *testing.T) {
 		"full":   {frame(60000)[:16000], make([]byte, 2048)},
 	} {
 		below := &recorder{fail: broken}
-		var j joiner
+		s := sessionOf(below, nil)
 		for i, p := range writes {
-			_, err := j.write(below, p)
+			_, err := s.Write(p)
 			if last := i == len(writes)-1; last != (err != nil) {
 				t.Errorf("%s: write %d: %v", name, i, err)
 			}
 		}
 		below.fail = nil
-		if n, err := j.write(below, frame(5)); n != 0 || !errors.Is(err, broken) {
+		if n, err := s.Write(frame(5)); n != 0 || !errors.Is(err, broken) {
 			t.Errorf("%s: a later write: %d, %v, want the first error", name, n, err)
 		}
 		if got := below.lengths(); len(got) > 0 {
 			t.Errorf("%s: writes of %v after the error", name, got)
 		}
-		if j.held(t) != 0 {
+		if s.held(t) != 0 {
 			t.Errorf("%s: a failed connection holds a buffer", name)
 		}
 	}
@@ -232,15 +229,15 @@ func (discard) Write(p []byte) (int, error) { return len(p), nil }
 
 func TestJoinAllocatesNothing(t *testing.T) {
 	batch := bytes.Repeat(frame(1317), 8)
-	var j joiner
+	s := sessionOf(discard{}, nil)
 	if got := testing.AllocsPerRun(1000, func() {
 		for p := range slices.Chunk(batch, 2048) {
-			_, _ = j.write(discard{}, p)
+			_, _ = s.Write(p)
 		}
 	}); got != 0 {
 		t.Errorf("%v allocations for a batch", got)
 	}
-	if j.held(t) != 0 {
+	if s.held(t) != 0 {
 		t.Error("bytes are held after the batch")
 	}
 }
@@ -255,16 +252,16 @@ func FuzzJoin(f *testing.F) {
 	f.Add([]byte("\x01\xff\xff\xff\xffx"), []byte{1})
 	f.Fuzz(func(t *testing.T, stream, pieces []byte) {
 		var below recorder
-		var j joiner
+		s := sessionOf(&below, nil)
 		sent := 0
 		for i := 0; sent < len(stream) && len(pieces) > 0; i++ {
 			n := min(int(pieces[i%len(pieces)])*37+1, len(stream)-sent)
 			p := stream[sent : sent+n]
 			sent += n
-			if got, err := j.write(&below, p); got != n || err != nil {
+			if got, err := s.Write(p); got != n || err != nil {
 				t.Fatalf("%d of %d bytes, %v", got, n, err)
 			}
-			held := j.held(t)
+			held := s.held(t)
 			if got := below.bytes(); len(got)+held != sent || !bytes.Equal(got, stream[:len(got)]) {
 				t.Fatalf("%d bytes sent and %d held of %d", len(got), held, sent)
 			}
