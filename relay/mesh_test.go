@@ -96,6 +96,9 @@ func TestMesh(t *testing.T) {
 		onA, onB := connect(t, lnA, cert, key.NewNode()), connect(t, lnB, cert, key.NewNode())
 		testkit.Exchange(t, onA, onB)
 		state := awaitState(t, a, "one client of the other node", func(s MeshState) bool { return s.Up && s.Clients == 1 })
+		if !strings.Contains(a.Metrics().String(), `"gauge_clients_remote": 1`) {
+			t.Errorf("the metrics have another number of remote clients: %s", a.Metrics())
+		}
 		if state.Node != lnB.Addr().String() || state.Err != nil || state.Self || time.Since(state.Since) > testkit.Patience {
 			t.Errorf("state %+v", state)
 		}
@@ -109,6 +112,7 @@ func TestMesh(t *testing.T) {
 	if state.Clients != 0 || state.Err == nil {
 		t.Errorf("state %+v of a node that is gone", state)
 	}
+	testkit.Until(t, "no client is remote", func() bool { return strings.Contains(a.Metrics().String(), `"gauge_clients_remote": 0`) })
 }
 
 // A node recognizes itself, and does not connect again.

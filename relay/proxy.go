@@ -57,7 +57,6 @@ func (c *proxiedConn) readHeader() {
 	c.once.Do(func() {
 		if _, err := c.Conn.Read(nil); err != nil {
 			c.log.Debug().Err(err).Stringer("peer", c.NetConn().RemoteAddr()).Msg("connection closed for its PROXY header")
-			_ = c.Close()
 		}
 	})
 }

@@ -297,6 +297,30 @@ func FuzzProxyProtocol(f *testing.F) {
 	})
 }
 
+// The plain listener reads the PROXY header too.
+func TestProxyProtocolOfPlainHTTP(t *testing.T) {
+	r := newRelay(t, Config{TrustedProxies: proxies, ProxyProtocol: true, Log: zerolog.Nop()})
+	ln := listen(t)
+	ended := make(chan error, 1)
+	client := make(chan string, 1)
+	go func() {
+		ended <- r.ServePlain(ln, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { client <- r.RemoteAddr }))
+	}()
+	p := &proxiedRelay{addr: ln.Addr().String()}
+	conn, err := p.dial(t.Context(), "127.0.0.9", v2(t, nil)+"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if got := testkit.Receive(t, "a request", client); got != "192.0.2.7:4000" {
+		t.Errorf("the client is %s, want 192.0.2.7:4000", got)
+	}
+	_ = r.Close()
+	if err := testkit.Receive(t, "the end of ServePlain", ended); err != nil {
+		t.Error(err)
+	}
+}
+
 // The wait for a header ends after five seconds. The address is then that of the
 // peer.
 func TestProxyHeaderTimeout(t *testing.T) {

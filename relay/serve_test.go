@@ -350,8 +350,16 @@ func TestClose(t *testing.T) {
 	if got := status(t, noFollow, "http://"+plain.Addr().String()); got != http.StatusFound {
 		t.Errorf("the plain listener answers %d", got)
 	}
+	// A session that derpserver does not have yet.
+	early := new(recorder)
+	r.sessions.add(newSession(r.sessions, early, bufio.NewReader(nil), nil))
 	if err := r.Close(); err != nil {
 		t.Error(err)
+	}
+	late := new(recorder)
+	r.sessions.add(newSession(r.sessions, late, bufio.NewReader(nil), nil))
+	if !early.closed || !late.closed {
+		t.Errorf("sessions hijacked before and after Close are closed: %v, %v", early.closed, late.closed)
 	}
 	for range 2 {
 		if err := testkit.Receive(t, "the end of a server", ended); err != nil {
@@ -367,16 +375,38 @@ func TestClose(t *testing.T) {
 			t.Errorf("%s accepts connections after Close", ln.Addr())
 		}
 	}
-	late := listen(t)
-	if err := r.Serve(late); err != nil {
+	another := listen(t)
+	if err := r.Serve(another); err != nil {
 		t.Error(err)
 	}
-	if _, err := late.Accept(); !errors.Is(err, net.ErrClosed) {
+	if _, err := another.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a listener of a closed relay: %v", err)
 	}
 	if err := r.Close(); err != nil {
 		t.Errorf("the second Close: %v", err)
 	}
+}
+
+// Close disconnects browsers too, whose connections are not sessions.
+func TestCloseWebSocket(t *testing.T) {
+	cert, getCertificate := certificate(t)
+	ln := listen(t)
+	r := start(t, Config{GetCertificate: getCertificate, Log: zerolog.Nop()}, ln)
+	c := connectWebSocket(t, ln, testkit.Trust(testkit.Pool(cert)))
+	testkit.Exchange(t, c, connect(t, ln, cert, key.NewNode()))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			if _, err := c.Recv(); err != nil {
+				return
+			}
+		}
+	}()
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	testkit.Receive(t, "the end of the WebSocket", ended)
 }
 
 // A listener that fails ends Serve with its error.
@@ -442,18 +472,26 @@ func TestDeadlines(t *testing.T) {
 	}
 }
 
-// The handshake errors of strangers, with their addresses, are logged at debug
-// level only.
-func TestHandshakeErrorsAreDebug(t *testing.T) {
-	_, getCertificate := certificate(t)
+// Failed handshakes and refused clients, with their addresses, are logged at
+// debug level only.
+func TestFaultsOfClientsAreDebug(t *testing.T) {
+	cert, getCertificate := certificate(t)
 	log := new(lockedBuffer)
 	ln := listen(t)
-	start(t, Config{GetCertificate: getCertificate, Log: zerolog.New(log)}, ln)
+	start(t, Config{GetCertificate: getCertificate, Log: zerolog.New(log), Admit: func(context.Context, key.NodePublic, netip.Addr) error {
+		return errors.New("not a member")
+	}}, ln)
 	if conn, err := (&tls.Dialer{Config: &tls.Config{MinVersion: tls.VersionTLS12}}).DialContext(t.Context(), "tcp", ln.Addr().String()); err == nil {
 		_ = conn.Close()
 		t.Fatal("an unknown certificate was accepted")
 	}
-	testkit.Until(t, "the error is logged", func() bool { return strings.Contains(log.String(), "TLS handshake error from 127.0.0.1:") })
+	if err := testkit.Admitted(t, client(t, ln, cert, key.NewNode())); err == nil {
+		t.Fatal("a client was admitted")
+	}
+	testkit.Until(t, "the faults are logged", func() bool {
+		got := log.String()
+		return strings.Contains(got, "TLS handshake error from 127.0.0.1:") && strings.Contains(got, "not a member") && strings.Contains(got, "client disconnected")
+	})
 	for line := range strings.Lines(log.String()) {
 		if !strings.Contains(line, `"level":"debug"`) {
 			t.Errorf("logged: %s", line)
