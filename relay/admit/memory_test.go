@@ -187,6 +187,7 @@ func TestMemoryNotSaved(t *testing.T) {
 		stop := run(t, g, (&crowd{}).clients())
 		_ = g.Admit(t.Context(), newNode(), netip.Addr{})
 		<-time.After(25 * time.Minute)
+		synctest.Wait()
 		if n := strings.Count(log.String(), "admitted nodes not written"); n != 1 || strings.Count(log.String(), "\n") != 1 {
 			t.Errorf("logged %d times:\n%s", n, &log)
 		}

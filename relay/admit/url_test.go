@@ -253,9 +253,9 @@ func TestURLBreaker(t *testing.T) {
 // Questions that the gate drops are no failures.
 func TestURLDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		hang := true
+		var answers atomic.Bool
 		u := testURL(t, URLConfig{}, func(w http.ResponseWriter, r *http.Request) {
-			if hang {
+			if !answers.Load() {
 				_, _ = io.Copy(io.Discard, r.Body)
 				<-r.Context().Done()
 				return
@@ -269,7 +269,7 @@ func TestURLDropped(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		hang = false
+		answers.Store(true)
 		if err := u.answer(t); err != nil {
 			t.Error(err)
 		}
