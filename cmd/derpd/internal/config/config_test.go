@@ -255,8 +255,8 @@ var badConfigurations = []struct {
 	// manual.
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: open $D/a.example.com.crt: no such file or directory"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=$D/a.crt", want: []string{"DERP_CERT_FILE: want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them; set the other one, or remove this one"}},
-	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=b.example.com DERP_CERT_FILE=$D/a.crt DERP_KEY_FILE=$D/a.key", setup: pair("a", "a.example.com", time.Now()), want: []string{"DERP_CERT_FILE: $D/a.crt covers a.example.com, not b.example.com"}},
-	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", setup: pair("a.example.com", "a.example.com", time.Date(2010, 1, 2, 0, 0, 0, 0, time.UTC)), want: []string{"DERP_CERT_FILE: $D/a.example.com.crt expired on 2020-01-02"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=b.example.com DERP_CERT_FILE=$D/a.crt DERP_KEY_FILE=$D/a.key", setup: pair("a", "a.example.com", time.Now()), want: []string{"DERP_CERT_FILE: $D/a.crt covers a.example.com, not b.example.com; get a certificate for every name in DERP_DOMAIN"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", setup: pair("a.example.com", "a.example.com", time.Date(2010, 1, 2, 0, 0, 0, 0, time.UTC)), want: []string{"DERP_CERT_FILE: $D/a.example.com.crt expired on 2020-01-02; renew it"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", setup: func(t *testing.T, dir string) {
 		t.Helper()
 		pair("a.example.com", "a.example.com", time.Now())(t, dir)
