@@ -270,7 +270,7 @@ var badConfigurations = []struct {
 	{env: "DERP_VERIFY_CLIENTS=yes", want: []string{`DERP_VERIFY_CLIENTS: want auto, true or false, got "yes"`}},
 	{env: "DERP_TAILSCALED_SOCKET=tailscaled.sock", want: []string{`DERP_TAILSCALED_SOCKET: want an absolute path, got "tailscaled.sock"; write $PWD/tailscaled.sock`}},
 	{env: "DERP_VERIFY_CLIENT_URL=headscale.example.com/verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "headscale.example.com/verify"`}},
-	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://xxxxx@example.com/"`}},
+	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://example.com/"`}},
 	{env: "DERP_ALLOW_KEYS=nodekey:12", want: []string{`DERP_ALLOW_KEYS: line 1: want nodekey: and 64 hex digits, got "nodekey:12"`}},
 	{env: "DERP_ALLOW_KEYS=privkey:" + key64, want: []string{"DERP_ALLOW_KEYS: line 1: want a public node key (nodekey:…), got a private key; remove it from here"}},
 	{env: "DERP_ALLOW_KEYS=$D/none", want: []string{"DERP_ALLOW_KEYS: reading node keys: open $D/none: no such file or directory"}},
@@ -488,7 +488,7 @@ func TestWriteEffective(t *testing.T) {
 	text := shown(t, c)
 	for _, want := range []string{
 		"DERP_ACME_EAB_KEY=(secret)  # from " + dir + "/eab\n",
-		"DERP_VERIFY_CLIENT_URL=https://xxxxx@h/v?xxxxx,http://h2/?xxxxx  # set\n",
+		"DERP_VERIFY_CLIENT_URL=https://h/v,http://h2/  # set\n",
 		"DERP_ADDR=:443  # default\n",
 		"DERP_CERT_DIR=" + dir + "/certs  # default: certs in DERP_DATA_DIR\n",
 		"DERP_CERT_MODE=letsencrypt  # default: letsencrypt if DERP_DOMAIN starts with a name, else pinned\n",
@@ -497,7 +497,7 @@ func TestWriteEffective(t *testing.T) {
 		"DERP_ACME_CA=letsencrypt  # default: letsencrypt\n",
 		"DERP_ACME_CHALLENGES=http,tls-alpn  # default: http,tls-alpn; dns if DERP_DNS_PROVIDER is set\n",
 		"DERP_PUBLIC_PORT=  # default: as listened; 443 when DERP_CERT_MODE is off\n",
-		"DERP_TAILNET_API_URL=https://xxxxx@api.example.com  # set\n",
+		"DERP_TAILNET_API_URL=https://api.example.com  # set\n",
 		`DERP_DISALLOW_APPS="a\nb"  # from ` + dir + "/lines\n",
 		"DERP_REGION_CODE=derpd  # default\n",
 		"DERP_STUN_PORT=3478  # default\n",

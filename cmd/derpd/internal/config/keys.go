@@ -1,8 +1,6 @@
 package config
 
 import (
-	"fmt"
-
 	"github.com/rs/zerolog"
 
 	"derpd/relay/admit"
@@ -43,12 +41,6 @@ func (env *KeysEnv) parse(p *problems, shared sharedByAll) parsedSources {
 		p.add(source.Variable, "%w%s", err, readHint(err))
 	}
 	source.Target = path
-	source.New = func(log zerolog.Logger) (admit.Source, error) {
-		file, err := admit.KeyFile(path, log)
-		if err != nil {
-			err = fmt.Errorf("%s: %w", source.Variable, err)
-		}
-		return file, err
-	}
+	source.New = func(log zerolog.Logger) (admit.Source, error) { return admit.KeyFile(path, log) }
 	return parsedSources{list: []Source{source}}
 }

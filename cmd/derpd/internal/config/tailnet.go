@@ -1,7 +1,6 @@
 package config
 
 import (
-	"fmt"
 	"strings"
 
 	"github.com/rs/zerolog"
@@ -28,11 +27,7 @@ func (env *TailnetEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	for _, tailnet := range env.tailnets(p, shared) {
 		parsed.list = append(parsed.list, Source{Name: "tailnet", Variable: "DERP_TAILNET", Target: tailnet.Tailnet, New: func(log zerolog.Logger) (admit.Source, error) {
 			tailnet.Log = log
-			source, err := admit.Tailnet(tailnet)
-			if err != nil {
-				err = fmt.Errorf("DERP_TAILNET: %w", err)
-			}
-			return source, err
+			return admit.Tailnet(tailnet)
 		}})
 	}
 	return parsed
@@ -44,7 +39,7 @@ func (env *TailnetEnv) tailnets(p *problems, shared sharedByAll) []admit.Tailnet
 	names := p.list("DERP_TAILNET", env.Tailnet)
 	base, ok := parseURL(env.APIURL)
 	if !ok {
-		p.add("DERP_TAILNET_API_URL", "want an http or https URL, got %q", redactURL(env.APIURL))
+		p.add("DERP_TAILNET_API_URL", "want an http or https URL, got %q", admit.RedactURL(env.APIURL))
 	}
 	external := p.boolean("DERP_TAILNET_EXTERNAL", env.External)
 	const unused = "is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"

@@ -19,13 +19,13 @@ func (env *URLEnv) parse(p *problems, _ sharedByAll) parsedSources {
 	failOpen := p.boolean("DERP_VERIFY_CLIENT_URL_FAIL_OPEN", env.FailOpen)
 	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", env.URLs) {
 		if _, ok := parseURL(target); !ok {
-			p.add("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redactURL(target))
+			p.add("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", admit.RedactURL(target))
 			continue
 		}
 		parsed.list = append(parsed.list, Source{
 			Name:     "url",
 			Variable: "DERP_VERIFY_CLIENT_URL",
-			Target:   redactURL(target),
+			Target:   admit.RedactURL(target),
 			New:      opened(admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen})),
 		})
 	}

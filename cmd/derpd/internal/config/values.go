@@ -152,22 +152,6 @@ func parseURL(value string) (*url.URL, bool) {
 	return u, err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
 }
 
-// redactURL hides the parts of a URL that may hold a token: the user, the
-// password and the query.
-func redactURL(target string) string {
-	u, err := url.Parse(target)
-	if err != nil {
-		return "(unparsable URL)"
-	}
-	if u.User != nil {
-		u.User = url.User("xxxxx")
-	}
-	if u.RawQuery != "" {
-		u.RawQuery = "xxxxx"
-	}
-	return u.String()
-}
-
 // either joins words for a sentence: "a, b or c".
 func either(words []string) string {
 	if len(words) < 2 {

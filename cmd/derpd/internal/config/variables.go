@@ -10,6 +10,7 @@ import (
 	"github.com/kelseyhightower/envconfig"
 
 	"derpd/certs"
+	"derpd/relay/admit"
 )
 
 // variable is one field of a struct of variables.
@@ -102,7 +103,7 @@ func (v variable) Shown() string {
 	case v.tag("secret") == "url":
 		targets := splitList(v.Value)
 		for i, target := range targets {
-			targets[i] = redactURL(target)
+			targets[i] = admit.RedactURL(target)
 		}
 		return strings.Join(targets, ",")
 	}
