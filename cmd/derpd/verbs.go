@@ -63,13 +63,18 @@ func run(ctx context.Context, start time.Time, args, env []string, stdout, stder
 	if err != nil {
 		return err
 	}
-	flags := flag.NewFlagSet(v.name, flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // parse returns the errors
-	err = v.run(ctx, &call{v, start, args, env, stdout, stderr, flags})
+	err = v.run(ctx, &call{v, start, args, env, stdout, stderr, newFlags(v.name)})
 	if errors.Is(err, errHelp) {
 		return nil
 	}
 	return err
+}
+
+// newFlags returns a flag set that prints nothing: parse returns its errors.
+func newFlags(verb string) *flag.FlagSet {
+	flags := flag.NewFlagSet(verb, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	return flags
 }
 
 func findVerb(name string) (verb, error) {
@@ -151,7 +156,7 @@ func help(_ context.Context, c *call) error {
 		return err
 	}
 	// The flags are known only to the verb itself.
-	return v.run(context.Background(), &call{v, c.start, []string{"--help"}, c.env, c.stdout, c.stderr, flag.NewFlagSet(v.name, flag.ContinueOnError)})
+	return v.run(context.Background(), &call{v, c.start, []string{"--help"}, c.env, c.stdout, c.stderr, newFlags(v.name)})
 }
 
 // mapFormat is a flag whose value is one of derpmap.Formats.
