@@ -37,7 +37,7 @@ type Source struct {
 	Variable string // variable that configures it
 	Target   string // file, socket, URL without secrets, or tailnet that is asked; may be empty
 
-	// New opens the source. Its error does not name Variable.
+	// New opens the source. Its error does not name variable.
 	New func(log zerolog.Logger) (admit.Source, error)
 }
 

@@ -194,7 +194,7 @@ func TestHowToClose(t *testing.T) {
 	e := readEnvironment(nil, new(problems))
 	for _, kind := range sourceKinds() {
 		name, _, _ := strings.Cut(kind.closes, "=")
-		if !slices.ContainsFunc(variablesOf(kind.env()), func(v variable) bool { return v.Name == name }) || e.order[name] == 0 {
+		if !slices.ContainsFunc(variablesOf(kind.env()), func(v Variable) bool { return v.Name == name }) || e.order[name] == 0 {
 			t.Errorf("%s is no variable of the source %s", name, kind.name)
 		}
 	}

@@ -71,7 +71,7 @@ func parseProvider(p *problems, e *environment) certmagic.DNSProvider {
 	for _, v := range variablesOf(variables) {
 		checkCredential(p, v, e.Provider)
 	}
-	if len(p.found) > before || slices.ContainsFunc(variablesOf(variables), func(v variable) bool { return p.has(v.Name) }) {
+	if len(p.found) > before || slices.ContainsFunc(variablesOf(variables), func(v Variable) bool { return p.has(v.Name) }) {
 		return nil
 	}
 	return certs.NewDNSProvider(variables)
@@ -108,7 +108,7 @@ var rules = map[string]struct {
 }
 
 // checkCredential checks one variable of a provider by its tags.
-func checkCredential(p *problems, v variable, provider string) {
+func checkCredential(p *problems, v Variable, provider string) {
 	rule, hasRule := rules[v.tag("is")]
 	want, valid := rule.want, !hasRule || rule.valid(v.Value)
 	if options := splitList(v.tag("options")); len(options) > 0 {

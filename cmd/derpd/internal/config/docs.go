@@ -7,109 +7,60 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/template"
 
 	"derpd/certs"
 )
 
 //go:generate go run ./makedocs ../../../..
 
-// The templates over the variables: `derpd env`, docker/env.example, and the
-// tables of README.md and README.zh-CN.md.
-var (
-	effectiveTemplate = template.Must(template.New("").Parse(
-		`{{range .}}{{.Name}}={{.Shown}}  # {{.Source}}
-{{end}}`))
-
-	exampleTemplate = template.Must(template.New("").Parse(
-		`# Copy this file to .env beside compose.yaml and uncomment what you need.
-# Each variable can be given as a file: NAME_FILE=/run/secrets/name.
-# Made by: derpd env --example
-{{range .Variables}}
-# {{.Meaning}}
-{{with .Computed}}# default: {{.}}
-{{end}}#{{.Name}}={{.Default}}
-{{end}}{{range .Providers}}
-# --- DERP_DNS_PROVIDER={{.Name}} ---
-{{range .Variables}}# {{.Meaning}}{{if .Optional}} (optional){{end}}
-#{{.Name}}={{.Default}}
-{{end}}{{end}}`))
-
-	tables = map[string]*template.Template{
-		"en": template.Must(template.New("").Parse(`| variable | default | meaning |
-|---|---|---|
-{{range .Variables}}| ` + "`{{.Name}}`" + ` | {{with .Default}}` + "`{{.}}`" + `{{else}}{{.Computed}}{{end}} | {{.Meaning}} |
-{{end}}`)),
-		"zh": template.Must(template.New("").Parse(`| 变量 | 默认值 | 含义 |
-|---|---|---|
-{{range .Variables}}| ` + "`{{.Name}}`" + ` | {{with .Default}}` + "`{{.}}`" + `{{else}}{{.ZhComputed}}{{end}} | {{.ZhMeaning}} |
-{{end}}`)),
-	}
-
-	providerTables = map[string]*template.Template{
-		"en": template.Must(template.New("").Parse(`| provider | variable | default | meaning |
-|---|---|---|---|
-{{range .Providers}}{{$name := .Name}}{{range $i, $v := .Variables}}| {{if not $i}}` + "`{{$name}}`" + `{{end}} | ` + "`{{.Name}}`" + ` | {{with .Default}}` + "`{{.}}`" + `{{else}}{{if .Optional}}optional{{end}}{{end}} | {{.Meaning}} |
-{{end}}{{end}}`)),
-		"zh": template.Must(template.New("").Parse(`| 服务商 | 变量 | 默认值 | 含义 |
-|---|---|---|---|
-{{range .Providers}}{{$name := .Name}}{{range $i, $v := .Variables}}| {{if not $i}}` + "`{{$name}}`" + `{{end}} | ` + "`{{.Name}}`" + ` | {{with .Default}}` + "`{{.}}`" + `{{else}}{{if .Optional}}可选{{end}}{{end}} | {{.ZhMeaning}} |
-{{end}}{{end}}`)),
-	}
-)
-
-// documentation is what the templates of files print.
-type documentation struct {
-	Variables []variable
-	Providers []providerDocs
+// Documentation lists every variable, in the order of the documents.
+type Documentation struct {
+	Variables []Variable
+	Providers []ProviderDocs
 }
 
-type providerDocs struct {
+// ProviderDocs are the variables of one DNS provider.
+type ProviderDocs struct {
 	Name      string
-	Variables []variable
+	Variables []Variable
 }
 
-func document() documentation {
+// Document returns the documentation of the variables. Values are the defaults.
+func Document() Documentation {
 	e := readEnvironment(nil, new(problems))
-	d := documentation{Variables: e.documented()}
+	d := Documentation{Variables: e.documented()}
 	for _, provider := range certs.DNSProviders() {
-		d.Providers = append(d.Providers, providerDocs{provider.Name, variablesOf(e.providers[provider.Name])})
+		d.Providers = append(d.Providers, ProviderDocs{provider.Name, variablesOf(e.providers[provider.Name])})
 	}
 	return d
 }
 
 // WriteExample writes docker/env.example, an environment file to fill in.
-func WriteExample(w io.Writer) error { return exampleTemplate.Execute(w, document()) }
-
-// The marks around the tables of a README.
-const (
-	tableBegin         = "<!-- made by: make docs -->\n"
-	providerTableBegin = "<!-- made by: make docs, from certs/dns.go -->\n"
-	tableEnd           = "<!-- end -->\n"
-)
-
-// ReplaceTables returns a README with new tables of the variables. The language
-// is "en" or "zh".
-func ReplaceTables(readme, language string) (string, error) {
-	for begin, table := range map[string]*template.Template{tableBegin: tables[language], providerTableBegin: providerTables[language]} {
-		before, rest, found := strings.Cut(readme, begin)
-		_, after, closed := strings.Cut(rest, tableEnd)
-		if !found || !closed {
-			return "", fmt.Errorf("no place for a table: want the lines %q and %q", begin, tableEnd)
+func WriteExample(w io.Writer) error {
+	d := Document()
+	var b strings.Builder
+	b.WriteString("# Copy this file to .env beside compose.yaml and uncomment what you need.\n" +
+		"# Each variable can be given as a file: NAME_FILE=/run/secrets/name.\n" +
+		"# Made by: derpd env --example\n")
+	for _, v := range d.Variables {
+		fmt.Fprintf(&b, "\n# %s\n", v.Meaning())
+		if v.Computed() != "" {
+			fmt.Fprintf(&b, "# default: %s\n", v.Computed())
 		}
-		var b strings.Builder
-		if err := table.Execute(&b, document()); err != nil {
-			return "", err
-		}
-		readme = before + begin + b.String() + tableEnd + after
+		fmt.Fprintf(&b, "#%s=%s\n", v.Name, v.Default())
 	}
-	return readme, nil
-}
-
-// effective is one line of `derpd env`.
-type effective struct {
-	Name, Shown string
-	Source      string // how the variable was given, or how its default is found
+	for _, provider := range d.Providers {
+		fmt.Fprintf(&b, "\n# --- DERP_DNS_PROVIDER=%s ---\n", provider.Name)
+		for _, v := range provider.Variables {
+			optional := ""
+			if v.Optional() {
+				optional = " (optional)"
+			}
+			fmt.Fprintf(&b, "# %s%s\n#%s=%s\n", v.Meaning(), optional, v.Name, v.Default())
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 // WriteEffective writes every variable with its value, without secrets, and with
@@ -126,24 +77,25 @@ func (c *Config) WriteEffective(w io.Writer) error {
 			}
 		}
 	}
-	var lines []effective
 	for _, v := range list {
-		line := effective{v.Name, v.Shown(), "default"}
+		shown, source := v.Shown(), "default"
 		switch {
 		case e.files[v.Name] != "":
-			line.Source = "from " + e.files[v.Name]
+			source = "from " + e.files[v.Name]
 		case e.given[v.Name]:
-			line.Source = "set"
+			source = "set"
 		case slices.Contains(e.assumed, v.Name):
-			line.Source = e.platform.name
+			source = e.platform.name
 		}
-		if line.Shown == "" && v.Computed() != "" {
-			line.Source += ": " + v.Computed()
-			line.Shown = c.computed[v.Name]
+		if shown == "" && v.Computed() != "" {
+			source += ": " + v.Computed()
+			shown = c.computed[v.Name]
 		}
-		lines = append(lines, line)
+		if _, err := fmt.Fprintf(w, "%s=%s  # %s\n", v.Name, shown, source); err != nil {
+			return err
+		}
 	}
-	return effectiveTemplate.Execute(w, lines)
+	return nil
 }
 
 // computedDefaults are the values of variables whose default is not one value,

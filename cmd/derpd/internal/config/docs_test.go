@@ -1,52 +1,34 @@
 package config
 
 import (
-	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"text/template"
+
+	"github.com/kelseyhightower/envconfig"
 
 	"derpd/certs"
 )
 
 const repository = "../../../.."
 
-// The documentation is made from the structs of variables, and must not differ
-// from them. `make docs` writes it.
-func TestDocs(t *testing.T) {
-	read := func(name string) string {
-		t.Helper()
-		data, err := os.ReadFile(filepath.Join(repository, name))
-		if err != nil {
+// The variables are those that envconfig itself lists, in its order.
+func TestVariablesAreThoseOfEnvconfig(t *testing.T) {
+	list := template.Must(template.New("").Parse(`{{range .}}{{.Key}} {{.Field.String}} {{.Tags}}{{"\n"}}{{end}}`))
+	for _, structure := range readEnvironment(nil, new(problems)).structs() {
+		var want, got strings.Builder
+		if err := envconfig.Usaget("", structure, &want, list); err != nil {
 			t.Fatal(err)
 		}
-		return string(data)
-	}
-	var example bytes.Buffer
-	if err := WriteExample(&example); err != nil {
-		t.Fatal(err)
-	}
-	if example.String() != read("docker/env.example") {
-		t.Error("docker/env.example differs from the code; run: make docs")
-	}
-	for language, name := range map[string]string{"en": "README.md", "zh": "README.zh-CN.md"} {
-		old := read(name)
-		if text, err := ReplaceTables(old, language); err != nil || text != old {
-			t.Errorf("%s differs from the code (%v); run: make docs", name, err)
+		for _, v := range variablesOf(structure) {
+			fmt.Fprintf(&got, "%s %s %s\n", v.Name, v.Value, v.tags)
 		}
-	}
-}
-
-func TestReplaceTablesNeedsBothMarks(t *testing.T) {
-	whole := tableBegin + tableEnd + providerTableBegin + tableEnd
-	if _, err := ReplaceTables(whole, "en"); err != nil {
-		t.Error(err)
-	}
-	for _, readme := range []string{"", tableBegin + tableEnd, providerTableBegin + tableEnd, tableBegin + providerTableBegin} {
-		if text, err := ReplaceTables(readme, "en"); err == nil {
-			t.Errorf("%q became %q", readme, text)
+		if got.String() != want.String() {
+			t.Errorf("%T: derpd lists\n%s\nenvconfig lists\n%s", structure, got.String(), want.String())
 		}
 	}
 }

@@ -85,7 +85,7 @@ var derperDebug = []string{"DERP_DEBUG_LOGS", "DERP_PROBER_DEBUG_LOGS"}
 
 // resolve returns the value of each known variable that has one. A variable that
 // is empty counts as not set, because Compose passes on variables that way.
-func (e *environment) resolve(environ []string, known []variable, p *problems) map[string]string {
+func (e *environment) resolve(environ []string, known []Variable, p *problems) map[string]string {
 	lines := make(map[string]bool) // known variables, and whether they may have several lines
 	for _, v := range known {
 		lines[v.Name] = v.tag("lines") == "true"
@@ -145,7 +145,7 @@ var lending sync.Mutex
 // fill sets the fields of structs to values, or to their defaults. envconfig
 // reads the environment of the process only. So the known variables are set there
 // for the time of the call, and put back as they were.
-func fill(values map[string]string, known []variable, structs []any) {
+func fill(values map[string]string, known []Variable, structs []any) {
 	lending.Lock()
 	defer lending.Unlock()
 	for _, v := range known {

@@ -65,6 +65,16 @@ func TestPlatforms(t *testing.T) {
 			with(railwayMap, func(p *public) { p.name = "derp.example.com" }), 1,
 		},
 		{
+			"Railway with a domain proven by DNS, all set", onRailway + " DERP_CERT_MODE=letsencrypt DERP_DOMAIN=derp.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", ModeLetsEncrypt,
+			":8443", "", "", ":8080", "$D",
+			with(railwayMap, func(p *public) { p.name = "derp.example.com" }), 1,
+		},
+		{
+			"Fly.io without STUN in the map", onFly + " DERP_PUBLIC_STUN_PORT=-1", ModePinned,
+			":8443", ":8080", "fly-global-services:3478", ":8081", "$D",
+			with(flyMap, func(p *public) { p.stun = -1 }), 0,
+		},
+		{
 			"elsewhere", "PORT=8080 DERP_DOMAIN=derp.example.com", ModeLetsEncrypt,
 			":443", ":80", ":3478", "", "$D",
 			public{"derp.example.com", 443, 0, 0},

@@ -203,6 +203,7 @@ func TestManualWithoutFiles(t *testing.T) {
 	dir := t.TempDir()
 	c := good(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=203.0.113.7", "DERP_CERT_DIR="+dir)
 	equal(t, "mode", c.Certificate.Mode, ModePinned)
+	equal(t, "manual", c.Certificate.Manual, certs.ManualConfig{})
 	equal(t, "pinned", c.Certificate.Pinned, certs.PinnedConfig{Path: dir + "/pinned.pem", Names: []string{"203.0.113.7"}})
 	equal(t, "warnings", c.Warnings, []string{"DERP_CERT_MODE is manual, DERP_DOMAIN is an address and " + dir + "/203.0.113.7.crt does not exist: using a pinned certificate, as with DERP_CERT_MODE=pinned"})
 	for _, env := range [][]string{
@@ -284,6 +285,10 @@ func TestNamesOfTheNode(t *testing.T) {
 	equal(t, "none", len(good(t).Names(netip.Addr{}, netip.Addr{})), 0)
 	c := good(t, "DERP_DOMAIN=a.example.com,203.0.113.7", "DERP_PUBLIC_IPV4=203.0.113.8", "DERP_PUBLIC_IPV6=none")
 	equal(t, "all", c.Names(v4, v6), []string{"a.example.com", "203.0.113.7", "203.0.113.8", "2001:db8::7"})
+	three := good(t, "DERP_DOMAIN=a.example.com,b.example.com,c.example.com") // with room for a fourth
+	first := three.Names(v4)
+	equal(t, "others", three.Names(v6), []string{"a.example.com", "b.example.com", "c.example.com", "2001:db8::7"})
+	equal(t, "the first, unchanged", first, []string{"a.example.com", "b.example.com", "c.example.com", "203.0.113.7"})
 	equal(t, "unchanged", c.Domains, []string{"a.example.com", "203.0.113.7"})
 }
 
