@@ -98,6 +98,7 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=" + strings.Repeat("a", 64) + ".example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "` + strings.Repeat("a", 64) + `.example.com"`}},
 	{env: "DERP_DOMAIN=-a.example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "-a.example.com"`}},
 	{env: "DERP_DOMAIN=a..example.com", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "a..example.com"`}},
+	{env: "DERP_DOMAIN=203.0.113.", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "203.0.113."`}},
 	{env: "DERP_DOMAIN=203.0.113", want: []string{`DERP_DOMAIN: want DNS names (letters, digits, hyphens and dots; punycode for others) or addresses, got "203.0.113"`}},
 	{env: "DERP_DOMAIN=0.0.0.0", want: []string{`DERP_DOMAIN: want an address that clients can dial, got "0.0.0.0"`}},
 

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -111,6 +112,37 @@ func TestSuggestion(t *testing.T) {
 		want int
 	}{{"", "", 0}, {"abc", "", 3}, {"", "abc", 3}, {"kitten", "sitting", 3}, {"ab", "ba", 2}, {"abc", "abd", 1}, {"abc", "ac", 1}} {
 		equal(t, tt.a+", "+tt.b, distance(tt.a, tt.b), tt.want)
+	}
+}
+
+// A variable that Kubernetes injects does not stand in the way of its file.
+func TestFileBesideInjected(t *testing.T) {
+	dir := t.TempDir()
+	file("port", "3479")(t, dir)
+	equal(t, "STUN", good(t, "DERP_STUN_PORT=udp://10.0.0.1:3478", "DERP_STUN_PORT_FILE="+dir+"/port").Listen.STUN, ":3479")
+}
+
+// Problems have the order of the documentation, and unknown variables come first.
+// Each is one line.
+func TestOrderOfProblems(t *testing.T) {
+	p := new(problems)
+	for i, name := range []string{"DERP_B", "DERP_Z", "DERP_A_FILE", "DERP_A", "DERP_Y", "DERP_B"} {
+		p.add(name, "%d\r\nline", i)
+	}
+	var got []string
+	for line := range strings.SplitSeq(p.err(map[string]int{"DERP_A": 0, "DERP_B": 1}).Error(), "\n") {
+		got = append(got, line)
+	}
+	equal(t, "order", got, []string{
+		`DERP_Y: 4\r\nline`, `DERP_Z: 1\r\nline`, `DERP_A_FILE: 2\r\nline`, `DERP_A: 3\r\nline`, `DERP_B: 0\r\nline`, `DERP_B: 5\r\nline`,
+	})
+	cause := errors.New("cause")
+	p.add("DERP_A", "%w", cause)
+	if !errors.Is(p.err(nil), cause) {
+		t.Error("the cause is lost")
+	}
+	if err := new(problems).err(nil); err != nil {
+		t.Errorf("no problem is %v", err)
 	}
 }
 

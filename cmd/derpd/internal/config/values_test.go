@@ -72,7 +72,7 @@ func TestListen(t *testing.T) {
 	for env, want := range map[string]Listen{
 		"DERP_ADDR=192.0.2.1:8443":                                     {HTTPS: "192.0.2.1:8443", HTTP: "192.0.2.1:80", STUN: "192.0.2.1:3478", Admin: "127.0.0.1:9090"},
 		"DERP_ADDR=[::1]:0443 DERP_STUN_PORT=0":                        {HTTPS: "[::1]:443", HTTP: "[::1]:80", STUN: "[::1]:0", Admin: "127.0.0.1:9090"},
-		"DERP_ADDR=localhost:65535 DERP_STUN=False":                    {HTTPS: "localhost:65535", HTTP: "localhost:80", Admin: "127.0.0.1:9090"},
+		"DERP_ADDR=localhost:65535 DERP_STUN=fAlSe":                    {HTTPS: "localhost:65535", HTTP: "localhost:80", Admin: "127.0.0.1:9090"},
 		"DERP_CERT_MODE=off":                                           {HTTPS: ":443", STUN: ":3478", Admin: "127.0.0.1:9090"},
 		"DERP_CERT_MODE=off DERP_HTTP_PORT=8080":                       {HTTPS: ":443", HTTP: ":8080", STUN: ":3478", Admin: "127.0.0.1:9090"},
 		"DERP_HTTP_PORT=-1 DERP_STUN_ADDR=[2001:db8::1]":               {HTTPS: ":443", STUN: "[2001:db8::1]:3478", Admin: "127.0.0.1:9090"},
