@@ -124,10 +124,10 @@ func TestACME(t *testing.T) {
 	} {
 		equal(t, authority, good(t, "DERP_DOMAIN=a.example.com", "DERP_ACME_CA="+authority).Certificate.ACME.Directory, want)
 	}
-	for _, mode := range []string{"DERP_CERT_MODE=gcp", "DERP_ACME_CA=google"} {
+	for _, mode := range []string{"DERP_CERT_MODE=gcp", "DERP_ACME_CA=google", "DERP_CERT_MODE=gcp DERP_ACME_CA=google"} {
 		// Some authorities issue the padded standard form of base64.
 		for given, want := range map[string]string{"+/8=": "-_8", "-_8=": "-_8", "-_8": "-_8", "+/8": "-_8"} {
-			acme := good(t, "DERP_DOMAIN=a.example.com", mode, "DERP_ACME_EAB_KID=kid", "DERP_ACME_EAB_KEY="+given).Certificate.ACME
+			acme := good(t, append(strings.Fields(mode), "DERP_DOMAIN=a.example.com", "DERP_ACME_EAB_KID=kid", "DERP_ACME_EAB_KEY="+given)...).Certificate.ACME
 			equal(t, mode, []string{acme.Directory, acme.EABKeyID, acme.EABKey}, []string{certs.Directories["google"], "kid", want})
 		}
 	}
