@@ -74,6 +74,7 @@ func TestSources(t *testing.T) {
 		{env: "DERP_ALLOW_KEYS=" + dir + "/keys", want: []string{"keys DERP_ALLOW_KEYS " + dir + "/keys"}},
 		{env: "DERP_ALLOW_KEYS_FILE=" + dir + "/keys", want: []string{"keys DERP_ALLOW_KEYS_FILE " + dir + "/keys"}},
 		{env: "DERP_TAILNET_API_KEY=tskey-api-1,tskey-api-2 DERP_TAILNET_OAUTH_CLIENT_ID=id DERP_TAILNET_OAUTH_CLIENT_SECRET=secret DERP_TAILNET=a,b,c", want: []string{"tailnet DERP_TAILNET a", "tailnet DERP_TAILNET b", "tailnet DERP_TAILNET c"}},
+		{env: "DERP_TAILNET_API_KEY=tskey-api-1 DERP_TAILNET=a.com", want: []string{"tailnet DERP_TAILNET a.com"}},
 		{env: "DERP_VERIFY_CLIENT_URL=http://b/ DERP_TAILNET_API_KEY=tskey-api-1 DERP_ALLOW_KEYS=nodekey:" + key64 + " DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=/a", want: []string{
 			"keys DERP_ALLOW_KEYS ", "tailnet DERP_TAILNET ", "tailscaled DERP_TAILSCALED_SOCKET /a", "url DERP_VERIFY_CLIENT_URL http://b/",
 		}},

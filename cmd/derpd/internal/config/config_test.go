@@ -289,6 +289,7 @@ var badConfigurations = []struct {
 	{env: "DERP_TAILNET=example.com", want: []string{"DERP_TAILNET: is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"}},
 	{env: "DERP_TAILNET_EXTERNAL=true", want: []string{"DERP_TAILNET_EXTERNAL: is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"}},
 	{env: "DERP_TAILNET=a,b DERP_TAILNET_API_KEY=tskey-api-1", want: []string{"DERP_TAILNET: want one name for each of the 1 credentials, API keys first, or none; got 2"}},
+	{env: "DERP_TAILNET=a DERP_TAILNET_API_KEY=tskey-api-1,tskey-api-2", want: []string{"DERP_TAILNET: want one name for each of the 2 credentials, API keys first, or none; got 1"}},
 	{env: "DERP_TAILNET_OAUTH_CLIENT_ID=a,b DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 2 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
 	{env: "DERP_TAILNET_API_KEY=tskey-client-s3cret", want: []string{"DERP_TAILNET_API_KEY: want an API access token (tskey-api-…); an auth key adds devices and cannot list them, and an OAuth client goes into DERP_TAILNET_OAUTH_CLIENT_ID and _SECRET"}},
 	{env: "DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 0 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
