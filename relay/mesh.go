@@ -155,9 +155,12 @@ func (m *Mesh) keep(ctx context.Context, p *meshPeer) {
 		if !sleep(ctx, pause/2+rand.N(pause)) {
 			return
 		}
-		pause = min(2*pause, longestMeshPause)
+		pause = longerPause(pause)
 	}
 }
+
+// longerPause returns the pause after the next failure.
+func longerPause(pause time.Duration) time.Duration { return min(2*pause, longestMeshPause) }
 
 // down notes the end of a connection. It reports whether the node was up.
 func (p *meshPeer) down(err error) (lost bool) {
@@ -167,7 +170,7 @@ func (p *meshPeer) down(err error) (lost bool) {
 	if lost {
 		p.state.Since = time.Now()
 	}
-	p.state.Up, p.state.Clients, p.state.Err, p.state.Self = false, 0, err, errors.Is(err, errSelf)
+	p.state.Up, p.state.Err, p.state.Self = false, err, errors.Is(err, errSelf)
 	return lost
 }
 

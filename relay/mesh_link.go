@@ -90,7 +90,6 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 			}
 			return err
 		}
-		l.silent.Store(false)
 		// The first one is about this connection itself.
 		if _, ok := message.(derp.PeerPresentMessage); ok && !accepted {
 			accepted = true
@@ -105,6 +104,7 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 
 // handle updates the clients of the node.
 func (l *meshLink) handle(message derp.ReceivedMessage) {
+	l.silent.Store(false)
 	switch message := message.(type) {
 	case derp.PeerPresentMessage:
 		// Clients send no packets to the nodes of a mesh.

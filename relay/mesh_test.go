@@ -313,6 +313,37 @@ func TestMeshPings(t *testing.T) {
 	}
 }
 
+// The state keeps the time of the last change, however often a connection
+// fails.
+func TestMeshDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		p := &meshPeer{state: MeshState{Since: begun}}
+		<-time.After(time.Minute)
+		if p.down(io.EOF) || p.state.Since != begun || !errors.Is(p.state.Err, io.EOF) {
+			t.Errorf("a failed connect: %+v", p.state)
+		}
+		p.set(func(s *MeshState) { s.Up, s.Since = true, time.Now() })
+		<-time.After(time.Minute)
+		if !p.down(errSelf) || p.state.Up || p.state.Since != time.Now() || !p.state.Self {
+			t.Errorf("a lost connection: %+v", p.state)
+		}
+	})
+}
+
+func TestMeshPauses(t *testing.T) {
+	pause := firstMeshPause
+	for range 4 {
+		pause = longerPause(pause)
+	}
+	if pause != 1600*time.Millisecond {
+		t.Errorf("the fifth pause is %v, want 1.6s", pause)
+	}
+	if pause = longerPause(pause); pause != 2*time.Second {
+		t.Errorf("the longest pause is %v, want 2s", pause)
+	}
+}
+
 // greetMesh is the server's part of a handshake.
 func greetMesh(conn net.Conn) {
 	private := key.NewNode()
@@ -344,7 +375,11 @@ func TestMeshPeerGone(t *testing.T) {
 		{derp.PeerGoneMessage{Peer: node, Reason: derp.PeerGoneReasonDisconnected}, 0},
 		{derp.PeerGoneMessage{Peer: node, Reason: derp.PeerGoneReasonDisconnected}, 0},
 	} {
+		l.silent.Store(true)
 		l.handle(step.message)
+		if l.silent.Load() {
+			t.Errorf("step %d: the node is silent after a message", i)
+		}
 		if p.state.Clients != step.want || len(l.clients) != step.want {
 			t.Errorf("step %d: %d clients, want %d", i, p.state.Clients, step.want)
 		}
@@ -361,20 +396,21 @@ func TestMeshPeerGone(t *testing.T) {
 func TestMeshDescriptions(t *testing.T) {
 	cert, _ := certificate(t)
 	secret := meshKey(t, "correct horse battery")
-	lnB, lnC, lnD := listen(t), listen(t), listen(t)
-	r := newRelay(t, Config{Log: zerolog.Nop(), Mesh: MeshConfig{Key: secret, Nodes: []MeshNode{peerOf(lnB, cert), peerOf(lnC, cert), peerOf(lnD, cert)}}})
+	lnB, lnC, lnD, lnE := listen(t), listen(t), listen(t), listen(t)
+	r := newRelay(t, Config{Log: zerolog.Nop(), Mesh: MeshConfig{Key: secret, Nodes: []MeshNode{peerOf(lnB, cert), peerOf(lnC, cert), peerOf(lnD, cert), peerOf(lnE, cert)}}})
 	unready := errors.New("the address is not known yet")
 	startMesh(t, lnC, cert, MeshConfig{Key: meshKey(t, "correct horse battery staple")})
 	startMesh(t, lnD, cert, MeshConfig{Key: secret, Describe: func(context.Context) (derpmap.Node, error) { return derpmap.Node{}, unready }})
+	startMesh(t, lnE, cert, MeshConfig{Key: secret, Describe: func(context.Context) (derpmap.Node, error) { return derpmap.Node{}, nil }})
 	t.Run("while all run", func(t *testing.T) {
 		startMesh(t, lnB, cert, MeshConfig{Key: secret})
 		got := r.Mesh().Descriptions(t.Context())
 		if got[0].Node.HostName != lnB.Addr().String() || got[0].Err != nil || got[0].From != lnB.Addr().String() {
 			t.Errorf("a node of the mesh: %+v", got[0])
 		}
-		for i, ln := range []net.Listener{lnC, lnD} {
+		for i, ln := range []net.Listener{lnC, lnD, lnE} {
 			if d := got[i+1]; d.Node.HostName != "" || !errors.Is(d.Err, errNoDescription) || d.From != ln.Addr().String() {
-				t.Errorf("another key, or not ready: %+v", d)
+				t.Errorf("another key, not ready, or empty: %+v", d)
 			}
 		}
 	}) // stops lnB
