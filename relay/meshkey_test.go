@@ -37,6 +37,10 @@ func TestParseMeshKey(t *testing.T) {
 	if a.Equal(b) {
 		t.Error("two passphrases give one key")
 	}
+	// Nodes of other versions derive the same key.
+	if want := "2940cb30f9447ec88c258a6f6dd609565cdaa10f3312ef9aa45a2bbba566e715"; a.String() != want {
+		t.Errorf("the key of a passphrase is %s, want %s", a, want)
+	}
 }
 
 // A token proves one key. No token proves the zero key.
