@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"derpd/certs"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/node"
 )
@@ -27,12 +26,11 @@ func pin(ctx context.Context, c *call) error {
 	if *rotate {
 		return rotatePin(ctx, c, conf, string(*format))
 	}
-	m, err := certs.LoadPinned(conf.Certificate.Pinned)
+	hash, until, err := node.Pin(conf)
 	if err != nil {
 		return err
 	}
-	status := m.Status()
-	_, err = fmt.Fprintf(c.stdout, "%s until %s\n", status.Pin, status.Leaf.NotAfter.Format(time.DateOnly))
+	_, err = fmt.Fprintf(c.stdout, "%s until %s\n", hash, until.Format(time.DateOnly))
 	return err
 }
 

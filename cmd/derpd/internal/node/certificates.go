@@ -68,6 +68,17 @@ func (n *Node) pinned(ctx context.Context) (certs.Manager, error) {
 	return certs.LoadOrCreatePinned(pinned)
 }
 
+// Pin returns the hash of the pinned certificate, as the map has it, and the
+// certificate's last day.
+func Pin(c *config.Config) (hash string, until time.Time, err error) {
+	m, err := certs.LoadPinned(c.Certificate.Pinned)
+	if err != nil {
+		return "", time.Time{}, err
+	}
+	status := m.Status()
+	return status.Pin, status.Leaf.NotAfter, nil
+}
+
 // RotatePinned replaces the pinned certificate. A running relay serves the new
 // one at once. Clients need the new map.
 func RotatePinned(ctx context.Context, c *config.Config, now time.Time) error {
