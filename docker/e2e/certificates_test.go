@@ -189,7 +189,7 @@ func stunFollowsTLS(t *testing.T, r *row) {
 	}
 
 	leaves := func(from, to string) (closed, moved time.Duration) {
-		const validity = 3 * time.Second
+		const validity = 15 * time.Second // files are read again within 4 s
 		name := regions[from].name
 		replaced := time.Now()
 		own.issue(w, name, name, validity)
