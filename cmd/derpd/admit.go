@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 
@@ -24,14 +23,11 @@ func printAdmission(ctx context.Context, c *call) error {
 	}
 	addr, err := config.AdminAddr(c.env)
 	if err != nil {
-		return configError(err)
+		return c.configError(err)
 	}
 	admission, err := admin.Client{Addr: addr}.Admission(ctx, node)
-	if _, other := errors.AsType[admin.NotDerpdError](err); other {
-		return err
-	}
 	if err != nil {
-		return fmt.Errorf("no relay answers on DERP_ADMIN_ADDR %s, and only a running relay can ask the sources of admission: %w", addr, err)
+		return noAnswer(addr, err)
 	}
 	if _, err := io.WriteString(c.stdout, admission.String()); err != nil {
 		return err

@@ -10,9 +10,9 @@ import (
 	"derpd/cmd/derpd/internal/node"
 )
 
-// printMap is the command `derpd derpmap`. The running relay knows its ports and
-// the other nodes of its region. Without one, the map is made from the
-// configuration and the data directory.
+// printMap is the command `derpd derpmap`. The map of the running relay
+// has the ports in use and the other nodes of the region. Without a running
+// relay, the map is made from the configuration and the data directory.
 func printMap(ctx context.Context, c *call) error {
 	format := c.formatFlag()
 	if err := c.parse(0); err != nil {
@@ -20,7 +20,7 @@ func printMap(ctx context.Context, c *call) error {
 	}
 	conf, err := config.Load(c.env)
 	if err != nil {
-		return configError(err)
+		return c.configError(err)
 	}
 	out, err := admin.Client{Addr: conf.Listen.Admin}.Map(ctx, string(*format))
 	if err != nil {

@@ -20,7 +20,7 @@ func printEnvironment(_ context.Context, c *call) error {
 		return err
 	}
 	if err != nil {
-		return configError(err)
+		return c.configError(err)
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -19,7 +20,7 @@ func healthcheck(ctx context.Context, c *call) error {
 	addr, _ := config.AdminAddr(c.env)
 	report, ready, err := admin.Client{Addr: addr}.Ready(ctx)
 	if err != nil {
-		return fmt.Errorf("no relay answers on DERP_ADMIN_ADDR %s: %w", addr, err)
+		return noAnswer(addr, err)
 	}
 	if _, err := io.WriteString(c.stdout, report); err != nil {
 		return err
@@ -28,4 +29,12 @@ func healthcheck(ctx context.Context, c *call) error {
 		return errPrinted
 	}
 	return nil
+}
+
+// noAnswer is the error of a command that asks the running relay in vain.
+func noAnswer(addr string, err error) error {
+	if _, other := errors.AsType[admin.NotDerpdError](err); other {
+		return fmt.Errorf("DERP_ADMIN_ADDR: %w; set it to the admin address of the running relay", err)
+	}
+	return fmt.Errorf("no relay answers on DERP_ADMIN_ADDR %s: %w; start the relay, or set DERP_ADMIN_ADDR as the relay has it", addr, err)
 }

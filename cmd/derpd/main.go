@@ -3,10 +3,14 @@
 // variables alone.
 //
 // This package is the command line. verbs.go is the table of commands; each
-// command is one file. internal/config turns the environment into a typed
-// configuration, internal/node puts a relay together from it and runs it,
-// internal/admin is the listener for the operator, and internal/host describes
-// the machine.
+// command is one file. A new command is one line in the table and one file.
+//
+// The rest is in the packages below:
+//
+//   - internal/config turns the environment into a typed configuration
+//   - internal/node puts a relay together from the configuration, and runs it
+//   - internal/admin is the listener for the operator
+//   - internal/host describes the machine
 package main
 
 import (
@@ -21,7 +25,7 @@ import (
 	"time"
 )
 
-// Exit codes. A supervisor can tell a configuration that will never work
+// Exit codes. A supervisor can distinguish a configuration that will never work
 // (exitUsage) from a relay that failed.
 const (
 	exitOK     = 0
@@ -47,14 +51,18 @@ func (e usageError) Unwrap() error { return e.error }
 // errPrinted is a failure whose text was already printed.
 var errPrinted = errors.New("already printed")
 
-// configError counts the problems of a configuration, and prints each on a line
-// of its own.
-func configError(err error) error {
+// configError is the error of a command whose configuration is refused. It
+// counts the problems, and has each on a line of its own.
+func (c *call) configError(err error) error {
+	effect := "not started, nothing was changed"
+	if c.verb.name != "serve" {
+		effect = "configuration refused, nothing was changed"
+	}
 	lines := strings.Split(err.Error(), "\n")
 	if len(lines) == 1 {
-		return usageError{fmt.Errorf("not started, nothing was changed: %w", err)}
+		return usageError{fmt.Errorf("%s: %w", effect, err)}
 	}
-	return usageError{fmt.Errorf("not started, nothing was changed; %d problems:\n  %s", len(lines), strings.Join(lines, "\n  "))}
+	return usageError{fmt.Errorf("%s; %d problems:\n  %s", effect, len(lines), strings.Join(lines, "\n  "))}
 }
 
 // exitCode prints err and returns the exit code for it.

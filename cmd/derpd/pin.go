@@ -18,10 +18,10 @@ func pin(ctx context.Context, c *call) error {
 	}
 	conf, err := config.LoadForPin(c.env)
 	if err != nil {
-		return configError(err)
+		return c.configError(err)
 	}
 	if conf.Certificate.Mode != config.ModePinned {
-		return usageError{fmt.Errorf("pin: DERP_CERT_MODE is %s, so there is no pinned certificate", conf.Certificate.Mode)}
+		return usageError{fmt.Errorf("pin: DERP_CERT_MODE is %s, so there is no pinned certificate; set DERP_CERT_MODE=pinned to use one", conf.Certificate.Mode)}
 	}
 	if *rotate {
 		return rotatePin(ctx, c, conf, string(*format))

@@ -25,7 +25,7 @@ func serve(ctx context.Context, c *call) error {
 	}
 	conf, err := config.Load(c.env)
 	if err != nil {
-		return configError(err)
+		return c.configError(err)
 	}
 	log := newLogger(conf.Log, c.stderr)
 	if limit := host.LimitMemory(); limit > 0 {
@@ -40,7 +40,7 @@ func serve(ctx context.Context, c *call) error {
 		Log:      log,
 	})
 	if _, ok := errors.AsType[node.BindError](err); ok {
-		return configError(err)
+		return c.configError(err)
 	}
 	if err != nil {
 		return err

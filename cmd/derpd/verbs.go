@@ -22,12 +22,12 @@ type verb struct {
 }
 
 // verbs lists the commands in the order of `derpd help`. The first is the
-// default.
+// default. A new command is one line here and one file with its function.
 func verbs() []verb {
 	return []verb{
 		{"serve", "", "run the relay", serve},
 		{"derpmap", "[--format FORMAT]", "print the DERP map to paste into a tailnet's policy or Headscale", printMap},
-		{"pin", "[--rotate]", "print the hash of the pinned certificate, or replace the certificate", pin},
+		{"pin", "[--rotate [--format FORMAT]]", "print the hash of the pinned certificate, or replace the certificate", pin},
 		{"admit", "NODEKEY", "print whether the running relay admits a node, and what each source says", printAdmission},
 		{"env", "[--example]", "print the configuration in force, without secrets", printEnvironment},
 		{"healthcheck", "", "print the health of the running relay; exit code 1 unless it is ready", healthcheck},
@@ -56,8 +56,11 @@ func run(ctx context.Context, start time.Time, args, env []string, stdout, stder
 	if len(args) > 0 {
 		name, args = args[0], args[1:]
 	}
-	if name == "-h" || name == "--help" {
+	switch name {
+	case "-h", "--help":
 		name, args = "help", nil
+	case "--version":
+		name, args = "version", nil
 	}
 	v, err := findVerb(name)
 	if err != nil {

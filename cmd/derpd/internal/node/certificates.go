@@ -71,7 +71,7 @@ func (n *Node) pinned(ctx context.Context) (certs.Manager, error) {
 // Pin returns the hash of the pinned certificate, as the map has it, and the
 // certificate's last day.
 func Pin(c *config.Config) (hash string, until time.Time, err error) {
-	m, err := certs.LoadPinned(c.Certificate.Pinned)
+	m, err := loadPinned(c)
 	if err != nil {
 		return "", time.Time{}, err
 	}

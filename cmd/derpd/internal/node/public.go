@@ -113,16 +113,22 @@ func publicPort(listening, configured int) int {
 	return listening
 }
 
+// loadPinned loads the pinned certificate. Without one, the error has the fix.
+func loadPinned(c *config.Config) (certs.Manager, error) {
+	m, err := certs.LoadPinned(c.Certificate.Pinned)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no pinned certificate in %s yet; start the relay once, which makes one and prints the map", c.Storage.CertDir)
+	}
+	return m, err
+}
+
 // StoppedMap is the map of a relay that does not run, made from its
 // configuration and its data directory.
 func StoppedMap(ctx context.Context, c *config.Config, format string) ([]byte, error) {
 	pin := ""
 	switch c.Certificate.Mode {
 	case config.ModePinned:
-		m, err := certs.LoadPinned(c.Certificate.Pinned)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("no pinned certificate in %s yet: start the relay once, it makes one and prints the map", c.Storage.CertDir)
-		}
+		m, err := loadPinned(c)
 		if err != nil {
 			return nil, err
 		}
