@@ -54,7 +54,7 @@ func bare(value string, lines bool) (string, []string) {
 }
 
 // quotes reports whether a value that begins with first and ends with last is in
-// quotes: the same two ASCII ones, or any two of which one is typographic.
+// quotes. A pair is two equal ASCII quotes, or any two of which one is typographic.
 func quotes(first, last rune) bool {
 	const ascii, typographic = `"'`, "“”„‟‘’‚‛«»‹›「」『』＂＇"
 	isQuote := func(r rune) bool { return strings.ContainsRune(ascii+typographic, r) }
@@ -106,7 +106,7 @@ func (p *problems) bareContent(name, path, content string, lines bool) string {
 		content = strings.Trim(content, " \t\r\n")
 	}
 	if content == "" {
-		p.add(name, "%s is empty", path)
+		p.add(name, "%s is empty; write the value into it", path)
 		return ""
 	}
 	value, faults := bare(content, lines)

@@ -137,7 +137,7 @@ func TestProblemsBesideQuotes(t *testing.T) {
 		`DERP_REGION_CODE=" "`:             "DERP_REGION_CODE: the value is in quotes and begins with a space" + hint,
 		"DERP_CERT_MODE=letsencrypt\r":     "DERP_DOMAIN: want the name that the certificate is for, since DERP_CERT_MODE is letsencrypt; got nothing\nDERP_CERT_MODE: the value ends with a carriage return" + hint,
 		`DERP_MESH_WITH=""`:                "DERP_MESH_WITH: the value is in quotes" + hint,
-		`DERP_TAILNET_OAUTH_CLIENT_ID='a'`: "DERP_TAILNET_OAUTH_CLIENT_ID: the value is in quotes" + hint + "\nDERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 1 of DERP_TAILNET_OAUTH_CLIENT_ID, got 0",
+		`DERP_TAILNET_OAUTH_CLIENT_ID='a'`: "DERP_TAILNET_OAUTH_CLIENT_ID: the value is in quotes" + hint + "\nDERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each client ID; got 1 in DERP_TAILNET_OAUTH_CLIENT_ID and 0 here",
 	} {
 		if _, err := Load(append(base(dir), value)); fmt.Sprint(err) != want {
 			t.Errorf("%s:\n%v\nwant\n%s", value, err, want)

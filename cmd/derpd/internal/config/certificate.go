@@ -146,8 +146,8 @@ func parseRoots(p *problems, env ACMEEnv) roots {
 // refuseUnused refuses variables that the mode does not use: the operator expects
 // another mode.
 func refuseUnused(p *problems, e *environment, mode string) {
-	if mode == "" {
-		return
+	if mode == "" || p.has("DERP_DOMAIN") && !e.given["DERP_CERT_MODE"] {
+		return // the mode is not known
 	}
 	fix := "set that, or remove this"
 	if e.given["DERP_CERT_MODE"] {

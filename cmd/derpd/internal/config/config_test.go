@@ -80,12 +80,13 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_DOMAIN_FILE=$D/none", want: []string{"DERP_DOMAIN: is set, and so is DERP_DOMAIN_FILE; remove one of the two"}},
 	{env: "DERP_CERT_MODE=pinned DERP_ACME_EMAIL_FILE=$D/mail", setup: file("mail", "me@example.com"), want: []string{"DERP_ACME_EMAIL: is only used with DERP_CERT_MODE=letsencrypt, but the mode is pinned; remove one of the two"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKEN_FILE=$D/token", setup: file("token", "t"), want: []string{"DERP_DNS_DESEC_TOKEN: is only used with DERP_DNS_PROVIDER=desec, but no provider is set; set that, or remove this"}},
-	{env: "DERP_REGION_NAME_FILE=$D/none", want: []string{"DERP_REGION_NAME_FILE: open $D/none: no such file or directory"}},
+	{env: "DERP_REGION_NAME_FILE=$D/none", want: []string{"DERP_REGION_NAME_FILE: open $D/none: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_REGION_NAME_FILE=$D", want: []string{"DERP_REGION_NAME_FILE: read $D: is a directory"}},
-	{env: "DERP_REGION_NAME_FILE=$D/empty", setup: file("empty", "\n"), want: []string{"DERP_REGION_NAME_FILE: $D/empty is empty"}},
+	{env: "DERP_REGION_NAME_FILE=$D/empty", setup: file("empty", "\n"), want: []string{"DERP_REGION_NAME_FILE: $D/empty is empty; write the value into it"}},
 
 	// DERP_DOMAIN.
 	{env: "DERP_DOMAIN=https://derp.example.com", want: []string{`DERP_DOMAIN: want a name without a scheme, such as derp.example.com, got "https://derp.example.com"`}},
+	{env: "DERP_DOMAIN=https://derp.example.com DERP_DNS_PROVIDER=alidns", want: []string{`DERP_DOMAIN: want a name without a scheme, such as derp.example.com, got "https://derp.example.com"`}},
 	{env: "DERP_DOMAIN=derp.example.com/derp", want: []string{`DERP_DOMAIN: want a name without a path, got "derp.example.com/derp"`}},
 	{env: "DERP_DOMAIN=derp.example.com:8443", want: []string{`DERP_DOMAIN: want a name without a port, got "derp.example.com:8443"; the port goes into DERP_ADDR, or DERP_PUBLIC_PORT behind a port mapping`}},
 	{env: "DERP_DOMAIN=*.example.com", want: []string{`DERP_DOMAIN: want the one name that clients dial, not a wildcard, got "*.example.com"`}},
@@ -159,12 +160,12 @@ var badConfigurations = []struct {
 	}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=a.crt DERP_KEY_FILE=../a.key", want: []string{
 		`DERP_CERT_FILE: want an absolute path, got "a.crt"; write $PWD/a.crt`,
-		"DERP_CERT_FILE: loading $PWD/a.crt and $UP/a.key: open $PWD/a.crt: no such file or directory",
+		"DERP_CERT_FILE: loading $PWD/a.crt and $UP/a.key: open $PWD/a.crt: no such file or directory; create it, or correct the path (for a container: its path inside)",
 		`DERP_KEY_FILE: want an absolute path, got "../a.key"; write $UP/a.key`,
 	}},
 	{env: "DERP_REGION_NAME_FILE=name", want: []string{
 		`DERP_REGION_NAME_FILE: want an absolute path, got "name"; write $PWD/name`,
-		"DERP_REGION_NAME_FILE: open $PWD/name: no such file or directory",
+		"DERP_REGION_NAME_FILE: open $PWD/name: no such file or directory; create it, or correct the path (for a container: its path inside)",
 	}},
 	{env: "DERP_ALLOW_KEYS=./keys", want: []string{
 		`DERP_ALLOW_KEYS: want an absolute path, got "./keys"; write $PWD/keys`,
@@ -220,7 +221,7 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_OVH_CONSUMER_KEY=k", want: []string{"DERP_DNS_OVH_CONSUMER_KEY: is only used with DERP_DNS_PROVIDER=ovh, but the provider is desec; remove one of the two"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKEN=t", want: []string{"DERP_DNS_DESEC_TOKEN: is only used with DERP_DNS_PROVIDER=desec, but no provider is set; set that, or remove this"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKN=t", want: []string{"DERP_DNS_DESEC_TOKN: unknown variable; did you mean DERP_DNS_DESEC_TOKEN?"}},
-	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN_FILE=$D/none", want: []string{"DERP_DNS_DESEC_TOKEN_FILE: open $D/none: no such file or directory"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN_FILE=$D/none", want: []string{"DERP_DNS_DESEC_TOKEN_FILE: open $D/none: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t DERP_DNS_DESEC_TOKEN_FILE=$D/t", setup: file("t", "t"), want: []string{"DERP_DNS_DESEC_TOKEN: is set, and so is DERP_DNS_DESEC_TOKEN_FILE; remove one of the two"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=dns", want: []string{"DERP_ACME_CHALLENGES: dns needs the provider of the domain's DNS; set DERP_DNS_PROVIDER"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_DNS_PROVIDER=desec DERP_DNS_DESEC_TOKEN=t", want: []string{"DERP_DNS_PROVIDER: is only used with the challenge dns, but DERP_ACME_CHALLENGES is http; add dns there, or remove one of the two"}},
@@ -256,7 +257,7 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=namecheap DERP_DNS_NAMECHEAP_API_USER=u DERP_DNS_NAMECHEAP_API_KEY=k DERP_DNS_NAMECHEAP_CLIENT_IP=relay", want: []string{`DERP_DNS_NAMECHEAP_CLIENT_IP: want an IP address, got "relay"`}},
 
 	// manual.
-	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: open $D/a.example.com.crt: no such file or directory"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: open $D/a.example.com.crt: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=$D/a.crt", want: []string{"DERP_CERT_FILE: want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them; set the other one, or remove this one"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_KEY_FILE=$D/a.key", want: []string{"DERP_CERT_FILE: want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them; set the other one, or remove this one"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=b.example.com DERP_CERT_FILE=$D/a.crt DERP_KEY_FILE=$D/a.key", setup: pair("a", "a.example.com", time.Now()), want: []string{"DERP_CERT_FILE: $D/a.crt covers a.example.com, not b.example.com; get a certificate for every name in DERP_DOMAIN"}},
@@ -275,9 +276,9 @@ var badConfigurations = []struct {
 	{env: "DERP_TAILSCALED_SOCKET=tailscaled.sock", want: []string{`DERP_TAILSCALED_SOCKET: want an absolute path, got "tailscaled.sock"; write $PWD/tailscaled.sock`}},
 	{env: "DERP_VERIFY_CLIENT_URL=headscale.example.com/verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "headscale.example.com/verify"`}},
 	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://example.com/"`}},
-	{env: "DERP_ALLOW_KEYS=nodekey:12", want: []string{`DERP_ALLOW_KEYS: line 1: want nodekey: and 64 hex digits, got "nodekey:12"`}},
-	{env: "DERP_ALLOW_KEYS=privkey:" + key64, want: []string{"DERP_ALLOW_KEYS: line 1: want a public node key (nodekey:…), got a private key; remove it from here"}},
-	{env: "DERP_ALLOW_KEYS=$D/none", want: []string{"DERP_ALLOW_KEYS: reading node keys: open $D/none: no such file or directory"}},
+	{env: "DERP_ALLOW_KEYS=nodekey:12", want: []string{`DERP_ALLOW_KEYS: line 1: want nodekey: and 64 hex digits, got "nodekey:12"; write node keys, or the absolute path of a file of them`}},
+	{env: "DERP_ALLOW_KEYS=privkey:" + key64, want: []string{"DERP_ALLOW_KEYS: line 1: want a public node key (nodekey:…), got a private key; remove it from here; write node keys, or the absolute path of a file of them"}},
+	{env: "DERP_ALLOW_KEYS=$D/none", want: []string{"DERP_ALLOW_KEYS: reading node keys: open $D/none: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_ALLOW_KEYS=$D/keys", setup: file("keys", "# none yet\n"), want: []string{"DERP_ALLOW_KEYS: reading node keys from $D/keys: holds no node key"}},
 	{env: "DERP_ALLOW_KEYS_FILE=$D/keys", setup: file("keys", "nodekey:"+key64+"\nlaptop\n"), want: []string{`DERP_ALLOW_KEYS_FILE: reading node keys from $D/keys: line 2: want nodekey: and 64 hex digits, got "laptop"`}},
 
@@ -290,9 +291,9 @@ var badConfigurations = []struct {
 	{env: "DERP_TAILNET_EXTERNAL=true", want: []string{"DERP_TAILNET_EXTERNAL: is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"}},
 	{env: "DERP_TAILNET=a,b DERP_TAILNET_API_KEY=tskey-api-1", want: []string{"DERP_TAILNET: want one name for each of the 1 credentials, API keys first, or none; got 2"}},
 	{env: "DERP_TAILNET=a DERP_TAILNET_API_KEY=tskey-api-1,tskey-api-2", want: []string{"DERP_TAILNET: want one name for each of the 2 credentials, API keys first, or none; got 1"}},
-	{env: "DERP_TAILNET_OAUTH_CLIENT_ID=a,b DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 2 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
+	{env: "DERP_TAILNET_OAUTH_CLIENT_ID=a,b DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each client ID; got 2 in DERP_TAILNET_OAUTH_CLIENT_ID and 1 here"}},
 	{env: "DERP_TAILNET_API_KEY=tskey-client-s3cret", want: []string{"DERP_TAILNET_API_KEY: want an API access token (tskey-api-…); an auth key adds devices and cannot list them, and an OAuth client goes into DERP_TAILNET_OAUTH_CLIENT_ID and _SECRET"}},
-	{env: "DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each of the 0 of DERP_TAILNET_OAUTH_CLIENT_ID, got 1"}},
+	{env: "DERP_TAILNET_OAUTH_CLIENT_SECRET=s", want: []string{"DERP_TAILNET_OAUTH_CLIENT_SECRET: want one secret for each client ID; got 0 in DERP_TAILNET_OAUTH_CLIENT_ID and 1 here"}},
 	{env: "DERP_TAILNET_EXTERNAL=some", want: []string{`DERP_TAILNET_EXTERNAL: want true or false, got "some"`}},
 	{env: "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=some", want: []string{`DERP_VERIFY_CLIENT_URL_FAIL_OPEN: want true or false, got "some"`}},
 	{env: "DERP_VERIFY_CLIENTS=true DERP_VERIFY_CLIENT_URL=http:///verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "http:///verify"`}},
@@ -330,7 +331,7 @@ var badConfigurations = []struct {
 
 	// Mesh.
 	{env: "DERP_MESH_WITH=b.example.com", want: []string{"DERP_MESH_KEY: want the secret that the nodes of DERP_MESH_WITH share (openssl rand -hex 32), got nothing"}},
-	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/none", want: []string{"DERP_MESH_KEY_FILE: open $D/none: no such file or directory"}},
+	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/none", want: []string{"DERP_MESH_KEY_FILE: open $D/none: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_MESH_KEY=" + key64, want: []string{
 		"DERP_MESH_KEY: is only used with DERP_MESH_WITH, but that is not set; set that, or remove this",
 		"DERP_MESH_KEY: want 64 hex digits (openssl rand -hex 32) or a passphrase of at least 20 characters, 8 of them different; got 64, 2 of them different",

@@ -170,7 +170,7 @@ func TestUnreadableFiles(t *testing.T) {
 	} {
 		name := env[strings.LastIndex(env, " ")+1 : len(env)-1]
 		_, err := Load(append(base(dir), strings.Fields(env+filepath.Join(dir, "none"))...))
-		if want := name + ": open " + dir + "/none: no such file or directory"; fmt.Sprint(err) != want {
+		if want := name + ": open " + dir + "/none: no such file or directory; create it, or correct the path (for a container: its path inside)"; fmt.Sprint(err) != want {
 			t.Errorf("%s: %v, want %s", env, err, want)
 		}
 	}

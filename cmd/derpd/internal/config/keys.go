@@ -32,7 +32,7 @@ func (env *KeysEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	if path == "" {
 		keys, err := admit.ParseKeys(env.AllowKeys)
 		if err != nil {
-			p.add(variable, "%w", err)
+			p.add(variable, "%w; write node keys, or the absolute path of a file of them", err)
 		}
 		source.New = opened(admit.Keys(keys))
 		return parsedSources{list: []Source{source}}

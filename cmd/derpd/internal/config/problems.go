@@ -68,9 +68,12 @@ func (e oneLine) Error() string {
 // Unwrap returns the error as it was.
 func (e oneLine) Unwrap() error { return e.error }
 
-// readHint is the fix for a file that may not be read.
+// readHint is the fix for a file that is missing or may not be read.
 func readHint(err error) string {
-	if errors.Is(err, os.ErrPermission) {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return "; create it, or correct the path (for a container: its path inside)"
+	case errors.Is(err, os.ErrPermission):
 		return fmt.Sprintf("; derpd runs as uid %d, which must be able to read it (a secret with mode 0600 that root owns cannot be)", os.Getuid())
 	}
 	return ""

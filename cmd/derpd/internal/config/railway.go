@@ -28,7 +28,7 @@ func railway(env, set map[string]string) *platform {
 	if volume := env["RAILWAY_VOLUME_MOUNT_PATH"]; volume != "" {
 		r.defaults["DERP_DATA_DIR"] = volume
 	} else {
-		r.warnings = append(r.warnings, "this service has no volume: node key and certificate, and with them the map, change with every deployment; docker/railway/railway.ts has one")
+		r.warnings = append(r.warnings, "this service has no volume: node key and certificate, and with them the map, change with every deployment; add a volume, as docker/railway/railway.ts does")
 	}
 	r.refuse = func(p *problems, e *environment) { refuseOnRailway(p, e, host) }
 	return r

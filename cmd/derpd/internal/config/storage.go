@@ -37,15 +37,15 @@ func parseStorage(p *problems, env StorageEnv) Storage {
 	return s
 }
 
-// checkStorage checks the directories and what is stored in them. ownCertDir tells
-// that DERP_CERT_DIR is set; checkPin, that a pinned certificate must be valid. It
-// returns warnings.
+// checkStorage checks the directories and what is stored in them. ownCertDir
+// reports whether DERP_CERT_DIR is set, and checkPin whether a pinned certificate
+// must be valid. It returns warnings.
 func checkStorage(p *problems, s Storage, c Certificate, ownCertDir, checkPin bool) []string {
 	data := checkDirectory(p, "DERP_DATA_DIR", s.DataDir)
 	certDir := data
 	switch {
 	case !ownCertDir:
-		certDir.readOnly = nil // judged with the data directory
+		certDir.readOnly = nil // reported with the data directory
 	case c.Mode == ModeManual: // which only reads its files
 		certDir = directory{}
 	default:
@@ -58,16 +58,16 @@ func checkStorage(p *problems, s Storage, c Certificate, ownCertDir, checkPin bo
 	if checkPin && certDir.usable && c.Mode == ModePinned {
 		checkPinned(p, c.Pinned)
 	}
-	return judgeReadOnly(p, data, certDir, keyErr == nil, c, ownCertDir)
+	return checkReadOnly(p, data, certDir, keyErr == nil, c, ownCertDir)
 }
 
-// judgeReadOnly refuses directories that cannot be written to only if something
-// must be written there: a volume that became read-only must not take down a relay
-// that has a key and a certificate. It returns what works for now as warnings.
-func judgeReadOnly(p *problems, data, certDir directory, hasKey bool, c Certificate, ownCertDir bool) []string {
+// checkReadOnly refuses a read-only directory only if something must be written
+// there. A relay that has a key and a certificate must also start when its volume
+// has become read-only. The warnings say what works for now.
+func checkReadOnly(p *problems, data, certDir directory, hasKey bool, c Certificate, ownCertDir bool) []string {
 	storesCertificates := c.Mode == ModePinned || c.Mode == ModeLetsEncrypt
 	var warnings []string
-	judge := func(name string, readOnly error, complete, holdsCertificates bool) {
+	report := func(name string, readOnly error, complete, holdsCertificates bool) {
 		switch {
 		case !complete:
 			p.add(name, "%w", readOnly)
@@ -79,10 +79,10 @@ func judgeReadOnly(p *problems, data, certDir directory, hasKey bool, c Certific
 	}
 	if data.readOnly != nil {
 		holdsCertificates := storesCertificates && !ownCertDir
-		judge("DERP_DATA_DIR", data.readOnly, hasKey && (!holdsCertificates || certificateStored(c)), holdsCertificates)
+		report("DERP_DATA_DIR", data.readOnly, hasKey && (!holdsCertificates || certificateStored(c)), holdsCertificates)
 	}
 	if certDir.readOnly != nil && storesCertificates {
-		judge("DERP_CERT_DIR", certDir.readOnly, certificateStored(c), true)
+		report("DERP_CERT_DIR", certDir.readOnly, certificateStored(c), true)
 	}
 	return warnings
 }
@@ -124,8 +124,11 @@ func checkDirectory(p *problems, name, path string) directory {
 		return directory{usable: true}
 	}
 	fix := fmt.Sprintf("on the host: chown -R %d DIRECTORY, or use a named volume", os.Getuid())
-	if errors.Is(err, unix.EROFS) {
+	switch {
+	case errors.Is(err, unix.EROFS):
 		fix = "mount it for writing"
+	case existing != filepath.Clean(path):
+		fix = fmt.Sprintf("make %s for this user, or set %s to a directory of this user", path, name)
 	}
 	return directory{readOnly: fmt.Errorf("%s cannot be written to by uid %d: %w; %s", existing, os.Getuid(), err, fix)}
 }

@@ -58,7 +58,7 @@ func TestDirectoryOfSomebodyElse(t *testing.T) {
 		inLocked = checkDirectory(p, "DERP_DATA_DIR", filepath.Join(locked, "not", "yet"))
 		inOpen = checkDirectory(p, "DERP_DATA_DIR", filepath.Join(open, "not", "yet"))
 	})
-	want := fmt.Sprintf("%s cannot be written to by uid %d: permission denied; on the host: chown -R %d DIRECTORY, or use a named volume", locked, uid, uid)
+	want := fmt.Sprintf("%s cannot be written to by uid %d: permission denied; make %s for this user, or set DERP_DATA_DIR to a directory of this user", locked, uid, filepath.Join(locked, "not", "yet"))
 	if fmt.Sprint(inLocked.readOnly) != want || inLocked.usable {
 		t.Errorf("got %+v, want %s", inLocked, want)
 	}

@@ -61,7 +61,7 @@ func (env *TailnetEnv) tailnets(p *problems, shared sharedByAll) []admit.Tailnet
 		}
 		list[i].BaseURL = base
 		list[i].External = external
-		list[i].Interval = shared.interval // admit.Tailnet knows how often the API may be asked
+		list[i].Interval = shared.interval // admit.Tailnet raises it to what the API allows
 		list[i].Grace = shared.grace
 	}
 	return list
@@ -80,7 +80,7 @@ func (env *TailnetEnv) credentials(p *problems) []admit.TailnetConfig {
 	secrets := p.list("DERP_TAILNET_OAUTH_CLIENT_SECRET", env.ClientSecret)
 	if len(ids) != len(secrets) {
 		if !p.has("DERP_TAILNET_OAUTH_CLIENT_SECRET") {
-			p.add("DERP_TAILNET_OAUTH_CLIENT_SECRET", "want one secret for each of the %d of DERP_TAILNET_OAUTH_CLIENT_ID, got %d", len(ids), len(secrets))
+			p.add("DERP_TAILNET_OAUTH_CLIENT_SECRET", "want one secret for each client ID; got %d in DERP_TAILNET_OAUTH_CLIENT_ID and %d here", len(ids), len(secrets))
 		}
 		return list
 	}

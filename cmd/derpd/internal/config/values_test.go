@@ -388,7 +388,7 @@ func TestReadOnly(t *testing.T) {
 		{"own, off", writable, readOnly, false, true, Certificate{Mode: ModeOff}, "", ""},
 	} {
 		p := new(problems)
-		got := judgeReadOnly(p, tt.data, tt.certDir, tt.hasKey, tt.certificate, tt.own)
+		got := checkReadOnly(p, tt.data, tt.certDir, tt.hasKey, tt.certificate, tt.own)
 		for _, one := range p.found {
 			got = append(got, "problem: "+one.err.Error())
 		}

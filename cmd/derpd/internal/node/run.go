@@ -144,7 +144,7 @@ func (n *Node) logStart() {
 		n.log.Warn().Str("warning", warning).Msg("limit of the host")
 	}
 	if host.LostWithContainer(c.Storage.DataDir) {
-		n.log.Warn().Str("dir", c.Storage.DataDir).Msg("the data directory is not a volume: node key and certificates are lost with this container")
+		n.log.Warn().Str("dir", c.Storage.DataDir).Msg("the data directory is not a volume: node key and certificates are lost with this container; mount a volume there")
 	}
 	switch {
 	case n.gate != nil:
