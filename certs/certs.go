@@ -10,6 +10,9 @@
 //   - pinned.go makes a self-signed certificate. Clients know its hash from the
 //     DERP map.
 //
+// Each DNS provider is one file, such as dns_gandi.go, with its variables. A new
+// provider is one such file and its module in go.mod.
+//
 // files.go reloads the files of the last two. names.go is about the names that a
 // certificate covers.
 package certs

@@ -4,6 +4,9 @@
 // healthz.go runs the checks and keeps their results, http.go serves the report,
 // selfcheck.go repeats a probe and decides whether the relay serves clients, and
 // probe.go has the probes of DERP and STUN.
+//
+// The checks themselves are the program's: cmd/derpd/internal/node/checks.go. A
+// new check is one function and one line there.
 package healthz
 
 import (

@@ -3,6 +3,9 @@
 // admits it decides, and a refusal needs a refusal from every source. While a
 // source is unavailable, the gate admits only nodes that were admitted within
 // the grace (memory.go). It checks connected nodes again (recheck.go).
+//
+// A new source is a file here with one constructor, and a file of
+// cmd/derpd/internal/config with its variables.
 package admit
 
 import (

@@ -1,7 +1,9 @@
-// Package admin is both ends of the admin listener: the handlers that a running
-// relay serves there (this file, admission.go, metrics.go), and the client with
-// which derpd's commands ask it (client.go). The listener is for the operator;
-// it is never served on a public address.
+// Package admin is both ends of the admin listener, which is for the operator:
+//
+//   - admin.go, admission.go and metrics.go are the handlers of a running relay
+//   - client.go is the client by which commands such as `derpd admit` ask it
+//
+// The admin listener is apart from the public listener, and serves no clients.
 package admin
 
 import (

@@ -24,14 +24,15 @@ type Admission struct {
 	Grace    time.Duration // how long an admitted node stays admitted while a source does not answer
 	Interval time.Duration // between two checks of connected nodes
 
-	// OpenOnOrder tells that the relay has no source because the operator has
-	// set DERP_VERIFY_CLIENTS=false.
+	// OpenOnOrder is true for a relay without sources whose operator has set
+	// DERP_VERIFY_CLIENTS=false.
 	OpenOnOrder bool
 
 	DisallowApps []string
 }
 
-// Source is one configured source of admission.
+// Source is one configured source of admission. A new kind of source is a file
+// of package relay/admit, and a file here that registers the kind, as url.go does.
 type Source struct {
 	Name     string // of its kind, as in [SourceKinds]
 	Variable string // variable that configures it
@@ -41,7 +42,8 @@ type Source struct {
 	New func(log zerolog.Logger) (admit.Source, error)
 }
 
-// sourceKind is a kind of source. Each kind is one file, which registers it.
+// sourceKind is a kind of source. Each kind is one file, which calls
+// registerSource.
 type sourceKind struct {
 	name   string
 	closes string           // setting that closes an open relay
@@ -64,7 +66,7 @@ type parsedSources struct {
 	list     []Source
 	warnings []string
 
-	// open tells that the operator wants a relay without this kind of source.
+	// open is true if the operator has switched this kind of source off.
 	open bool
 }
 
@@ -87,7 +89,7 @@ func SourceKinds() []string {
 	return names
 }
 
-// HowToClose tells how to close an open relay.
+// HowToClose is the advice for the operator of an open relay.
 func HowToClose() string {
 	var settings []string
 	for _, kind := range sourceKinds() {

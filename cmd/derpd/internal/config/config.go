@@ -19,13 +19,24 @@
 //	web.go          what browsers and bootstrap clients get
 //	log.go          logging
 //
-// The other files serve all sections: environ.go reads the environment, bare.go
-// refuses values in quotes and with blanks, variables.go lists the variables, docs.go prints them,
-// values.go parses common types, problems.go collects errors, and platform.go
-// supplies the defaults of a cloud (fly.go, railway.go).
+// The other files serve all sections:
 //
-// To add a variable, add a field to its section's struct, and parse it there. A
-// field has these tags:
+//	environ.go      reads the environment
+//	bare.go         refuses values in quotes and with blanks
+//	variables.go    lists the variables, and suggestion.go finds the nearest name
+//	docs.go         prints the variables, and makedocs writes them into files
+//	values.go       parses common types
+//	problems.go     collects errors
+//	platform.go     supplies the defaults of a cloud (fly.go, railway.go)
+//
+// A new variable is a field in the struct of its section, a line in the parser,
+// and a field in the result. The second file to change is the one that uses the
+// result, mostly in package node. `make docs` writes the documentation.
+//
+// A new source of admission is a file here (see url.go) and a file of package
+// relay/admit. A new DNS provider is a file of package certs (see dns_gandi.go).
+//
+// A field has these tags:
 //
 //	envconfig  name of the variable, in full
 //	default    value when it is not set
@@ -83,18 +94,19 @@ func Load(environ []string) (*Config, error) {
 	return load(environ, true)
 }
 
-// LoadForPin is Load without a look at the pinned certificate: `derpd pin
-// --rotate` replaces one that is lost, damaged or expired.
+// LoadForPin is Load without the check of the pinned certificate. `derpd pin
+// --rotate` replaces a certificate that is lost, damaged or expired.
 func LoadForPin(environ []string) (*Config, error) {
 	return load(environ, false)
 }
 
 // AdminAddr returns DERP_ADMIN_ADDR alone. Commands that ask the running relay
 // need nothing else, and the relay reports the other problems itself. The error
-// holds what could not be read; the address is the best that is known.
+// also holds what could not be read; the address is the best that is known.
 func AdminAddr(environ []string) (string, error) {
 	p := new(problems)
 	e := readEnvironment(environ, p)
+	p.hostPort("DERP_ADMIN_ADDR", e.Admin)
 	return e.Admin, p.err(e.order)
 }
 

@@ -13,9 +13,9 @@ import (
 	"derpd/certs"
 )
 
-// Env is every variable as text, except those of the sources of admission and of
-// the DNS providers, which have structs of their own. envconfig fills it. The
-// order is that of the documentation.
+// Env is every variable as text, in the order of the documentation. envconfig
+// fills it. The sources of admission and the DNS providers have structs of their
+// own.
 type Env struct {
 	NamesEnv
 	ListenEnv

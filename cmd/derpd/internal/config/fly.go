@@ -9,12 +9,12 @@ import (
 // not work there.
 const flyHost = "fly-global-services"
 
-// flyProxies is the network of Fly.io's proxy. A machine has an address in a
-// network of its own in there, and other machines come from elsewhere (fdaa::/16).
+// flyProxies is the network of Fly.io's proxy. The machine's own address is in it
+// too. Other machines connect from fdaa::/16.
 const flyProxies = "172.16.0.0/12"
 
-// flyIO supplies the defaults for Fly.io with docker/fly.toml. FLY_PUBLIC_IP has no
-// part in it: it is the address of outgoing connections, and nothing arrives there.
+// flyIO supplies the defaults for Fly.io with docker/fly.toml. FLY_PUBLIC_IP is not
+// used: it is the source address of outgoing connections, and accepts none.
 func flyIO(env, set map[string]string) *platform {
 	defaults := map[string]string{
 		// Ports below 1024 are only for root.

@@ -10,8 +10,8 @@ type Platform struct {
 	warnings []string
 }
 
-// platform is a cloud that tells a program where it runs. It supplies defaults;
-// what the operator sets stays as it is.
+// platform is a cloud, found by the variables that it sets. It supplies defaults
+// for variables that the operator has not set.
 type platform struct {
 	name string
 

@@ -10,11 +10,11 @@ type ProxiesEnv struct {
 	ProxyProtocol  string `envconfig:"DERP_PROXY_PROTOCOL" default:"false" desc:"whether connections of DERP_TRUSTED_PROXIES to the HTTPS and HTTP listeners may begin with a header of HAProxy's PROXY protocol, version 1 or 2; other connections that do are closed" zh:"来自 DERP_TRUSTED_PROXIES、到 HTTPS 和 HTTP 端口的连接是否可以以 HAProxy PROXY 协议（第 1 或第 2 版）的头开始；来自别处却带这种头的连接会被关闭"`
 }
 
-// Proxies are the proxies whose word about a client's address is taken.
+// Proxies are the proxies that are trusted to name a client's address.
 type Proxies struct {
 	Trusted []netip.Prefix
 
-	// ProxyProtocol tells that they send PROXY headers, in place of
+	// ProxyProtocol is true if the proxies send PROXY headers, in place of
 	// X-Forwarded-For.
 	ProxyProtocol bool
 }

@@ -40,8 +40,8 @@ var publicSTUNServers = []string{"derp1.tailscale.com:3478", "derp3.tailscale.co
 
 var identifier = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)
 
-// parseRegion parses the node's entry in the map. named tells that DERP_DOMAIN is
-// set.
+// parseRegion parses the node's entry in the map. named reports
+// whether DERP_DOMAIN is set.
 func parseRegion(p *problems, env RegionEnv, named bool, mode string) Region {
 	id, err := strconv.Atoi(env.RegionID)
 	if err != nil || id < 900 || id > 999 {

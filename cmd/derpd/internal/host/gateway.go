@@ -14,7 +14,7 @@ import (
 // ContainerGateways returns the gateways of the container's own network. Docker's
 // port proxy uses them as the source address of forwarded packets. The result
 // is empty on any other network, where the gateway is a real router that may
-// send STUN requests of its own. Two conditions tell them apart:
+// send STUN requests of its own. Both conditions must hold:
 //
 //   - Docker, Podman, CRI-O or Kubernetes left a marker in the file system. A
 //     machine without one may be a whole system (LXC) on the router's network.

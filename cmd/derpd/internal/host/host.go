@@ -1,5 +1,6 @@
-// Package host describes the machine that derpd runs on, as far as a relay
-// depends on it: the container and its gateways (container.go, gateway.go),
-// the memory and open files it may use (memory.go, files.go), and the
-// addresses under which others reach it (address.go).
+// Package host describes the machine that derpd runs on:
+//
+//   - container.go and gateway.go: the container and its gateways
+//   - memory.go and files.go: the memory and the open files that derpd may use
+//   - address.go: the addresses under which others reach the machine
 package host

@@ -139,8 +139,8 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 	return healthz.Okf("%s; %s", strings.Join(good, ", "), done)
 }
 
-// checkMesh never fails: clients of this node gain nothing when it closes because
-// another node is down.
+// checkMesh never fails: clients of this node would gain nothing if it refused
+// them because another node is down.
 func (n *Node) checkMesh(context.Context) healthz.Result {
 	var up, all int
 	var bad []string

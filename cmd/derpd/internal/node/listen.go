@@ -121,8 +121,8 @@ func bindError(variable, addr string, err error) error {
 // port is the port of a TCP or UDP address.
 func port(a net.Addr) int { return int(addrPort(a).Port()) }
 
-// loopback is the address at which a probe in this process reaches a listener:
-// the listener's own, or the loopback address if it listens on all.
+// loopback is the address at which a probe in this process reaches a listener. It
+// is the loopback address if the listener is bound to all addresses.
 func loopback(a net.Addr) netip.AddrPort {
 	ap := addrPort(a)
 	addr := ap.Addr().Unmap()

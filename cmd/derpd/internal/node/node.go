@@ -4,7 +4,8 @@
 //   - node.go builds the parts, run.go runs and stops them
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
 //   - admission.go connects the relay to the gate
-//   - selfcheck.go, checks.go and metrics.go observe
+//   - selfcheck.go, checks.go and metrics.go observe; a new health check is one
+//     function and one line in checks.go
 //   - public.go and region.go make the map
 package node
 
@@ -99,8 +100,8 @@ func New(ctx context.Context, c *config.Config, o Options) (*Node, error) {
 func (n *Node) build(ctx context.Context) error {
 	c := n.config
 	var err error
-	// The certificate comes first. It may turn out that there is no name to
-	// make one for, and then nothing must have been written.
+	// The certificate comes first: without a name to make one for, the start
+	// must fail before anything is written.
 	if n.certs, err = n.certificates(ctx); err != nil {
 		return err
 	}

@@ -64,7 +64,7 @@ func (n *Node) hasServed() bool {
 	}
 }
 
-// stunState is a word for the log.
+// stunState is the state of STUN for the log: off, open or closed.
 func (n *Node) stunState() string {
 	switch {
 	case n.stun == nil:

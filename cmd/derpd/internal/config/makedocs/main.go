@@ -56,7 +56,7 @@ func documents(root string) (map[string]string, error) {
 // The marks around the tables of a README.
 const (
 	tableBegin         = "<!-- made by: make docs -->\n"
-	providerTableBegin = "<!-- made by: make docs, from certs/dns.go -->\n"
+	providerTableBegin = "<!-- made by: make docs, from certs/dns_*.go -->\n"
 	tableEnd           = "<!-- end -->\n"
 )
 
