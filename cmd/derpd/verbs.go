@@ -28,7 +28,7 @@ func verbs() []verb {
 		{"serve", "", "run the relay", serve},
 		{"derpmap", "[--format FORMAT]", "print the DERP map to paste into a tailnet's policy or Headscale", printMap},
 		{"pin", "[--rotate [--format FORMAT]]", "print the hash of the pinned certificate, or replace the certificate", pin},
-		{"admit", "NODEKEY", "print whether the running relay admits a node, and what each source says", printAdmission},
+		{"admit", "NODEKEY", "print whether the running relay admits the node with this key (nodekey:…), and what each source says", printAdmission},
 		{"env", "[--example]", "print the configuration in force, without secrets", printEnvironment},
 		{"healthcheck", "", "print the health of the running relay; exit code 1 unless it is ready", healthcheck},
 		{"version", "", "print the version", printVersion},

@@ -41,6 +41,7 @@ func WriteExample(w io.Writer) error {
 	var b strings.Builder
 	b.WriteString("# Copy this file to .env beside compose.yaml and uncomment what you need.\n" +
 		"# Each variable can be given as a file: NAME_FILE=/run/secrets/name.\n" +
+		"# Write values without quotes, and absolute paths.\n" +
 		"# Made by: derpd env --example\n")
 	for _, v := range d.Variables {
 		fmt.Fprintf(&b, "\n# %s\n", v.Meaning())
@@ -99,7 +100,7 @@ func (c *Config) WriteEffective(w io.Writer) error {
 }
 
 // computedDefaults are the values of variables whose default is not one value,
-// except those that only a running relay knows.
+// except those that depend on a running relay.
 func (c *Config) computedDefaults() map[string]string {
 	values := map[string]string{
 		"DERP_HTTP_PORT": strconv.Itoa(cmp.Or(PortOf(c.Listen.HTTP), -1)),
