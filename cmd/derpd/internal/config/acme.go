@@ -128,7 +128,7 @@ func parseChallenges(p *problems, value string, domains []string, listen Listen)
 		}
 	}
 	if c.HTTP && !c.TLSALPN && listen.HTTP == "" && !p.has("DERP_HTTP_PORT") {
-		p.add("DERP_ACME_CHALLENGES", "http needs the plain HTTP listener, but DERP_HTTP_PORT is -1")
+		p.add("DERP_ACME_CHALLENGES", "http needs the plain HTTP listener, but DERP_HTTP_PORT is -1; set that to a port, or remove http here")
 	}
 	if c == (Challenges{DNS: true}) {
 		for _, name := range domains {

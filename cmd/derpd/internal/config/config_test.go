@@ -117,7 +117,7 @@ var badConfigurations = []struct {
 	{env: "DERP_HTTP_PORT=-2", want: []string{`DERP_HTTP_PORT: want a port from 1 to 65535, or -1 for off, got "-2"`}},
 	{env: "DERP_STUN=maybe", want: []string{`DERP_STUN: want true or false, got "maybe"`}},
 	{env: "DERP_STUN_PORT=-1", want: []string{`DERP_STUN_PORT: want a port from 1 to 65535, got "-1"`}},
-	{env: "DERP_STUN_ADDR=0.0.0.0:3478", want: []string{`DERP_STUN_ADDR: want a host name or an address, without port, got "0.0.0.0:3478"`}},
+	{env: "DERP_STUN_ADDR=0.0.0.0:3478", want: []string{`DERP_STUN_ADDR: want a host name or an address, without port, got "0.0.0.0:3478"; the port goes into DERP_STUN_PORT`}},
 	{env: "DERP_ADMIN_ADDR=localhost", want: []string{`DERP_ADMIN_ADDR: want host:port or :port, got "localhost"`}},
 	{env: "DERP_ADDR=:08080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; choose another port"}},
 	{env: "DERP_ADDR=:8080 DERP_HTTP_PORT=8080", want: []string{"DERP_HTTP_PORT: port 8080 is taken by DERP_ADDR; choose another port"}},
@@ -209,7 +209,7 @@ var badConfigurations = []struct {
 	{env: "DERP_CERT_MODE=acme DERP_CERT_FILE=/a.crt DERP_DNS_PROVIDER=desec", want: []string{`DERP_CERT_MODE: want letsencrypt, manual, pinned, off or gcp, got "acme"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_CERT_MODE=gcp", want: []string{"DERP_ACME_EAB_KID: Google's authority needs an external account binding; make one with `gcloud publicca external-account-keys create`"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http,smtp", want: []string{`DERP_ACME_CHALLENGES: want http, tls-alpn, dns or several of them, got "smtp"`}},
-	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_HTTP_PORT=-1", want: []string{"DERP_ACME_CHALLENGES: http needs the plain HTTP listener, but DERP_HTTP_PORT is -1"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CHALLENGES=http DERP_HTTP_PORT=-1", want: []string{"DERP_ACME_CHALLENGES: http needs the plain HTTP listener, but DERP_HTTP_PORT is -1; set that to a port, or remove http here"}},
 
 	// DNS-01.
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=cloudfare", want: []string{`DERP_DNS_PROVIDER: want acmedns, alidns, cloudflare, desec, digitalocean, duckdns, gandi, godaddy, hetzner, namecheap, ovh, porkbun, rfc2136, route53 or tencentcloud, got "cloudfare"`}},

@@ -63,7 +63,7 @@ func parseProvider(p *problems, e *environment) certmagic.DNSProvider {
 		p.add("DERP_DNS_PROVIDER", "want %s, got %q", either(providerNames()), e.Provider)
 		return nil
 	case !all[i].Included():
-		p.add("DERP_DNS_PROVIDER", "%s is not in this build, since it adds megabytes; build derpd with `-tags %s`", all[i].Name, all[i].Tag)
+		p.add("DERP_DNS_PROVIDER", "%s is not in this build, since it adds megabytes; build derpd with `-tags %s`, or the image with `--build-arg TAGS=%s`", all[i].Name, all[i].Tag, all[i].Tag)
 		return nil
 	}
 	variables := e.providers[e.Provider]

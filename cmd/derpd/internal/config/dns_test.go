@@ -79,7 +79,7 @@ func TestEveryProviderIsMadeFromItsEnvironment(t *testing.T) {
 			for given, env := range map[string][]string{"values": env, "files": files} {
 				c, err := Load(env)
 				if !provider.Included() {
-					if want := "DERP_DNS_PROVIDER: " + provider.Name + " is not in this build, since it adds megabytes; build derpd with `-tags " + provider.Tag + "`"; err == nil || err.Error() != want {
+					if want := "DERP_DNS_PROVIDER: " + provider.Name + " is not in this build, since it adds megabytes; build derpd with `-tags " + provider.Tag + "`, or the image with `--build-arg TAGS=" + provider.Tag + "`"; err == nil || err.Error() != want {
 						t.Errorf("%s: %v, want %s", given, err, want)
 					}
 					continue

@@ -67,7 +67,7 @@ func parseSTUN(p *problems, env ListenEnv, host string) string {
 	if env.STUNAddr != "" {
 		host = strings.Trim(env.STUNAddr, "[]")
 		if _, err := netip.ParseAddr(host); err != nil && !isHostName(host) {
-			p.add("DERP_STUN_ADDR", "want a host name or an address, without port, got %q", env.STUNAddr)
+			p.add("DERP_STUN_ADDR", "want a host name or an address, without port, got %q; the port goes into DERP_STUN_PORT", env.STUNAddr)
 		}
 	}
 	n, ok := p.port("DERP_STUN_PORT", env.STUNPort, 0)

@@ -152,7 +152,7 @@ func (n *Node) logStart() {
 	case c.Admission.OpenOnOrder:
 		n.log.Warn().Msg("this relay is open, because DERP_VERIFY_CLIENTS is false: anybody who finds it can use it")
 	default:
-		n.log.Warn().Msg("this relay is open: anybody who finds it can use it; " + config.HowToClose())
+		n.log.Warn().Str("fix", config.HowToClose()).Msg("this relay is open: anybody who finds it can use it")
 	}
 }
 
