@@ -65,6 +65,7 @@ func TestTakenPorts(t *testing.T) {
 		{[]string{"DERP_ADDR=127.0.0.1:" + tcpPort}, "DERP_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix},
 		{[]string{"DERP_HTTP_PORT=" + tcpPort}, "DERP_HTTP_PORT: listening on 127.0.0.1:" + tcpPort + ": " + fix},
 		{[]string{"DERP_ADMIN_ADDR=127.0.0.1:" + tcpPort}, "DERP_ADMIN_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix},
+		{[]string{"DERP_HEALTH_ADDR=127.0.0.1:" + tcpPort}, "DERP_HEALTH_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix},
 		{[]string{"DERP_STUN_PORT=" + udpPort}, "DERP_STUN_PORT: listening on 127.0.0.1:" + udpPort + ": " + fix},
 		{[]string{"DERP_ADDR=203.0.113.7:0", "DERP_STUN_ADDR=127.0.0.1", "DERP_HTTP_PORT=-1"}, "DERP_ADDR: listening on 203.0.113.7:0: bind: cannot assign requested address; no interface has this address: leave the host empty to listen on all"},
 		{[]string{"DERP_ADDR=127.0.0.1:" + tcpPort, "DERP_STUN_PORT=" + udpPort}, "2 problems:\n  DERP_ADDR: listening on 127.0.0.1:" + tcpPort + ": " + fix + "\n  DERP_STUN_PORT: listening on 127.0.0.1:" + udpPort + ": " + fix},
