@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"testing"
 
 	"tailscale.com/types/key"
@@ -48,6 +49,9 @@ func TestStartLog(t *testing.T) {
 					if lines[0][field] == nil || lines[0][field] == "" {
 						t.Errorf("the line about the listeners lacks %s: %v", field, lines[0])
 					}
+				}
+				if upstream, _ := lines[0]["upstream"].(string); lines[0]["version"] != version || !strings.HasPrefix(upstream, "v1.") {
+					t.Errorf("version %v, upstream %v", lines[0]["version"], lines[0]["upstream"])
 				}
 			}
 		})

@@ -36,10 +36,10 @@ func TestAdmit(t *testing.T) {
 		code                 int
 		wantStdout, wantText string // the whole of stdout, and a part of stderr
 	}{
-		{"a member", member.String(), exitOK, "1 keys: yes\nadmitted: a source says yes\n", ""},
-		{"a stranger", key.NewNode().Public().String(), exitFailed, "1 keys: no\nrefused: every source says no\n", ""},
-		{"no key", "laptop", exitUsage, "", `admit: want nodekey: and 64 hex digits`},
-		{"the zero key", "nodekey:" + strings.Repeat("0", 64), exitUsage, "", `admit: want nodekey: and 64 hex digits`},
+		{"a member", member.String(), 0, "1 keys: yes\nadmitted: a source says yes\n", ""},
+		{"a stranger", key.NewNode().Public().String(), 1, "1 keys: no\nrefused: every source says no\n", ""},
+		{"no key", "laptop", 2, "", `admit: want nodekey: and 64 hex digits`},
+		{"the zero key", "nodekey:" + strings.Repeat("0", 64), 2, "", `admit: want nodekey: and 64 hex digits`},
 	} {
 		stdout, stderr, code := execute(t, env, "admit", tt.node)
 		if code != tt.code || stdout != tt.wantStdout || (stderr == "") != (tt.wantText == "") || !strings.Contains(stderr, tt.wantText) {
@@ -50,11 +50,11 @@ func TestAdmit(t *testing.T) {
 		t.Fatal(err)
 	}
 	stdout, stderr, code := execute(t, env, "admit", member.String())
-	if want := "no relay answers on DERP_ADMIN_ADDR " + p.admin; code != exitFailed || stdout != "" || !strings.Contains(stderr, want) {
+	if want := "no relay answers on DERP_ADMIN_ADDR " + p.admin; code != 1 || stdout != "" || !strings.Contains(stderr, want) {
 		t.Errorf("without a relay: exit code %d, stdout %q, stderr %q; want %q", code, stdout, stderr, want)
 	}
 	_, stderr, code = execute(t, append(env, `DERP_ADMIN_ADDR="127.0.0.1:1"`), "admit", member.String())
-	if code != exitUsage || !strings.Contains(stderr, "DERP_ADMIN_ADDR: ") {
+	if code != 2 || !strings.Contains(stderr, "DERP_ADMIN_ADDR: ") {
 		t.Errorf("with a bad address: exit code %d, %s", code, stderr)
 	}
 }
@@ -62,9 +62,9 @@ func TestAdmit(t *testing.T) {
 // TestHealthcheck asserts that the exit code follows the health of the relay, and
 // that the report goes to stdout alone.
 func TestHealthcheck(t *testing.T) {
-	for report, want := range map[string]int{"ready\n": exitOK, "not ready: derp\nfail derp: closed\n": exitFailed} {
+	for report, want := range map[string]int{"ready\n": 0, "not ready: derp\nfail derp: closed\n": 1} {
 		status := http.StatusOK
-		if want != exitOK {
+		if want != 0 {
 			status = http.StatusServiceUnavailable
 		}
 		server := httptest.NewServer(answer(status, report))
@@ -83,7 +83,7 @@ func TestHelp(t *testing.T) {
 	overview, _, _ := execute(t, env, "help")
 	for _, args := range [][]string{{"help"}, {"-h"}, {"--help"}} {
 		stdout, stderr, code := execute(t, env, args...)
-		if code != exitOK || stdout != overview || stderr != "" {
+		if code != 0 || stdout != overview || stderr != "" {
 			t.Errorf("%v: exit code %d, stdout %q, stderr %q", args, code, stdout, stderr)
 		}
 	}
@@ -98,7 +98,7 @@ func TestHelp(t *testing.T) {
 				continue
 			}
 			stdout, stderr, code := execute(t, env, args...)
-			if code != exitOK || !strings.HasPrefix(stdout, want) || stderr != "" {
+			if code != 0 || !strings.HasPrefix(stdout, want) || stderr != "" {
 				t.Errorf("%v: exit code %d, stdout %q, stderr %q; want %q", args, code, stdout, stderr, want)
 			}
 		}
@@ -130,13 +130,13 @@ func TestUsageErrors(t *testing.T) {
 		"derpd: pin: DERP_CERT_MODE is off, so":                                   {"pin", "--rotate"},
 	} {
 		stdout, stderr, code := execute(t, env, args...)
-		if code != exitUsage || stdout != "" || !strings.Contains(stderr, want) {
+		if code != 2 || stdout != "" || !strings.Contains(stderr, want) {
 			t.Errorf("%v: exit code %d, stdout %q, stderr %q; want %q", args, code, stdout, stderr, want)
 		}
 	}
 	bad := append(env, "DERP_REGION_ID=7")
 	for _, args := range [][]string{nil, {"serve"}, {"derpmap"}, {"pin"}, {"env"}} {
-		if _, stderr, code := execute(t, bad, args...); code != exitUsage || !strings.Contains(stderr, "DERP_REGION_ID: want a number") {
+		if _, stderr, code := execute(t, bad, args...); code != 2 || !strings.Contains(stderr, "DERP_REGION_ID: want a number") {
 			t.Errorf("%v in a bad environment: exit code %d, %s", args, code, stderr)
 		}
 	}
@@ -146,18 +146,18 @@ func TestUsageErrors(t *testing.T) {
 // and its last day, and after a rotation the map with the new pin.
 func TestPin(t *testing.T) {
 	env := testkit.Environ(t)
-	if _, stderr, code := execute(t, env, "pin"); code != exitFailed || stderr == "" {
+	if _, stderr, code := execute(t, env, "pin"); code != 1 || stderr == "" {
 		t.Errorf("before the first start: exit code %d, %q", code, stderr)
 	}
 	text, stderr, code := execute(t, env, "pin", "--rotate")
 	// The policy is the default format.
-	if code != exitOK || !strings.Contains(text, `"derpMap": `) {
+	if code != 0 || !strings.Contains(text, `"derpMap": `) {
 		t.Fatalf("exit code %d, stderr %q, stdout\n%s", code, stderr, text)
 	}
 	last := time.Now().AddDate(10, 0, 0).UTC().Format(time.DateOnly)
 	first, stderr, code := execute(t, env, "pin")
 	pin, _, _ := strings.Cut(first, " ")
-	if code != exitOK || first != fmt.Sprintf("%s until %s\n", pin, last) || !strings.Contains(text, `"CertName": "`+pin+`"`) {
+	if code != 0 || first != fmt.Sprintf("%s until %s\n", pin, last) || !strings.Contains(text, `"CertName": "`+pin+`"`) {
 		t.Errorf("exit code %d, stderr %q, stdout %q; want until %s, and the pin in\n%s", code, stderr, first, last, text)
 	}
 	if text, _, _ = execute(t, env, "pin", "--rotate", "--format", "json"); strings.Contains(text, pin) || strings.Contains(text, "derpMap") {

@@ -17,11 +17,13 @@ const memoryPercent = 90
 // LimitMemory sets Go's memory limit below the container's limit, so that Go
 // collects garbage more often instead of being killed. It returns the limit in
 // bytes, or 0 where the container has none. A limit set by GOMEMLIMIT stays.
-func LimitMemory() int64 {
+func LimitMemory() int64 { return limitMemory(os.DirFS("/")) }
+
+func limitMemory(root fs.FS) int64 {
 	if debug.SetMemoryLimit(-1) != math.MaxInt64 {
 		return 0
 	}
-	limit, ok := cgroupMemory(os.DirFS("/"))
+	limit, ok := cgroupMemory(root)
 	if !ok {
 		return 0
 	}

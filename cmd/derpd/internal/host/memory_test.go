@@ -1,9 +1,30 @@
 package host
 
 import (
+	"math"
+	"runtime/debug"
 	"testing"
 	"testing/fstest"
 )
+
+// The limit leaves a tenth of the container's memory, and one that is set already
+// stays.
+func TestLimitMemory(t *testing.T) {
+	before := debug.SetMemoryLimit(math.MaxInt64)
+	t.Cleanup(func() { debug.SetMemoryLimit(before) })
+	root := fstest.MapFS{"proc/self/cgroup": {Data: []byte("0::/\n")}}
+	if got := limitMemory(root); got != 0 || debug.SetMemoryLimit(-1) != math.MaxInt64 {
+		t.Errorf("without a limit of the container: %d, %d", got, debug.SetMemoryLimit(-1))
+	}
+	root["sys/fs/cgroup/memory.max"] = &fstest.MapFile{Data: []byte("1000000000\n")}
+	if got := limitMemory(root); got != 900_000_000 || debug.SetMemoryLimit(-1) != got {
+		t.Errorf("in a container with 1 GB: %d, and Go's limit is %d", got, debug.SetMemoryLimit(-1))
+	}
+	debug.SetMemoryLimit(500_000_000)
+	if got := limitMemory(root); got != 0 || debug.SetMemoryLimit(-1) != 500_000_000 {
+		t.Errorf("with GOMEMLIMIT: %d, and Go's limit is %d", got, debug.SetMemoryLimit(-1))
+	}
+}
 
 func TestCgroupMemory(t *testing.T) {
 	for name, tt := range map[string]struct {

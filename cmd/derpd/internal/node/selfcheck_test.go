@@ -207,7 +207,8 @@ func TestSTUNFollowsDERP(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			var breaks, repairs func()
-			n := begin(t, testkit.Environ(t, "DERP_DOMAIN=derp.example.com", "DERP_CERT_MODE=pinned"), func(n *Node) { breaks, repairs = tt.breaks(t, n) })
+			log := new(logBuffer)
+			n := begin(t, testkit.Environ(t, "DERP_DOMAIN=derp.example.com", "DERP_CERT_MODE=pinned"), logTo(log), func(n *Node) { breaks, repairs = tt.breaks(t, n) })
 			if !answersSTUN(t, n) {
 				t.Fatal("a relay that is ready does not answer STUN")
 			}
@@ -217,6 +218,9 @@ func TestSTUNFollowsDERP(t *testing.T) {
 				testkit.MustAdmit(t, c)
 			}
 
+			if open := metricsText(n.Node)["gauge_derpd_stun_open"]; open != "1" || log.has("serves clients again") {
+				t.Errorf("before a failure: gauge_derpd_stun_open is %s, log\n%s", open, log)
+			}
 			breaks()
 			took := stunGoes(t, n, false, time.Now())
 			t.Logf("silent after %s", took)
@@ -231,9 +235,18 @@ func TestSTUNFollowsDERP(t *testing.T) {
 				t.Error("a relay that cannot serve is ready")
 			}
 			testkit.Exchange(t, a, b)
+			if text := metricsText(n.Node); text["gauge_derpd_stun_open"] != "0" || text["counter_derpd_self_check_failures_total"] == "0" {
+				t.Errorf("the metrics of a relay that cannot serve: %v", text)
+			}
+			if !log.has(`"level":"warn"`, `"stun":"closed"`, "the relay cannot serve clients", tt.cause) {
+				t.Errorf("no warning in the log:\n%s", log)
+			}
 
 			repairs()
 			took = stunGoes(t, n, true, time.Now())
+			testkit.Until(t, "the log says that the relay serves again", func() bool {
+				return log.has(`"level":"info"`, `"stun":"open"`, "the relay serves clients again")
+			})
 			t.Logf("back after %s", took)
 			if report := n.health.Report(t.Context()); !report.Ready {
 				t.Error(report)
