@@ -154,6 +154,33 @@ func TestClientCancelled(t *testing.T) {
 	}
 }
 
+// A relay that accepts the connection and does not answer is given up within
+// seconds without a cancellation too.
+func TestClientTimeout(t *testing.T) {
+	t.Parallel()
+	released := make(chan struct{})
+	c := running(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-r.Context().Done():
+		case <-released:
+		}
+	}))
+	failed := make(chan error, 1)
+	go func() {
+		_, _, err := c.Ready(context.Background())
+		failed <- err
+	}()
+	select {
+	case err := <-failed:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the client waits for more than 20 s")
+	}
+	close(released)
+}
+
 func TestNewAdmission(t *testing.T) {
 	now := time.Now()
 	yes := admit.Answer{Source: "keys", AsOf: now}
@@ -170,6 +197,8 @@ func TestNewAdmission(t *testing.T) {
 		{"the grace", []admit.Answer{no, down}, nil, "url: no\nsocket: unavailable: connection refused\nadmitted: a source is unavailable, and it admitted the node within the last 24h0m0s (DERP_VERIFY_GRACE)\n"},
 		{"a no", []admit.Answer{no}, admit.ErrRefused, "url: no\nrefused: every source says no\n"},
 		{"unavailable", []admit.Answer{no, down}, unavailable, "url: no\nsocket: unavailable: connection refused\nrefused: no source says yes, and a source is unavailable\n"},
+		{"a fresh list", []admit.Answer{{Source: "list", AsOf: now.Add(-30 * time.Second)}}, nil, "list: yes\nadmitted: a source says yes\n"},
+		{"a list of some minutes ago", []admit.Answer{{Source: "list", AsOf: now.Add(-5 * time.Minute)}}, nil, "list: yes (as of 5m0s ago)\nadmitted: a source says yes\n"},
 		{"an old list", []admit.Answer{{Source: "list", AsOf: now.Add(-2 * time.Hour)}}, nil, "list: yes (as of 2h0m0s ago)\nadmitted: a source says yes\n"},
 	} {
 		a := NewAdmission(tt.answers, tt.err, 24*time.Hour)

@@ -53,7 +53,7 @@ func PublicAddresses(ctx context.Context, servers []string) Addresses {
 // about that.
 func publicAddress(ctx context.Context, network string, servers []string) netip.Addr {
 	own := outbound(ctx, network)
-	if !own.IsValid() || len(servers) == 0 {
+	if !own.IsValid() {
 		return own
 	}
 	ctx, cancel := context.WithCancel(ctx)

@@ -45,6 +45,11 @@ func TestCgroupMemory(t *testing.T) {
 			"sys/fs/cgroup/system.slice/derpd.service/memory.max": "268435456\n",
 			"sys/fs/cgroup/system.slice/memory.max":               "134217728\n",
 		}, 128 << 20},
+		"a unit of systemd, in a slice with more": {map[string]string{
+			"proc/self/cgroup": "0::/system.slice/derpd.service\n",
+			"sys/fs/cgroup/system.slice/derpd.service/memory.max": "134217728\n",
+			"sys/fs/cgroup/system.slice/memory.max":               "268435456\n",
+		}, 128 << 20},
 		"a container, version 1": {map[string]string{
 			"proc/self/cgroup":                           "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/docker/abc\n",
 			"sys/fs/cgroup/memory/memory.limit_in_bytes": "268435456\n",
