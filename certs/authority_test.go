@@ -11,7 +11,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/certmagic"
 	"github.com/rs/zerolog"
+
+	"derpd/internal/testkit"
 )
 
 // DNS-01 comes first, and the listeners' challenges follow. DNS-01 cannot prove
@@ -70,6 +73,30 @@ func TestACMEDefaults(t *testing.T) {
 		if w.Code != http.StatusTeapot {
 			t.Errorf("%s before Run: %d, want that of the next handler", path, w.Code)
 		}
+	}
+}
+
+// Every certificate comes from the configured authority, and from no default of
+// certmagic's.
+func TestACMEUsesItsAuthorityAlone(t *testing.T) {
+	const directory = "https://127.0.0.1:1/directory"
+	a := NewACME(ACMEConfig{Names: []string{"derp.example.com"}, Directory: directory, HTTPPort: 80, Dir: t.TempDir(), Log: zerolog.Nop()})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- a.Run(ctx) }()
+	testkit.Until(t, "the manager runs", func() bool { return a.state.Load() != nil })
+	issuers := a.state.Load().config.Issuers
+	if len(issuers) != 1 {
+		t.Errorf("%d issuers, want 1", len(issuers))
+	}
+	for _, issuer := range issuers {
+		if got, ok := issuer.(*certmagic.ACMEIssuer); !ok || got.CA != directory {
+			t.Errorf("an issuer asks %+v, want %s", issuer, directory)
+		}
+	}
+	cancel()
+	if err := testkit.Receive(t, "the end of Run", ended); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -98,6 +98,41 @@ func TestPinned(t *testing.T) {
 	}
 }
 
+// A rotation replaces the files, and never writes into one: a program that reads
+// one meanwhile, and a backup by hard links, keep the old content. The new files
+// belong to the user alone.
+func TestPinnedRotationReplacesFiles(t *testing.T) {
+	dir := t.TempDir()
+	c := certs.PinnedConfig{Path: filepath.Join(dir, "pinned.pem"), Names: []string{"relay.example.com"}}
+	if err := certs.RotatePinned(c, now); err != nil {
+		t.Fatal(err)
+	}
+	old := make(map[string][]byte)
+	for _, path := range []string{c.Path, c.Path + ".pin"} {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old[path] = data
+		if err := os.Link(path, path+".backup"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := certs.RotatePinned(c, now); err != nil {
+		t.Fatal(err)
+	}
+	for path, before := range old {
+		after, err := os.ReadFile(path)
+		kept, keptErr := os.ReadFile(path + ".backup")
+		if err != nil || keptErr != nil || bytes.Equal(after, before) || !bytes.Equal(kept, before) {
+			t.Errorf("%s was written in place, %v, %v", path, err, keptErr)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%v, %v; want mode 0600", info.Mode(), err)
+		}
+	}
+}
+
 // A name that is too long for the subject is still covered.
 func TestPinnedLongName(t *testing.T) {
 	name := strings.Repeat("a", 60) + ".relay.example.com"

@@ -45,6 +45,25 @@ func TestKey(t *testing.T) {
 	}
 }
 
+// A key file is complete or not there. So the file is written beside its path and
+// then takes its place, even that of a link which leads nowhere.
+func TestKeyTakesItsPlace(t *testing.T) {
+	dir := t.TempDir()
+	path, elsewhere := filepath.Join(dir, "node.key"), filepath.Join(dir, "elsewhere")
+	if err := os.Symlink(elsewhere, path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := relay.LoadOrCreateKey(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(elsewhere); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the key was written through the link: %v", err)
+	}
+	if _, err := relay.LoadKey(path); err != nil {
+		t.Error(err)
+	}
+}
+
 // A malformed key file is an error, and never replaced: it may be the only copy.
 func TestKeyIsNeverReplaced(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "node.key")

@@ -14,6 +14,36 @@ import (
 	"tailscale.com/types/key"
 )
 
+// The file of admitted nodes is replaced, never written in place: a kill in the
+// middle leaves the old one. It belongs to the user alone.
+func TestMemoryReplacesItsFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "admitted.json")
+	m := loadMemory(path, time.Hour, zerolog.Nop())
+	m.remember(newNode(), time.Now())
+	if err := m.save(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(path, path+".backup"); err != nil {
+		t.Fatal(err)
+	}
+	m.remember(newNode(), time.Now())
+	if err := m.save(); err != nil {
+		t.Fatal(err)
+	}
+	kept, err := os.ReadFile(path + ".backup")
+	if err != nil || string(kept) != string(before) {
+		t.Errorf("the file was written in place: %v", err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 || info.Size() <= int64(len(before)) {
+		t.Errorf("%v, %v; want mode 0600 and two nodes", info, err)
+	}
+}
+
 // While its source is unavailable, a node that was admitted stays admitted for
 // the grace, over restarts too. All others are refused.
 func TestGrace(t *testing.T) {

@@ -2,6 +2,7 @@ package node
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -289,6 +290,35 @@ func TestFailOpen(t *testing.T) {
 	}
 }
 
+// TestNoGrace asserts that DERP_VERIFY_GRACE is the grace: with 0 a node that was
+// admitted a moment ago is refused once its source is unavailable.
+func TestNoGrace(t *testing.T) {
+	for grace, want := range map[string]bool{"0": false, "1h": true} {
+		var broken atomic.Bool
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if broken.Load() {
+				answer(http.StatusInternalServerError, "")(w, r)
+				return
+			}
+			answer(http.StatusOK, `{"Allow":true}`)(w, r)
+		}))
+		t.Cleanup(server.Close)
+		n := begin(t, testkit.Environ(t, "DERP_VERIFY_CLIENT_URL="+server.URL, "DERP_VERIFY_GRACE="+grace, "DERP_VERIFY_INTERVAL=2h"))
+		r, member := region(t, parsePolicy(t, n.printed)), key.NewNode()
+		if err := connectAs(t, r, member); err != nil {
+			t.Fatal(err)
+		}
+		broken.Store(true)
+		if err := connectAs(t, r, member); (err == nil) != want {
+			t.Errorf("grace %s: %v, want admitted %t", grace, err, want)
+		}
+		kept := strings.Contains(scrape(t, n), `derpd_admission_decisions_total{decision="kept"} 1`)
+		if kept != want {
+			t.Errorf("grace %s: counted as kept: %t, want %t", grace, kept, want)
+		}
+	}
+}
+
 // TestAdmissionIsReported compares the metrics and `derpd admit` with the
 // decisions of the relay.
 func TestAdmissionIsReported(t *testing.T) {
@@ -310,6 +340,11 @@ func TestAdmissionIsReported(t *testing.T) {
 		`derpd_admission_decisions_total{decision="unavailable"} 1`,
 		`derpd_admission_source_up{source="1 keys"} 1`,
 		`derpd_admission_source_up{source="url ` + down.URL + `"} 0`,
+		`derpd_admission_decisions_total{decision="refused"} 0`,
+		`derpd_admission_decisions_total{decision="kept"} 0`,
+		`derpd_admission_decisions_total{decision="disconnected"} 0`,
+		fmt.Sprintf("derpd_certificate_not_after_timestamp_seconds %d\n", n.certs.Status().Leaf.NotAfter.Unix()),
+		"derpd_stun_open 1\n", "derpd_self_check_failures_total 0\n", "derpd_certificate_reloads_total 0\n",
 		"derpd_clients 1\n", "derpd_open 0\n", "derpd_certificate_failing 0\n", "derpd_certificate_reload_errors_total 0\n", "derp_packets_sent ",
 	} {
 		if !strings.Contains(text, want) {
