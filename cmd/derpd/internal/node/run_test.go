@@ -225,3 +225,47 @@ func TestNewFiles(t *testing.T) {
 		}
 	}
 }
+
+// TestFilesChangeBeforeTheStart asserts that a start fails with the name of the
+// variable when a file was valid for the configuration and is not any more.
+func TestFilesChangeBeforeTheStart(t *testing.T) {
+	keys := filepath.Join(t.TempDir(), "keys")
+	for want, tt := range map[string]struct {
+		env   []string
+		file  string // below the data directory unless it is absolute
+		valid setup
+	}{
+		"DERP_DATA_DIR: reading node key: ": {nil, "node.key", nil},
+		"DERP_CERT_DIR: ":                   {nil, "certs/pinned.pem", nil},
+		"DERP_CERT_FILE: ": {
+			[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, "certs/derp.example.com.crt",
+			pair("certs/derp.example.com", "derp.example.com", time.Now()),
+		},
+		"DERP_ALLOW_KEYS: ": {[]string{"DERP_ALLOW_KEYS=" + keys}, keys, func(t *testing.T, _ string) {
+			t.Helper()
+			if err := os.WriteFile(keys, []byte(key.NewNode().Public().String()+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	} {
+		dir := t.TempDir()
+		if tt.valid != nil {
+			tt.valid(t, dir)
+		}
+		c, err := config.Load(testkit.LastOfEach(append(testkit.Environ(t, tt.env...), "DERP_DATA_DIR="+dir)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if filepath.IsAbs(tt.file) {
+			if err := os.WriteFile(tt.file, []byte("nonsense"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			file(tt.file, "nonsense")(t, dir)
+		}
+		_, err = New(t.Context(), c, Options{Map: io.Discard, Log: zerolog.Nop()})
+		if _, bind := errors.AsType[BindError](err); err == nil || bind || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("the start ends with %v, want %q", err, want)
+		}
+	}
+}
