@@ -1,38 +1,38 @@
-# derpd as an image: one static binary on distroless, run as nobody in particular.
+# The image of derpd: one static binary on distroless, run as an unprivileged user.
 #
 #   docker build -t derpd .
 #
-# This file uses nothing beyond the classic builder, so that old engines and
-# hosted builders (which know no cache mounts) build it as BuildKit does.
+# This file uses only features of the classic builder. Old engines and hosted
+# builders, which have no cache mounts, build the same image as BuildKit.
 #
-# Where Docker Hub, gcr.io or Go's module proxy cannot be reached, in mainland
-# China for example, name mirrors of your own:
+# Where Docker Hub, gcr.io or Go's module proxy cannot be reached, for example in
+# mainland China, set your own mirrors:
 #
 #   docker build --build-arg GO_IMAGE=… --build-arg BASE_IMAGE=… --build-arg GOPROXY=… .
 #
-# or make stand-ins for both images from Debian's packages: docker/bases/make.
+# or build stand-ins for both images from Debian's packages: docker/bases/make.
 ARG GO_IMAGE=golang:1.27
 ARG BASE_IMAGE=gcr.io/distroless/static-debian13:nonroot
 
-# Go cross-compiles, so the compiler runs on the builder's own platform and no
-# emulation is needed for other ones. BuildKit says what that platform is; for
-# the classic builder "linux" is whatever it runs on.
+# Go cross-compiles, so the compiler runs on the builder's own platform and other
+# platforms need no emulation. BuildKit sets BUILDPLATFORM. The classic builder
+# takes "linux" for its own platform.
 FROM --platform=${BUILDPLATFORM:-linux} ${GO_IMAGE} AS build
 WORKDIR /src
 
-# A missing toolchain is an error here, not a silent download: it means that
-# the image above fell behind go.mod. An empty GOPROXY is Go's own default.
+# GOTOOLCHAIN=local makes an image that is older than go.mod an error, not a silent
+# download. An empty GOPROXY is Go's own default.
 ARG GOPROXY
 ENV CGO_ENABLED=0 GOTOOLCHAIN=local GOPROXY=${GOPROXY}
 
-# Before the sources, so that a change to them does not fetch the modules anew.
+# Before the sources, so that the modules stay cached when the sources change.
 COPY go.mod go.sum ./
 RUN go mod download
 
 COPY . .
 
-# Another release of Tailscale than go.mod's, v1.104.5 for example. It may need
-# a newer GO_IMAGE, and says so.
+# TAILSCALE_VERSION is another release of Tailscale than go.mod's, for example
+# v1.104.5. If that release needs a newer Go, the build fails with its version.
 ARG TAILSCALE_VERSION
 RUN [ -z "${TAILSCALE_VERSION}" ] || go get "tailscale.com@${TAILSCALE_VERSION}" ./cmd/derpd
 
@@ -42,13 +42,13 @@ RUN GOOS="${TARGETOS}" GOARCH="${TARGETARCH}" GOARM="${TARGETVARIANT#v}" \
     go build -trimpath -tags "${TAGS}" -ldflags "-s -w -buildid= -X main.version=${VERSION}" -o /out/derpd ./cmd/derpd \
  && mkdir -p /out/data/certs /out/app && ln -s /data/certs /out/app/certs
 
-# The base has no programs, only files that are the same on every platform, and
-# it is not published for all of them: 386 is missing. So the files are copied.
+# The base has no image for 386. Its files are the same on every platform, because
+# none is a program, so they are copied from the builder's platform.
 FROM --platform=${BUILDPLATFORM:-linux} ${BASE_IMAGE} AS base
 
 FROM scratch
 COPY --from=base / /
-# SOURCE is where these sources are published; whoever publishes the image says so.
+# SOURCE is the URL of the sources, set by the publisher of the image.
 ARG VERSION=dev SOURCE
 LABEL org.opencontainers.image.title="derpd" \
       org.opencontainers.image.description="A private DERP relay for Tailscale and Headscale" \
@@ -58,23 +58,22 @@ LABEL org.opencontainers.image.title="derpd" \
 
 COPY --from=build /out/derpd /derpd
 
-# A named volume takes its owner from this directory. WORKDIR would not do:
-# builders disagree on who owns what it makes.
+# A named volume takes its owner from this directory. WORKDIR cannot make it:
+# builders disagree on the owner.
 COPY --from=build --chown=65532:65532 /out/data /data
 VOLUME /data
 
-# Where the image fredliang/derper has its certificates: what people mount there
-# is found when they change the image line.
+# /app/certs is the certificate directory of the image fredliang/derper. Its users
+# can change the image line and keep their mounts.
 COPY --from=build /out/app /app
 
 USER 65532:65532
 EXPOSE 443/tcp 80/tcp 3478/udp
 
-# The first check comes one interval after the start, so the interval is also
-# how long a new container takes to be called healthy. The start period is the
-# time a certificate authority is given; after it, and three checks more, a bad
-# update is called unhealthy. A check gives up by itself before the engine does,
-# so that the engine has the cause.
+# The first check runs one interval after the start, so a new container becomes
+# healthy only then. The start period leaves a certificate authority time. After it,
+# three failed checks make a bad update unhealthy. A check ends before the engine's
+# timeout, so that the engine gets the cause.
 HEALTHCHECK --interval=10s --timeout=6s --start-period=30s --retries=3 CMD ["/derpd", "healthcheck"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/derpd"]

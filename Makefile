@@ -7,7 +7,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 IMAGE   ?= derpd
 TOOLS   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/derpd
 
-# The file's name has the version, so that a new version here builds the tool again.
+# Each file name contains the version, so a new version here builds the tool again.
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
 GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
 ACTIONLINT    := $(TOOLS)/actionlint-v1.7.12
@@ -104,8 +104,8 @@ e2e: image peers $(DERPER) ## test the image with docker compose and real nodes;
 e2e-all: image peers $(DERPER) ## test as e2e does, with the scenarios that take long
 	$(E2E)
 
-# tidy also checks modules that only the tests of dependencies need. -e ignores those
-# that cannot be fetched, but prints each, so the output is shown only on failure.
+# tidy also checks modules that only the tests of dependencies need. -e ignores
+# modules that cannot be fetched, but prints them. The output is shown only on failure.
 .PHONY: lint
 lint: $(GOLANGCI_LINT) $(ACTIONLINT) ## check the code, go.mod, the scripts and the workflows
 	$(GOLANGCI_LINT) run
@@ -147,8 +147,8 @@ $(GOLANGCI_LINT) $(GOVULNCHECK) $(ACTIONLINT):
 	GOBIN=$(@D)/bin go install -trimpath $(PACKAGE)@v$(lastword $(subst -v, ,$@))
 	mv $(@D)/bin/$(notdir $(PACKAGE)) $@
 
-# Static, for an image with them, and with the version stamped as in a release.
-# Without the detection of captive portals, which contacts hosts on the internet.
+# Static, so that an image can contain them, and with the version as in a release. The
+# detection of captive portals is left out, because it contacts hosts on the internet.
 $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/containerboot:
 	CGO_ENABLED=0 GOBIN=$(TOOLS)/bin go install -trimpath -tags ts_omit_captiveportal \
 		-ldflags '-X tailscale.com/version.longStamp=$(TAILSCALE:v%=%) -X tailscale.com/version.shortStamp=$(TAILSCALE:v%=%)' \
@@ -166,7 +166,8 @@ $(PEERS)/headscale:
 	mv $(PEERS)/module/headscale $@
 	rm -r $(PEERS)/module
 
-# Built in the same way. The replacement is for a version that is not published.
+# Built in the same way. The replacement is needed because setec's version in
+# Tailscale's go.mod is not published.
 $(DERPER):
 	rm -rf $@.module
 	mkdir -p $@.module

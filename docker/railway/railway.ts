@@ -1,18 +1,19 @@
-// A relay on Railway: a fallback, since Railway carries no UDP and so no STUN.
+// A relay on Railway. Railway carries no UDP, so the relay has no STUN and serves
+// as a fallback only.
 // In the directory of the sources:
 //
 //   railway init
 //   railway config apply --file docker/railway/railway.ts
 //   railway up --service derpd
-//   railway logs --service derpd        the map to paste is in there
+//   railway logs --service derpd        shows the map to paste
 //
-// derpd sees that it runs on Railway and takes its name and port in the map
-// from the TCP proxy. If `railway tcp-proxy list --service derpd` shows none:
+// derpd detects Railway and takes its name and port in the map from the TCP proxy.
+// If `railway tcp-proxy list --service derpd` shows no proxy, create one and deploy
+// again:
 //
 //   railway tcp-proxy create --port 8443 --service derpd
 //
-// and deploy again. Railway keeps the port for the proxy's life: a new proxy
-// means a new map.
+// A new proxy has a new port and so needs a new map.
 import { defineRailway, project, service, volume } from "railway/iac";
 
 export default defineRailway(() => {
@@ -20,17 +21,17 @@ export default defineRailway(() => {
 
   const derpd = service("derpd", {
     build: { builder: "DOCKERFILE", dockerfilePath: "Dockerfile" },
-    // Asked on PORT, by Railway's own host name.
+    // Railway requests this path on PORT, with its own host name.
     healthcheck: "/readyz",
     healthcheckTimeout: 60,
-    // Two relays cannot share the one volume and the one address.
+    // Two relays cannot share the volume and the address.
     replicas: 1,
     deploy: { restartPolicyType: "ALWAYS" },
     networking: { tcpProxies: { "8443": {} } },
     volumeMounts: { "/data": data },
     env: {
       PORT: "8080",
-      // Railway mounts volumes for root alone.
+      // Only root can write to volumes on Railway.
       RAILWAY_RUN_UID: "0",
     },
   });
