@@ -20,8 +20,8 @@ const checkEvery = time.Minute
 // ACMEConfig describes the certificates to obtain, the authority, and the
 // challenges that prove the names (RFC 8555).
 type ACMEConfig struct {
-	// Names are DNS names and IP addresses, each with a certificate of its
-	// own. The manager is ready when the first name has a certificate.
+	// Names are DNS names and IP addresses. Each gets a separate certificate.
+	// The manager is ready when the first name has a certificate.
 	Names []string
 
 	Directory string         // URL of the authority's directory
@@ -33,22 +33,22 @@ type ACMEConfig struct {
 	EABKeyID, EABKey string
 
 	// ListenHost, HTTPPort and TLSPort are the relay's own listeners, which
-	// answer the challenges HTTP-01 and TLS-ALPN-01. Port 0 turns its
-	// challenge off.
+	// answer the challenges HTTP-01 and TLS-ALPN-01. Port 0 disables the
+	// challenge.
 	ListenHost        string
 	HTTPPort, TLSPort int
 
-	// DNS proves names by DNS-01; nil turns DNS-01 off. The other
-	// challenges are then used after DNS-01 has failed, and for IP
-	// addresses, which DNS-01 cannot prove (RFC 8738 §7).
+	// DNS proves names by DNS-01; nil disables DNS-01. With DNS-01, the other
+	// challenges are used only after DNS-01 has failed, and for IP addresses,
+	// which DNS-01 cannot prove (RFC 8738 §7).
 	DNS *DNSConfig
 
-	// Lookup resolves a name whose challenge failed, for the error message;
+	// Lookup resolves a name after a failed challenge, for the error message;
 	// nil for the system's resolver.
 	Lookup LookupFunc
 
-	// CheckEvery is the interval of the check whether a renewal is due; 0
-	// for a minute. certmagic retries a failed renewal after growing pauses.
+	// CheckEvery is the interval of the check for due renewals; 0 for a
+	// minute. certmagic retries a failed renewal after growing pauses.
 	CheckEvery time.Duration
 
 	Dir string // directory of accounts, keys and certificates
@@ -66,8 +66,8 @@ type ACME struct {
 	faults  *faults
 }
 
-// acmeState is the state of certmagic while Run runs. All its configurations
-// share one cache, so each of them serves every certificate.
+// acmeState is the state of certmagic while Run runs. All configurations share one
+// cache, so each configuration serves every certificate.
 type acmeState struct {
 	cache   *certmagic.Cache
 	config  *certmagic.Config // of the first name
@@ -142,7 +142,7 @@ func (a *ACME) Run(ctx context.Context) error {
 			if !a.obtain(ctx, byName[name], name) {
 				return
 			}
-			// A stored certificate may have become due while the relay was down.
+			// A stored certificate may have become due while the relay was stopped.
 			if err := cache.RenewManagedCertificates(ctx); err != nil {
 				a.config.Log.Debug().Err(err).Msg("renewal check failed")
 			}

@@ -14,9 +14,9 @@ import (
 	"github.com/mholt/acmez/v3/acme"
 )
 
-// remedies are the likely cause of each ACME problem (RFC 8555 §6.7), and what to
-// do about it. They follow the authority's own message, which names the address
-// it connected to and what answered there.
+// remedies are the likely cause of each ACME problem (RFC 8555 §6.7), and the fix.
+// Each follows the authority's own message, which often contains the address that
+// the authority connected to, and the answer.
 var remedies = map[string]string{
 	acme.ProblemTypeDNS:                     "no address was found for this name; add an A or AAAA record that points to this machine",
 	acme.ProblemTypeConnection:              "the authority could not connect; open TCP 80 (http) or TCP 443 (tls-alpn) to everybody, and check that DNS points to this machine",
@@ -27,7 +27,7 @@ var remedies = map[string]string{
 	acme.ProblemTypeExternalAccountRequired: "the authority requires an account binding; set DERP_ACME_EAB_KID and DERP_ACME_EAB_KEY",
 	acme.ProblemTypeRejectedIdentifier:      "the authority does not sign this name, and a public authority signs public names only; correct DERP_DOMAIN, or choose another authority with DERP_ACME_CA",
 	acme.ProblemTypeUserActionRequired:      "the owner of the account must act; open the address in the message",
-	acme.ProblemTypeServerInternal:          "the authority has a fault of its own; derpd tries again by itself",
+	acme.ProblemTypeServerInternal:          "the authority has an internal error; derpd tries again by itself",
 }
 
 // accountRemedy follows an unauthorized problem that is about the account.
@@ -37,16 +37,16 @@ const accountRemedy = "the authority refuses this account; check DERP_ACME_EAB_K
 // at the address in DNS.
 var challengeProblems = []string{acme.ProblemTypeDNS, acme.ProblemTypeConnection, acme.ProblemTypeUnauthorized, acme.ProblemTypeTLS}
 
-// lookupTimeout limits the lookup of a name whose challenge failed.
+// lookupTimeout limits the lookup of a name after a failed challenge.
 const lookupTimeout = 2 * time.Second
 
 // LookupFunc finds the addresses of a DNS name, as [net.Resolver.LookupNetIP]
 // does.
 type LookupFunc func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
-// resolved returns the end of an error message: the addresses of name in DNS,
-// after a challenge that failed. The authority often does not name the address
-// that it connected to. It returns nothing when DNS gives no answer.
+// resolved returns the end of an error message after a failed challenge: the
+// addresses of name in DNS. The authority's own message often lacks the address that
+// the authority connected to. The result is empty when DNS gives no answer.
 func resolved(ctx context.Context, name string, err error, lookup LookupFunc) string {
 	problem, ok := errors.AsType[acme.Problem](err)
 	if !ok || problem.Resource == nil || !slices.Contains(challengeProblems, problem.Type) || net.ParseIP(name) != nil {

@@ -2,19 +2,19 @@
 // one is a [Manager]:
 //
 //   - acme.go obtains and renews certificates of a certificate authority.
-//     authority.go describes the authority, obtain.go retries, faults.go keeps
-//     the errors and cause.go explains them. storage.go stores the certificates,
-//     zap.go logs for certmagic, and dns.go and its neighbours prove names by
-//     DNS-01.
+//     authority.go describes the authority, and obtain.go retries. faults.go
+//     stores the errors, and cause.go explains them. storage.go stores the
+//     certificates. zap.go logs for certmagic. dns.go and dns_*.go prove names
+//     by DNS-01.
 //   - manual.go reads a certificate and a key that another program renews.
-//   - pinned.go makes a self-signed certificate. Clients know its hash from the
-//     DERP map.
+//   - pinned.go creates a self-signed certificate. The DERP map contains its
+//     hash, which clients verify.
 //
 // Each DNS provider is one file, such as dns_gandi.go, with its variables. A new
 // provider is one such file and its module in go.mod.
 //
-// files.go reloads the files of the last two. names.go is about the names that a
-// certificate covers.
+// files.go reloads the files of manual.go and pinned.go. names.go handles the names
+// of a certificate.
 package certs
 
 import (
@@ -59,16 +59,17 @@ type Status struct {
 	// is empty for a certificate that an authority has signed.
 	Pin string
 
-	// Err is the reason why there is no certificate, or no newer one; or nil.
+	// Err is the reason why there is no certificate, or why its renewal failed.
+	// It may be nil.
 	Err error
 
-	// Reloads counts the certificates that replaced another one, and
-	// ReloadErrors the attempts that failed.
+	// Reloads counts the certificates that replaced another certificate, and
+	// ReloadErrors the failed attempts.
 	Reloads, ReloadErrors uint64
 }
 
-// Pin returns the CertName by which clients accept this certificate alone:
-// "sha256-raw:" and the SHA-256 of its DER form (tailcfg.DERPNode.CertName).
+// Pin returns the CertName with which clients accept this certificate alone:
+// "sha256-raw:" and the SHA-256 of the DER form (tailcfg.DERPNode.CertName).
 func Pin(leaf *x509.Certificate) string {
 	sum := sha256.Sum256(leaf.Raw)
 	return "sha256-raw:" + hex.EncodeToString(sum[:])

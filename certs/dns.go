@@ -24,12 +24,12 @@ type DNSConfig struct {
 	// finds the zone, and the zone's own servers are checked for the record.
 	Resolvers []string
 
-	// PropagationTimeout limits the wait for the record to become visible.
-	// 0 skips that check.
+	// PropagationTimeout limits the wait for the record to become visible. 0
+	// disables the check.
 	PropagationTimeout time.Duration
 
-	// Delegate is the name to which _acme-challenge of each name is a CNAME.
-	// If it is set, records are made there.
+	// Delegate is the target of the CNAME at _acme-challenge of each name. If
+	// Delegate is set, records are created at that target.
 	Delegate string
 }
 
@@ -37,7 +37,7 @@ type DNSConfig struct {
 func (c *DNSConfig) solver(log *zap.Logger) *certmagic.DNS01Solver {
 	timeout := c.PropagationTimeout
 	if timeout == 0 {
-		timeout = -1 // certmagic takes 0 for its default
+		timeout = -1 // for certmagic, 0 means its default
 	}
 	return &certmagic.DNS01Solver{DNSManager: certmagic.DNSManager{
 		DNSProvider:        c.Provider,
@@ -48,8 +48,8 @@ func (c *DNSConfig) solver(log *zap.Logger) *certmagic.DNS01Solver {
 	}}
 }
 
-// DNSProvider describes a DNS service. Each provider is one file, which
-// registers it: its variables, and how libdns' provider is made of them.
+// DNSProvider describes a DNS service. Each provider is one file. The file declares
+// the variables, creates libdns' provider from them, and registers the provider.
 type DNSProvider struct {
 	// Name is the value of DERP_DNS_PROVIDER.
 	Name string
@@ -63,11 +63,11 @@ type DNSProvider struct {
 }
 
 // DNSVariables is a pointer to a struct of strings, one for each variable of a
-// provider. Its tags are read by kelseyhightower/envconfig and by
-// cmd/derpd/internal/config, where they are explained.
+// provider. kelseyhightower/envconfig and cmd/derpd/internal/config read the tags;
+// the latter explains them.
 type DNSVariables interface {
-	// provider makes libdns' provider. It returns nil if this build leaves
-	// the provider out.
+	// provider creates libdns' provider. It returns nil if this build lacks the
+	// provider.
 	provider() certmagic.DNSProvider
 }
 
@@ -79,14 +79,14 @@ var registered []DNSProvider
 // registerDNS is called by the init function of each provider's file.
 func registerDNS(p DNSProvider) { registered = append(registered, p) }
 
-// DNSProviders lists the providers by name, with those that this build leaves
-// out.
+// DNSProviders lists all providers by name, including the providers that this build
+// lacks.
 func DNSProviders() []DNSProvider {
 	return slices.SortedFunc(slices.Values(registered), func(a, b DNSProvider) int { return cmp.Compare(a.Name, b.Name) })
 }
 
-// NewDNSProvider makes a provider of its variables, which must be valid. The
-// provider must be included.
+// NewDNSProvider creates a provider from its variables. The variables must be valid,
+// and the provider included.
 func NewDNSProvider(v DNSVariables) certmagic.DNSProvider {
 	var pairs []string
 	for _, secret := range secretsOf(v) {
@@ -95,8 +95,8 @@ func NewDNSProvider(v DNSVariables) certmagic.DNSProvider {
 	return &guarded{DNSProvider: v.provider(), hide: strings.NewReplacer(pairs...)}
 }
 
-// secretsOf returns the secrets as they may stand in a URL, the longest first:
-// one secret may be the beginning of another.
+// secretsOf returns the secrets, also in the encodings of a URL. The longest comes
+// first, because one secret may be a prefix of another.
 func secretsOf(v DNSVariables) []string {
 	var secrets []string
 	fields := reflect.ValueOf(v).Elem()
@@ -110,9 +110,9 @@ func secretsOf(v DNSVariables) []string {
 }
 
 // guarded masks secrets in a provider's errors, which certmagic logs and health
-// shows. Some APIs take secrets in the URL, and errors of net/http contain the
-// URL. It also makes one call at a time: alidns is not safe for concurrent use,
-// and namecheap's API replaces the whole zone.
+// shows. Some APIs have secrets in the URL, and errors of net/http contain the URL.
+// guarded also serializes calls: alidns is not safe for concurrent use, and
+// namecheap's API replaces the whole zone.
 type guarded struct {
 	certmagic.DNSProvider
 	mu   sync.Mutex // held during a call

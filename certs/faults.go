@@ -9,7 +9,7 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// storageFault is the key of the storage in faults. No name is empty.
+// storageFault is the key of the storage in faults. Names are never empty.
 const storageFault = ""
 
 // faults keeps the last error of each name, and that of the storage.
@@ -25,8 +25,8 @@ func newFaults(log zerolog.Logger) *faults {
 	return &faults{log: log, last: make(map[string]*explained)}
 }
 
-// set records a fault. It logs the fault unless the last one of the name has the
-// same kind, since every retry reports the same fault again.
+// set records a fault. It logs the fault unless the last fault of the name has the
+// same kind, because every retry reports the same fault.
 func (f *faults) set(name string, fault *explained) {
 	f.mu.Lock()
 	f.failed++
@@ -52,8 +52,8 @@ func (f *faults) has(name string) bool {
 	return f.last[name] != nil
 }
 
-// first returns the fault to fix first, or nil: the storage's, then that of the
-// first name which has one.
+// first returns the fault to fix first, or nil. The storage comes first, then the
+// names in order.
 func (f *faults) first(names []string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

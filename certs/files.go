@@ -32,7 +32,7 @@ type files struct {
 	reloads, reloadErrors uint64 // guarded by mu
 }
 
-// newFiles loads the files, and fails when they are invalid.
+// newFiles loads the files. It fails when the files are invalid.
 func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog.Logger) (*files, error) {
 	f := &files{paths: paths, load: load, log: log, ready: make(chan struct{})}
 	f.seen = f.fingerprint()
@@ -82,7 +82,7 @@ func (f *files) reload() {
 
 // Run implements [Manager].
 func (f *files) Run(ctx context.Context) error {
-	return filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Look: f.reload})
+	return filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Changed: f.reload})
 }
 
 // GetCertificate implements [Manager].

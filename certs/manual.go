@@ -24,8 +24,8 @@ type ManualConfig struct {
 	Log zerolog.Logger
 }
 
-// LoadManual loads a certificate and its key. The manager reloads them when they
-// change.
+// LoadManual loads a certificate and its key. The manager reloads both when a file
+// changes.
 //
 // The key must belong to the certificate. The certificate must cover every name
 // and be valid now. The chain must end at a trusted root, or with a self-signed

@@ -20,10 +20,10 @@ func split(subjects []string) (names, addresses []string) {
 	return names, addresses
 }
 
-// withoutSNI sorts the names by how well they fit a client that sent no SNI. Such
-// a client has dialled an IP address (RFC 6066 §3). The connection's local address
-// fits best. Behind a port mapping the client dialled another address, and most
-// often one of the same family.
+// withoutSNI sorts the names for a client without SNI, the best first. A client
+// without SNI has dialled an IP address (RFC 6066 §3). The connection's local address
+// is the best. Behind a port mapping the client has dialled another address, mostly
+// of the same family.
 func withoutSNI(names []string, conn net.Conn) []string {
 	var local netip.Addr
 	if conn != nil {

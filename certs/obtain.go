@@ -11,28 +11,28 @@ import (
 
 const (
 	// firstPause and longestPause are the shortest and the longest pause
-	// between two attempts. Each pause is twice the last one.
+	// between two attempts. Each pause is twice the one before.
 	firstPause   = time.Second
 	longestPause = time.Minute
 
-	// refusedPause is the pause after a refusal that certmagic takes as final.
+	// refusedPause is the pause after a refusal that certmagic does not retry.
 	refusedPause = time.Hour
 
-	// stopWithin limits the wait for certmagic at the stop.
+	// stopWithin limits the wait for certmagic when the relay stops.
 	stopWithin = 300 * time.Millisecond
 )
 
-// obtain loads the stored certificate of name, or obtains one. It reports
-// whether there is a certificate, and false only after ctx has ended.
+// obtain loads the stored certificate of name, or obtains a new one. It returns true
+// when there is a certificate, and false when ctx ends first.
 //
-// obtain retries what certmagic does not retry: an authority that cannot be
-// reached, and a directory that cannot be written to. A machine that has just
+// obtain retries after two errors that certmagic does not retry: an unreachable
+// authority, and a directory that cannot be written to. A machine that has just
 // booted may have no network yet.
 func (a *ACME) obtain(ctx context.Context, config *certmagic.Config, name string) bool {
 	return a.retry(ctx, name, func() error { return a.loadOrObtain(ctx, config, name) })
 }
 
-// retry calls attempt until it succeeds, and reports false when ctx ends first.
+// retry calls attempt until attempt succeeds. It returns false when ctx ends first.
 func (a *ACME) retry(ctx context.Context, name string, attempt func() error) bool {
 	for pause := firstPause; ; pause = min(2*pause, longestPause) {
 		err := attempt()
@@ -48,7 +48,7 @@ func (a *ACME) retry(ctx context.Context, name string, attempt func() error) boo
 		if final {
 			wait = refusedPause
 		}
-		// onEvent has reported a final refusal, and onWrite a full disk.
+		// onEvent has recorded a final refusal, and onWrite a full disk.
 		if !final && !a.faults.has(storageFault) {
 			a.faults.set(name, explain(name, err))
 		}
@@ -80,8 +80,8 @@ func (a *ACME) loadOrObtain(ctx context.Context, config *certmagic.Config, name 
 	return err
 }
 
-// waitToStop calls halt and waits for it, but no longer than stopWithin. halt may
-// wait for an authority that does not answer, and must not delay the relay's stop.
+// waitToStop calls halt and waits for its return, at most for stopWithin. halt may
+// wait for an authority that does not answer. The relay's stop must not wait so long.
 func waitToStop(halt func()) {
 	stopped := make(chan struct{})
 	go func() {

@@ -26,15 +26,15 @@ const (
 	// pinnedYears is the lifetime of a pinned certificate.
 	pinnedYears = 10
 
-	// pinnedBackdate admits clients whose clock is behind, because clients
-	// check NotBefore of a pinned certificate too.
+	// pinnedBackdate is the tolerance for slow clocks of clients, which check
+	// NotBefore of a pinned certificate too.
 	pinnedBackdate = 24 * time.Hour
 )
 
 // PinnedConfig describes the pinned certificate.
 type PinnedConfig struct {
-	// Path is the file of the certificate and its key, PEM, mode 0600. They
-	// share a file so that no crash can separate them.
+	// Path is the file of the certificate and its key, PEM, mode 0600. With a
+	// single file, no crash can leave a certificate without its key.
 	Path string
 
 	// Names are the DNS names and IP addresses that clients dial. Clients
@@ -48,8 +48,8 @@ type PinnedConfig struct {
 // changes.
 //
 // The error wraps [fs.ErrNotExist] only if there never was a certificate. A lost
-// certificate is another error, because clients accept no new one. The file with
-// the pin shows that there was one.
+// certificate is another error, because clients accept no new certificate. The file
+// with the pin distinguishes the two cases.
 func LoadPinned(c PinnedConfig) (Manager, error) {
 	return newFiles([]string{c.Path}, c.load, c.Log)
 }
@@ -79,14 +79,15 @@ func (c PinnedConfig) load() (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// rotateHint is a fix that every client notices, so only the operator may apply it.
+// rotateHint is a fix that needs a new map on every client, so only the operator may
+// apply it.
 const rotateHint = "make a new one with `derpd pin --rotate` and paste the new map"
 
-// pinPath is the file of the pin. It distinguishes a lost certificate from a first
-// start. The pin is public.
+// pinPath is the file of the pin. The file distinguishes a lost certificate from a
+// first start. The pin is public.
 func (c PinnedConfig) pinPath() string { return c.Path + ".pin" }
 
-// LoadOrCreatePinned is LoadPinned, but makes a certificate if there never was
+// LoadOrCreatePinned is LoadPinned, but creates a certificate if there never was
 // one.
 func LoadOrCreatePinned(c PinnedConfig) (Manager, error) {
 	m, err := LoadPinned(c)
@@ -99,9 +100,8 @@ func LoadOrCreatePinned(c PinnedConfig) (Manager, error) {
 	return LoadPinned(c)
 }
 
-// RotatePinned replaces the pinned certificate by a new one, which is valid from
-// now for ten years. A running relay reloads it, and clients then need the new
-// map.
+// RotatePinned replaces the pinned certificate by a new one, valid from now for ten
+// years. A running relay reloads the certificate, and clients then need the new map.
 func RotatePinned(c PinnedConfig, now time.Time) error {
 	leaf, data, err := newPinned(c.Names, now)
 	if err != nil {

@@ -24,15 +24,15 @@ type damagedError struct{ error }
 // Is implements the interface of [errors.Is].
 func (damagedError) Is(target error) bool { return target == fs.ErrNotExist }
 
-// storage is certmagic's file storage with four changes. They make it safe against
-// a kill at any moment and against a full disk:
+// storage is certmagic's file storage with four changes. They make the storage safe
+// against a kill at any moment and against a full disk:
 //
-//   - Store writes a certificate and its key into one file, so that no crash can
-//     separate them. certmagic stores the key first and then the certificate.
-//   - Delete keeps certificates. certmagic deletes both files when it could not
-//     store both, and would delete the certificate in use.
-//   - Lock holds locks in memory, because only one relay uses a data directory. A
-//     lock file would outlive a killed relay, and the next start would wait for it.
+//   - Store writes a certificate and its key into one file, so that a crash loses
+//     both or neither. certmagic stores the key first and then the certificate.
+//   - Delete keeps certificates. After a failed write, certmagic deletes both files,
+//     and would delete the certificate in use.
+//   - Lock keeps locks in memory, because only one relay uses a data directory. A
+//     lock file would outlive a killed relay, and block the next start.
 //   - List returns nothing. certmagic lists accounts only to guess a default
 //     e-mail address, and a half-written account would confuse it.
 type storage struct {
@@ -40,12 +40,12 @@ type storage struct {
 	wrote func(error) // called with the result of each write
 
 	mu    sync.Mutex
-	keys  map[string][]byte        // keys whose certificate is not stored yet, by file; guarded by mu
+	keys  map[string][]byte        // private keys without a stored certificate, by file; guarded by mu
 	locks map[string]chan struct{} // a full channel is a held lock; guarded by mu
 }
 
-// Stored reports whether Dir holds a certificate for every name that has not
-// expired. If so, the relay can start on a volume that cannot be written to.
+// Stored reports whether Dir contains a certificate for every name, none of them
+// expired. If so, the relay can start on a read-only volume.
 func (c ACMEConfig) Stored() bool {
 	stored := newStorage(c.Dir, nil)
 	authority := (&certmagic.ACMEIssuer{CA: c.Directory}).IssuerKey()

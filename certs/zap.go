@@ -8,8 +8,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// zapLogger writes certmagic's log to log at level debug. faults.go logs what an
-// operator must know, once and with the authority's message.
+// zapLogger writes certmagic's log to log at debug level. faults.go logs errors for
+// operators, once and with the authority's message.
 func zapLogger(log zerolog.Logger) *zap.Logger {
 	return zap.New(zapCore{log: log.With().Str("component", "certmagic").Logger()})
 }
@@ -19,7 +19,7 @@ type zapCore struct {
 	log zerolog.Logger
 }
 
-// clientFields are the fields with a client's address, which stays out of the log.
+// clientFields are the fields with a client's address. They are not logged.
 var clientFields = []string{"remote", "remote_addr", "remote_ip", "remote_port"}
 
 // Enabled implements [zapcore.LevelEnabler].

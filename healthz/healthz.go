@@ -1,8 +1,8 @@
 // Package healthz reports whether the relay is ready, and if not, the first
 // cause. It checks the relay as a client does, through the listeners.
 //
-// healthz.go runs the checks and keeps their results, http.go serves the report,
-// selfcheck.go repeats a probe and decides whether the relay serves clients, and
+// healthz.go runs the checks and keeps their results. http.go serves the report.
+// selfcheck.go repeats a probe and decides whether the relay serves clients.
 // probe.go has the probes of DERP and STUN.
 //
 // The checks themselves are the program's: cmd/derpd/internal/node/checks.go. A
@@ -23,15 +23,15 @@ const (
 	checkTimeout = 4 * time.Second
 
 	// reuse is the time for which a report answers further requests. It limits
-	// how often strangers can make the relay probe itself.
+	// how often strangers can start a probe.
 	reuse = time.Second
 )
 
 // Level is the outcome of a check.
 type Level int
 
-// The levels of a result. Only Fail makes the relay not ready; Warn asks the
-// operator to act.
+// The levels of a result. Only Fail makes the relay not ready. Warn needs an action
+// of the operator.
 const (
 	OK Level = iota
 	Warn
@@ -87,8 +87,8 @@ type Report struct {
 type Health struct {
 	checks []Check
 
-	// changes counts the calls of Changed. changes and stopping are not under
-	// mu, which Report holds during a round: their callers must not wait.
+	// changes counts the calls of Changed. mu does not guard changes and
+	// stopping: Report holds mu during a round, and Changed must not wait.
 	changes  atomic.Uint64
 	stopping atomic.Bool
 
@@ -98,8 +98,8 @@ type Health struct {
 	lastChanges uint64    // changes at the begin of the last round; guarded by mu
 }
 
-// New returns the health of the checks. They are in the order of causes: a
-// listener comes before the service behind it.
+// New returns the health of the checks. Their order is the order of causes: a
+// listener before the service behind it.
 func New(checks []Check) *Health { return &Health{checks: checks} }
 
 // Changed makes the next Report run the checks again, because the state of the

@@ -7,9 +7,9 @@ import (
 
 // Handler serves the full report, for the admin listener:
 //
-//   - /livez answers 200 while the process runs.
-//   - /readyz answers 200 or 503, with the first cause and a line for each check.
-//   - /healthz answers the same as JSON.
+//   - /livez returns 200 while the process runs.
+//   - /readyz returns 200 or 503, with the first cause and a line for each check.
+//   - /healthz returns the same as JSON.
 func (h *Health) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {

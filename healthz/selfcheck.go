@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// The self-check needs three failures in a row, so that one slow handshake does
-// not send clients away. It detects a relay that refuses clients within 5
-// seconds, and one that lets them hang within 11. A probe every 3 seconds takes a
+// The self-check needs three failures in a row, so that one slow handshake does not
+// drive clients away. It takes up to 5 seconds when the relay refuses clients, and
+// up to 11 when clients wait for a timeout. A probe every 3 seconds uses a
 // thousandth of a core.
 const (
 	checkEvery   = 3 * time.Second // from one probe to the next while the relay serves

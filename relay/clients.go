@@ -22,8 +22,8 @@ import (
 const rewatchAfter = time.Second
 
 // clients is the list of connected nodes. Only mesh peers may list clients and
-// close their connections. So clients connects to derpserver as a mesh peer,
-// over an in-process pipe.
+// close their connections. For this reason clients connects to derpserver as a
+// mesh peer, over an in-process pipe.
 type clients struct {
 	server *derpserver.Server
 	log    zerolog.Logger
@@ -66,8 +66,8 @@ func (c *clients) watch(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Concurrently with Recv: the server writes before it reads, and a pipe has
-	// no buffer.
+	// Concurrent with Recv below. The server writes before it reads, and a pipe
+	// has no buffer.
 	var request sync.WaitGroup
 	request.Go(func() {
 		if err := peer.WatchConnectionChanges(); err != nil {

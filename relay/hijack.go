@@ -7,7 +7,7 @@ import (
 	"net/netip"
 )
 
-// hijacker is an [http.ResponseWriter] whose hijacked connection is a session.
+// hijacker is an [http.ResponseWriter]. Its Hijack returns a session.
 type hijacker struct {
 	http.ResponseWriter
 	request  *http.Request
@@ -28,8 +28,8 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return s, bufio.NewReadWriter(bufio.NewReaderSize(s, smallest), bufio.NewWriterSize(s, smallest)), nil
 }
 
-// remoteAddr returns the address of the client as the request has it, which is
-// that of the PROXY header or of X-Forwarded-For.
+// remoteAddr returns the address of the client: from the PROXY header or
+// X-Forwarded-For if there is one, and otherwise the peer's.
 func remoteAddr(r *http.Request, conn net.Conn) net.Addr {
 	client, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {

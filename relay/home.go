@@ -14,9 +14,8 @@ const page = `<!doctype html>
 </html>
 `
 
-// Home returns the handler for the paths that clients never request: "blank" is
-// an empty page, "page" is one neutral sentence, and an http or https URL is a
-// redirect.
+// Home returns the handler for the paths that clients never request. "blank" is
+// an empty page and "page" a neutral one. An http or https URL is a redirect.
 func Home(value string) (http.Handler, error) {
 	switch value {
 	case "blank":

@@ -18,12 +18,13 @@ var recordBuffers = sync.Pool{New: func() any { return new([recordSize]byte) }}
 //
 // derpserver writes frames through a small buffer. It flushes the buffer when
 // the buffer is full, mostly in the middle of a frame, and at the end of each
-// batch of frames. Each flush would be one TLS record and one system call. So
-// the joiner holds the bytes of a write that ends inside a frame: derpserver
-// always writes the rest of the frame at once. A write that ends with a frame
-// is sent together with the bytes held.
+// batch of frames. Each flush would be one TLS record and one system call. The
+// joiner therefore holds the bytes of a write that ends inside a frame, because
+// derpserver always writes the rest of the frame at once. A write that ends with
+// a frame is sent together with the bytes held.
 //
-// The buffer is held only while a batch is written: an idle client has none.
+// Only a connection in the middle of a batch has a buffer. An idle client has
+// none.
 type joiner struct {
 	frames  frames
 	started bool              // whether there was a write
@@ -33,7 +34,8 @@ type joiner struct {
 
 // follow reports whether p, the next write, ends inside a frame.
 func (j *joiner) follow(p []byte) (inside bool) {
-	// The HTTP response has no frames. With the fast start there is none.
+	// The HTTP response has no frames. A client with the fast start gets no
+	// response.
 	response := !j.started && bytes.HasPrefix(p, []byte("HTTP/"))
 	j.started = true
 	return !response && j.frames.follow(p)
@@ -73,12 +75,12 @@ type frames struct {
 	header [derp.FrameHeaderLen]byte
 	read   int    // length of header so far
 	rest   uint32 // bytes of the payload still to come, once header is complete
-	lost   bool   // whether the stream turned out not to be frames
+	lost   bool   // whether a length was too long, so that the stream has no frames
 }
 
-// follow moves the position by p. It reports whether the position is inside a
-// frame. In a stream that is not frames the position is never inside one, so
-// that nothing is held.
+// follow moves the position by p. It reports whether the new position is inside a
+// frame. A stream without frames is never inside a frame, so its bytes are not
+// held.
 func (f *frames) follow(p []byte) (inside bool) {
 	for len(p) > 0 && !f.lost {
 		if f.read < len(f.header) {

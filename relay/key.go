@@ -27,8 +27,8 @@ func LoadKey(path string) (key.NodePrivate, error) {
 	}
 	var f keyFile
 	if err := json.Unmarshal(data, &f); err != nil || f.PrivateKey.IsZero() {
-		// Without the cause, which may quote the key.
-		return key.NodePrivate{}, fmt.Errorf("reading node key: %s holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)", path)
+		// The cause is left out, because it may quote the key.
+		return key.NodePrivate{}, fmt.Errorf("reading node key: %s holds no node key; restore it from a backup, or remove it to get a new key (clients accept a new key)", path)
 	}
 	return f.PrivateKey, nil
 }

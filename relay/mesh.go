@@ -17,9 +17,9 @@ import (
 	"derpd/relay/derpmap"
 )
 
-// A node that restarts is back within a second or two, and so are its clients:
-// the first attempts are close together. The longest pause is short as well,
-// since an attempt costs little.
+// firstMeshPause and longestMeshPause limit the pause between two attempts. The
+// first pause is short, because a node restarts within a second or two. The
+// longest pause is short too, because an attempt costs little.
 const firstMeshPause, longestMeshPause = 100 * time.Millisecond, 2 * time.Second
 
 // MeshConfig is the configuration of a mesh: the nodes of one region, which
@@ -28,8 +28,8 @@ type MeshConfig struct {
 	// Key is the secret that the nodes share. The zero key is no mesh.
 	Key key.DERPMesh
 
-	// Nodes are the other nodes. This node itself may be among them: it
-	// recognizes itself by its node key.
+	// Nodes are the other nodes. The list may include this node itself, which
+	// is recognized by its node key.
 	Nodes []MeshNode
 
 	// Roots verify the certificates of the other nodes; nil: the roots of the
@@ -150,8 +150,8 @@ func (m *Mesh) keep(ctx context.Context, p *meshPeer) {
 		case first:
 			m.log.Warn().Stringer("node", p).Err(err).Msg("mesh connection failed; retrying")
 		}
-		// A random part, so that two nodes that lost each other do not dial at
-		// the same time.
+		// The random part keeps two disconnected nodes from dialing each other
+		// at the same time.
 		if !sleep(ctx, pause/2+rand.N(pause)) {
 			return
 		}
@@ -181,7 +181,7 @@ func (p *meshPeer) set(change func(*MeshState)) {
 	change(&p.state)
 }
 
-// sleep waits for d. It returns false if ctx ends before.
+// sleep waits for d. It returns false if ctx ends first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

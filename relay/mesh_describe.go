@@ -15,7 +15,7 @@ import (
 
 const (
 	// meshPath serves the description of this node for the maps of the other
-	// nodes. Without a token of the mesh key it is a path like any other.
+	// nodes. Requests without a token of the mesh key get the home page.
 	meshPath        = "/derp/mesh"
 	meshTokenHeader = "Derpd-Mesh"
 	meshNodeType    = "application/vnd.derpd.node+json"
@@ -54,8 +54,8 @@ type Description struct {
 	Err  error        // failure of this request
 }
 
-// Descriptions requests the descriptions of the other nodes. For a node that
-// fails it returns the latest one and the error.
+// Descriptions requests the descriptions of the other nodes. For a failed node,
+// Descriptions returns its latest description and the error.
 func (m *Mesh) Descriptions(ctx context.Context) []Description {
 	ctx, cancel := context.WithTimeout(ctx, describeTimeout)
 	defer cancel()

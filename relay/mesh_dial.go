@@ -23,7 +23,7 @@ func (n MeshNode) dial(ctx context.Context, roots *x509.CertPool) (net.Conn, err
 	defer cancel()
 	config := &tls.Config{ServerName: n.Host, RootCAs: roots, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
 	if n.CertHash != "" {
-		// In the way that clients verify the hash in the map.
+		// Clients verify the hash in the map in the same way.
 		tlsdial.SetConfigExpectedCertHash(config, strings.ToLower(n.CertHash))
 	}
 	addr := n.Dial

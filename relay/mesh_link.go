@@ -18,8 +18,8 @@ const (
 	// meshTimeout limits a connect, up to the reply to the mesh key.
 	meshTimeout = 10 * time.Second
 
-	// meshPingEvery is the interval between pings. Without them a node that
-	// vanished would stay up, and packets to its clients would be lost.
+	// meshPingEvery is the interval between pings. Without pings, a vanished
+	// node would stay up, and packets to its clients would be lost.
 	meshPingEvery = 5 * time.Second
 )
 
@@ -29,9 +29,9 @@ var (
 	errSilent  = errors.New("the node stopped answering")
 )
 
-// meshLink is one connection to another node. derpserver forwards packets with
-// it. It never connects again by itself: derpserver drops a packet for a node
-// that is gone at once, and notifies the sender.
+// meshLink is one connection to another node. derpserver forwards packets over
+// this connection. A meshLink never reconnects: while there is no connection,
+// derpserver drops packets for the node at once, and notifies the sender.
 type meshLink struct {
 	*derp.Client
 	peer   *meshPeer
@@ -51,8 +51,8 @@ func (m *Mesh) link(ctx context.Context, p *meshPeer) error {
 	if err != nil {
 		return err
 	}
-	// The end of ctx closes the connection. Its cause is the error then, since
-	// the one of the closed connection differs from case to case.
+	// The end of ctx closes the connection. The cause of ctx is then returned,
+	// because the error of a closed connection varies.
 	ctx, hangUp := context.WithCancelCause(ctx)
 	defer hangUp(nil)
 	context.AfterFunc(ctx, func() { _ = conn.Close() })
@@ -84,13 +84,13 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 		message, err := client.Recv()
 		if err != nil {
 			if !accepted && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
-				// To a server with another key this is a client like any
-				// other: the client is refused, or may not watch.
+				// A server with another key treats this node as an ordinary
+				// client: it refuses the client, or the request to watch.
 				return errMeshKey
 			}
 			return err
 		}
-		// The first one is about this connection itself.
+		// The first PeerPresentMessage is about this connection itself.
 		if _, ok := message.(derp.PeerPresentMessage); ok && !accepted {
 			accepted = true
 			timeout.Stop()
@@ -112,8 +112,8 @@ func (l *meshLink) handle(message derp.ReceivedMessage) {
 			l.add(message.Key)
 		}
 	case derp.PeerGoneMessage:
-		// Another reason is about one packet. The packet may be older than
-		// the connection of the client.
+		// Any other reason is about one packet, which may be older than the
+		// connection of the client.
 		if message.Reason == derp.PeerGoneReasonDisconnected {
 			l.forget(message.Peer)
 		}
@@ -140,8 +140,8 @@ func (l *meshLink) forgetAll() {
 	}
 }
 
-// pingEvery closes the connection after an interval without a message, or when
-// sending a ping takes as long.
+// pingEvery sends pings. It closes the connection after an interval without a
+// message, and when sending a ping takes an interval.
 func (l *meshLink) pingEvery(ctx context.Context, interval time.Duration) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()

@@ -13,15 +13,15 @@ import (
 	"tailscale.com/types/key"
 )
 
-// Limits of a passphrase. They refuse what can be guessed over the network:
-// each guess is a connection to a node.
+// Limits of a passphrase. They refuse passphrases that can be guessed over the
+// network, where each guess takes a connection to a node.
 const (
 	leastPassphrase = 20 // characters
 	leastVariety    = 8  // different characters
 )
 
-// ParseMeshKey reads a mesh key: the 64 hex digits of the key, or a passphrase,
-// whose SHA-256 becomes the key. The error does not contain s.
+// ParseMeshKey reads a mesh key: 64 hex digits, or a passphrase. The SHA-256 of
+// the passphrase becomes the key. The error does not contain s.
 func ParseMeshKey(s string) (key.DERPMesh, error) {
 	different := make(map[rune]bool)
 	onlyHex := true
@@ -32,7 +32,7 @@ func ParseMeshKey(s string) (key.DERPMesh, error) {
 	length := utf8.RuneCountInString(s)
 	switch {
 	case onlyHex && length != 64:
-		// More likely a part of a key than a passphrase.
+		// Part of a key, more likely than a passphrase.
 		return key.DERPMesh{}, fmt.Errorf("want 64 hex digits, got %d", length)
 	case length < leastPassphrase || len(different) < leastVariety:
 		return key.DERPMesh{}, fmt.Errorf("want 64 hex digits (openssl rand -hex 32) or a passphrase of at least %d characters, %d of them different; got %d, %d of them different",
@@ -45,7 +45,7 @@ func ParseMeshKey(s string) (key.DERPMesh, error) {
 }
 
 // meshToken returns proof of a mesh key that does not reveal the key. The token
-// may be constant: it opens one document, whose content the map has as well.
+// may be constant: it opens one document only, and the map has the same content.
 func meshToken(k key.DERPMesh) string {
 	mac := hmac.New(sha256.New, []byte(k.String()))
 	_, _ = mac.Write([]byte("derpd: the node tells about itself"))

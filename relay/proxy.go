@@ -17,9 +17,9 @@ const proxyHeaderTimeout = 5 * time.Second
 
 // proxyListener removes the PROXY header (HAProxy's PROXY protocol, version 1 or
 // 2) from connections. The header of a trusted proxy sets the addresses of the
-// connection. Trusted proxies may omit the header, as their health checks do. A
-// connection from elsewhere with a header is closed. A malformed header closes
-// the connection too.
+// connection. Trusted proxies may omit the header, as their health checks do. Any
+// other connection with a header is closed. A malformed header closes the
+// connection too.
 type proxyListener struct {
 	net.Listener
 	trusted []netip.Prefix
@@ -51,7 +51,7 @@ type proxiedConn struct {
 }
 
 // readHeader reads the header and nothing else. After an error every Read
-// fails. The error is logged here, since an HTTP server closes such a
+// fails. readHeader logs the error, because the HTTP server closes the
 // connection without a log line.
 func (c *proxiedConn) readHeader() {
 	c.once.Do(func() {
@@ -67,7 +67,7 @@ func (c *proxiedConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
-// RemoteAddr returns the client by the header, or else the peer.
+// RemoteAddr returns the client's address in the header, or else the peer's.
 func (c *proxiedConn) RemoteAddr() net.Addr {
 	c.readHeader()
 	// The header of a client on a unix socket has no IP address.
@@ -77,9 +77,9 @@ func (c *proxiedConn) RemoteAddr() net.Addr {
 	return c.NetConn().RemoteAddr()
 }
 
-// LocalAddr returns the address that the client dialed by the header, or else
-// the one that the peer dialed. A client that sends no server name gets the
-// certificate of this address.
+// LocalAddr returns the dialed address in the header, or else the address that
+// the peer dialed. A client without a server name gets the certificate of this
+// address.
 func (c *proxiedConn) LocalAddr() net.Addr {
 	c.readHeader()
 	if dialed, ok := c.Conn.LocalAddr().(*net.TCPAddr); ok {

@@ -47,17 +47,17 @@ type Config struct {
 
 	// TrustedProxies are the networks of the proxies in front. A proxy sends
 	// the address of the client in X-Forwarded-For, or with ProxyProtocol in
-	// the PROXY header. Each proxy must append to X-Forwarded-For: behind one
-	// that only passes it on, clients choose their address.
+	// the PROXY header. Each proxy must append to X-Forwarded-For. If a proxy
+	// forwards the header unchanged, clients can forge their address.
 	TrustedProxies []netip.Prefix
 
 	// ProxyProtocol is whether connections of TrustedProxies may begin with a
-	// PROXY header. X-Forwarded-For is then ignored: such a proxy passes on the
-	// one of the client.
+	// PROXY header. X-Forwarded-For is then ignored, because the proxy forwards
+	// the client's header unchanged.
 	ProxyProtocol bool
 
 	// GetCertificate returns the certificates of the public listener. Nil is
-	// plain HTTP, for a proxy in front that ends TLS.
+	// plain HTTP, for a proxy in front that terminates TLS.
 	GetCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
 	Log zerolog.Logger
@@ -77,8 +77,8 @@ type Relay struct {
 
 // New returns a relay. It has no clients before [Relay.Serve].
 func New(c Config) (*Relay, error) {
-	// Nearly every line of derpserver is about a fault of a client, with the
-	// address of the client.
+	// Nearly every log line of derpserver is about a fault of a client, and
+	// contains the client's address.
 	log := c.Log.With().Str("component", "derp").Logger()
 	server := derpserver.New(c.PrivateKey, func(format string, args ...any) {
 		log.Debug().Msgf(format, args...)
@@ -124,8 +124,8 @@ func (r *Relay) Run(ctx context.Context) error { return r.clients.run(ctx) }
 // connection.
 func (r *Relay) Clients() map[key.NodePublic]netip.Addr { return r.clients.list() }
 
-// Disconnect closes every connection of a node. [Config.Admit] decides about a
-// new one.
+// Disconnect closes every connection of a node. [Config.Admit] decides about its
+// next connection.
 func (r *Relay) Disconnect(node key.NodePublic) error { return r.clients.disconnect(node) }
 
 // Mesh returns the connections to the other nodes of the region.

@@ -12,9 +12,9 @@ import (
 // handler returns the handler of the public listener.
 func (r *Relay) handler() http.Handler {
 	mux := http.NewServeMux()
-	// A WebSocket has frames of its own: its connection is no session.
+	// The connection of a WebSocket is no session, because it has WebSocket frames.
 	mux.Handle("/derp", derpserver.AddWebSocketSupport(r.server, r.sessions.handler(derpserver.Handler(r.server))))
-	// Old and new clients request different ones.
+	// Old and new clients request different paths.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
 	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
@@ -43,8 +43,8 @@ func RedirectHandler(httpsPort int) http.Handler {
 			http.Error(w, "missing Host", http.StatusBadRequest)
 			return
 		}
-		// The client names the host itself, so the redirect leads to no host
-		// of somebody else's choice.
+		// The client itself sends the host, so no third party can choose the
+		// target of the redirect.
 		target := *r.URL
 		target.Scheme = "https"
 		target.Host = strings.TrimSuffix(net.JoinHostPort(host, strconv.Itoa(httpsPort)), ":443")
@@ -57,8 +57,8 @@ func serveRobots(w http.ResponseWriter, _ *http.Request) {
 	_, _ = w.Write([]byte("User-agent: *\nDisallow: /\n"))
 }
 
-// readOnly refuses all methods but GET and HEAD. CONNECT, for one, comes from
-// scanners for open proxies.
+// readOnly refuses all methods but GET and HEAD. Scanners for open proxies send
+// CONNECT, for example.
 func readOnly(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
@@ -72,8 +72,8 @@ func readOnly(next http.Handler) http.Handler {
 
 // browserHeaders sets the headers of upstream's tsweb.AddBrowserHeaders, without
 // Strict-Transport-Security: it would bind every other service under the
-// operator's domain. The home page and robots.txt go without these headers,
-// since search engines for hosts find every derper by them.
+// operator's domain. The home page and robots.txt lack these headers, because
+// search engines for hosts find every derper by them.
 func browserHeaders(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()

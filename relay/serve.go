@@ -49,14 +49,14 @@ func serve(server *http.Server, ln net.Listener) error {
 	return nil
 }
 
-// Close stops both servers, drops every client and waits until the clients are
-// gone.
+// Close stops both servers, closes every client's connection, and waits until
+// derpserver has removed the clients.
 func (r *Relay) Close() error {
 	err := errors.Join(r.public.Close(), r.plain.Close())
 	r.sessions.refuse()
 	err = errors.Join(err, r.server.Close())
-	// derpserver closes the connections that it has. One that was hijacked a
-	// moment before may not have reached it.
+	// derpserver has closed its connections. A connection that was just hijacked
+	// may not have reached derpserver.
 	r.sessions.closeAll()
 	return err
 }

@@ -32,7 +32,7 @@ type session struct {
 
 	mu   sync.Mutex
 	node key.NodePublic // zero until the client has sent its key; guarded by mu
-	end  error          // io.EOF: the client closed; net.ErrClosed: this relay closed; nil: open; guarded by mu
+	end  error          // nil while open; io.EOF: closed by the client; net.ErrClosed: by this relay; guarded by mu
 
 	writeMu  sync.Mutex // held by one writer
 	out      joiner     // guarded by writeMu
@@ -107,8 +107,9 @@ func (s *session) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Close implements [net.Conn]. It does not wait for a write: it ends one. Bytes
-// held are half a frame, which is of no use to the client.
+// Close implements [net.Conn]. It ends a running write and does not wait. The
+// bytes held are discarded: they end inside a frame, and are useless to the
+// client.
 func (s *session) Close() error {
 	s.ended(net.ErrClosed)
 	err := s.below.Close()
@@ -132,12 +133,12 @@ func (s *session) state() (node key.NodePublic, end error) {
 	return s.node, s.end
 }
 
-// deadlineStep is how much later than asked a write may time out.
+// deadlineStep is the longest delay of a write deadline.
 const deadlineStep = time.Second
 
-// SetWriteDeadline implements [net.Conn]. A write may time out up to
-// deadlineStep later than asked, never earlier. derpserver moves the deadline
-// with each packet, and each move costs a timer.
+// SetWriteDeadline implements [net.Conn]. A write may time out up to deadlineStep
+// late, and never early. derpserver moves the deadline with each packet, and each
+// move costs a timer.
 func (s *session) SetWriteDeadline(t time.Time) error {
 	s.deadlineMu.Lock()
 	defer s.deadlineMu.Unlock()

@@ -24,7 +24,7 @@ func newSessions(log zerolog.Logger) *sessions {
 	return &sessions{log: log, open: make(map[*session]bool)}
 }
 
-// handler makes the connections that next hijacks sessions.
+// handler wraps next, so that its hijacked connections are sessions.
 func (all *sessions) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		next.ServeHTTP(hijacker{w, r, all}, r)
@@ -57,7 +57,7 @@ func (all *sessions) remove(s *session) {
 	}
 }
 
-// refuse makes add close new sessions.
+// refuse closes all later sessions: [sessions.add] closes them.
 func (all *sessions) refuse() {
 	all.mu.Lock()
 	defer all.mu.Unlock()

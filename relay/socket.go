@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readAheadSize is the length of a TLS record and the header of the next, with
-// room for more.
+// readAheadSize leaves room for a TLS record, the header of the next record, and
+// more.
 const readAheadSize = 32 << 10
 
 // readAheadBuffers holds *[readAheadSize]byte.
@@ -21,9 +21,9 @@ var readAheadBuffers = sync.Pool{New: func() any { return new([readAheadSize]byt
 // socketListener accepts TCP connections that use fewer and cheaper system
 // calls than those of package net.
 //
-// Reads go through a buffer: TLS asks for five bytes first, and then for the
-// rest of a record. A connection holds a buffer only while there are bytes in
-// it.
+// Reads go through a buffer, because TLS reads the five bytes of a header first and
+// then the rest of the record. A connection has a buffer only while the buffer has
+// unread bytes.
 //
 // Reads and writes use RawSyscall, because they never block. An ordinary system
 // call wakes the runtime's monitor thread after idle time. On a quiet relay
@@ -95,8 +95,8 @@ func (c *socketConn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// fill reads the available bytes. If there are none it returns false and holds
-// no buffer. The poller calls it again when there are bytes.
+// fill reads the available bytes. If there are none, fill releases the buffer and
+// returns false. The poller calls fill again when bytes arrive.
 func (c *socketConn) fill(fd uintptr) bool {
 	c.buffer = readAheadBuffers.Get().(*[readAheadSize]byte)
 	n, errno := rawRead(fd, c.buffer[:])
@@ -137,7 +137,7 @@ func (c *socketConn) Write(p []byte) (int, error) {
 }
 
 // drain writes unsent until the socket is full, and then returns false. The
-// poller calls it again when there is room.
+// poller calls drain again when there is room.
 func (c *socketConn) drain(fd uintptr) bool {
 	for len(c.unsent) > 0 {
 		n, errno := rawWrite(fd, c.unsent)

@@ -1,6 +1,5 @@
-// Package debuglog takes the lines of libraries that log with the standard
-// library. Nearly all of them are about single clients, and name their
-// addresses.
+// Package debuglog logs the lines of libraries that use the standard library's
+// logger. Nearly all these lines are about single clients, with their addresses.
 package debuglog
 
 import (
@@ -10,8 +9,8 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// Writer logs each write as one line at debug level, under the name of a
-// component.
+// Writer returns a writer that logs each write as one line at debug level, with the
+// name of the component.
 func Writer(log zerolog.Logger, component string) io.Writer {
 	return writer{log.With().Str("component", component).Logger()}
 }

@@ -1,7 +1,6 @@
-// Package filewatch notices that files have changed, so that a program can
-// read them again without a restart. It reads the files every two seconds:
-// file system events would be faster, but network mounts and some bind mounts
-// deliver none.
+// Package filewatch detects changed files, so that a program can read them again
+// without a restart. It reads the files every two seconds. File system events
+// would be faster, but network mounts and some bind mounts deliver none.
 package filewatch
 
 import (
@@ -19,18 +18,17 @@ const interval = 2 * time.Second
 type Config struct {
 	Paths []string
 
-	// Look is called from Run's goroutine after each change, and once soon
-	// after the start: the files may have changed since the caller read them.
-	Look func()
+	// Changed is called from Run's goroutine after each change, and once soon
+	// after the start. The files may have changed since the caller read them.
+	Changed func()
 }
 
-// Run calls Look until ctx ends. A change counts once two consecutive readings
-// agree: a certificate and its key are written one after the other, and a file
-// may be half written.
+// Run calls Changed until ctx ends. A change counts once two consecutive readings
+// agree, because a file may be half written, or a certificate newer than its key.
 func Run(ctx context.Context, c Config) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
-	var looked fingerprint // what the last Look was called for
+	var reported fingerprint // of the last call of Changed
 	last := read(c.Paths)
 	for {
 		select {
@@ -39,27 +37,26 @@ func Run(ctx context.Context, c Config) error {
 		case <-ticker.C:
 		}
 		now := read(c.Paths)
-		if now == last && now != looked {
-			looked = now
-			c.Look()
+		if now == last && now != reported {
+			reported = now
+			c.Changed()
 		}
 		last = now
 	}
 }
 
-// fingerprint is a hash of the files' content. Time stamps would not do: some
-// file systems store whole seconds, and a swapped link may lead to an older
-// file.
+// fingerprint is a hash of the files' content. Time stamps are not enough: some
+// file systems store whole seconds, and a replaced link may lead to an older file.
 type fingerprint [sha256.Size]byte
 
-// read returns the fingerprint of the files. For a file that cannot be read,
-// the error stands for the content.
+// read returns the fingerprint of the files. It uses the error in place of the
+// content of an unreadable file.
 func read(paths []string) fingerprint {
 	h := sha256.New()
 	for _, path := range paths {
 		data, err := os.ReadFile(path)
-		// The length comes first, so that bytes cannot move from one file
-		// to the next unnoticed.
+		// With the length, bytes that move from one file to the next change the
+		// hash.
 		_, _ = fmt.Fprintf(h, "%d %v\n", len(data), err)
 		_, _ = h.Write(data)
 	}

@@ -18,13 +18,13 @@ import (
 const interval = 2 * time.Second
 
 // watch runs a watch of the files in a bubble until the end of the test, and
-// counts its calls of Look. The call at the start has been made on return.
-func watch(t *testing.T, paths ...string) (looks *atomic.Int32) {
+// counts its calls of Changed. It returns after the call at the start.
+func watch(t *testing.T, paths ...string) (calls *atomic.Int32) {
 	t.Helper()
-	looks = new(atomic.Int32)
+	calls = new(atomic.Int32)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
-	go func() { done <- filewatch.Run(ctx, filewatch.Config{Paths: paths, Look: func() { looks.Add(1) }}) }()
+	go func() { done <- filewatch.Run(ctx, filewatch.Config{Paths: paths, Changed: func() { calls.Add(1) }}) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -32,10 +32,10 @@ func watch(t *testing.T, paths ...string) (looks *atomic.Int32) {
 		}
 	})
 	synctest.Wait()
-	want(t, looks, 0, "before the second reading")
+	want(t, calls, 0, "before the second reading")
 	pass(interval)
-	want(t, looks, 1, "at the start")
-	return looks
+	want(t, calls, 1, "at the start")
+	return calls
 }
 
 func pass(d time.Duration) {
@@ -43,10 +43,10 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
-func want(t *testing.T, looks *atomic.Int32, n int32, when string) {
+func want(t *testing.T, calls *atomic.Int32, n int32, when string) {
 	t.Helper()
-	if got := looks.Load(); got != n {
-		t.Fatalf("%s: %d calls of Look, want %d", when, got, n)
+	if got := calls.Load(); got != n {
+		t.Fatalf("%s: %d calls of Changed, want %d", when, got, n)
 	}
 }
 
@@ -95,16 +95,16 @@ func TestReplaced(t *testing.T) {
 				if err := os.Symlink(".", filepath.Join(dir, "current")); err != nil {
 					t.Fatal(err)
 				}
-				looks := watch(t, filepath.Join(dir, "current", "file"))
+				calls := watch(t, filepath.Join(dir, "current", "file"))
 				pass(time.Hour)
-				want(t, looks, 1, "without a change")
+				want(t, calls, 1, "without a change")
 				if err := replace(t, dir); err != nil {
 					t.Fatal(err)
 				}
 				pass(2 * interval)
-				want(t, looks, 2, "after the change")
+				want(t, calls, 2, "after the change")
 				pass(time.Hour)
-				want(t, looks, 2, "an hour after the change")
+				want(t, calls, 2, "an hour after the change")
 			})
 		})
 	}
@@ -114,15 +114,15 @@ func TestReplaced(t *testing.T) {
 func TestAppears(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "later", "file")
-		looks := watch(t, path)
+		calls := watch(t, path)
 		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			t.Fatal(err)
 		}
 		pass(time.Minute)
-		want(t, looks, 1, "the folder appeared")
+		want(t, calls, 1, "the folder appeared")
 		write(t, path, "")
 		pass(2 * interval)
-		want(t, looks, 2, "the file appeared")
+		want(t, calls, 2, "the file appeared")
 	})
 }
 
@@ -134,31 +134,31 @@ func TestSettles(t *testing.T) {
 		cert, key := filepath.Join(dir, "cert"), filepath.Join(dir, "key")
 		write(t, cert, "old")
 		write(t, key, "old")
-		looks := watch(t, cert, key)
+		calls := watch(t, cert, key)
 		pass(interval / 2)
 		write(t, cert, "new")
 		pass(interval)
-		want(t, looks, 1, "one reading after the first file")
+		want(t, calls, 1, "one reading after the first file")
 		write(t, key, "new")
 		pass(interval)
-		want(t, looks, 1, "one reading after the second file")
+		want(t, calls, 1, "one reading after the second file")
 		pass(interval)
-		want(t, looks, 2, "two readings after the second file")
+		want(t, calls, 2, "two readings after the second file")
 
 		write(t, cert, "newest")
 		pass(interval)
 		write(t, cert, "new")
 		pass(time.Minute)
-		want(t, looks, 2, "the change was taken back")
+		want(t, calls, 2, "the change was taken back")
 
 		// The same bytes, divided in another way.
 		write(t, cert, "a<nil>\nb")
 		write(t, key, "c")
 		pass(2 * interval)
-		want(t, looks, 3, "both files were written")
+		want(t, calls, 3, "both files were written")
 		write(t, cert, "a")
 		write(t, key, "b<nil>\nc")
 		pass(2 * interval)
-		want(t, looks, 4, "bytes moved to the other file")
+		want(t, calls, 4, "bytes moved to the other file")
 	})
 }

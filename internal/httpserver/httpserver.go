@@ -1,5 +1,5 @@
-// Package httpserver makes every HTTP server of the program, so that all of
-// them have the same limits.
+// Package httpserver creates every HTTP server of the program, all with the same
+// limits.
 package httpserver
 
 import (

@@ -1,8 +1,8 @@
 // Package admit decides which nodes may use the relay. Each source of admission
-// is one file. The gate asks every source about a node: the first source that
-// admits it decides, and a refusal needs a refusal from every source. While a
-// source is unavailable, the gate admits only nodes that were admitted within
-// the grace (memory.go). It checks connected nodes again (recheck.go).
+// is one file. The gate asks every source about a node. It admits the node if any
+// source does, and refuses the node if every source does. While a source is
+// unavailable, the gate also admits nodes that a source admitted within the grace
+// (memory.go). The gate checks connected nodes again (recheck.go).
 //
 // A new source is a file here with one constructor, and a file of
 // cmd/derpd/internal/config with its variables.
@@ -34,7 +34,7 @@ var errUnavailable = errors.New("no source admits this node, and at least one so
 
 // Source is one authority that admits or refuses nodes.
 type Source struct {
-	// Name is the kind of the source and its place, for logs and health.
+	// Name is the kind of the source and its location, for logs and health.
 	Name string
 
 	// Local is true if Ask answers from memory, without waiting.
@@ -60,8 +60,8 @@ type Source struct {
 type Config struct {
 	Sources []Source
 
-	// Grace is how long a node stays admitted after a source last admitted it,
-	// while a source is unavailable.
+	// Grace is the time for which a node stays admitted after its last
+	// admission, while a source is unavailable.
 	Grace time.Duration
 
 	// Path is the file that keeps admitted nodes over restarts.
@@ -95,10 +95,11 @@ type State struct {
 	// AsOf is the age of the source's last answer, zero before the first.
 	AsOf time.Time
 
-	// Err is why the source is unavailable, nil if it answers.
+	// Err is the reason why the source is unavailable; nil if it answers.
 	Err error
 
-	// Problem is what the operator should fix although the source answers.
+	// Problem is the problem to fix of a source that still answers; nil if
+	// there is none.
 	Problem error
 }
 
@@ -128,8 +129,8 @@ func NewGate(c Config) *Gate {
 	return g
 }
 
-// Admit returns nil if the node may connect, and otherwise an error that holds
-// the answer of every source.
+// Admit returns nil if the node may connect. Otherwise the error contains the
+// answer of every source.
 func (g *Gate) Admit(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
 	d, err := g.decide(ctx, node, addr)
 	g.count(node, d)
@@ -221,7 +222,7 @@ type Answer struct {
 func (g *Gate) ask(ctx context.Context, i int, node key.NodePublic, addr netip.Addr) Answer {
 	s := g.config.Sources[i]
 	asOf, err := s.Ask(ctx, node, addr)
-	if !errors.Is(err, context.Canceled) { // the question was dropped: another source was faster
+	if !errors.Is(err, context.Canceled) { // canceled: another source has admitted the node first
 		g.setState(i, asOf, err)
 	}
 	return Answer{s.Name, asOf, err}
@@ -243,7 +244,7 @@ func (g *Gate) setState(i int, asOf time.Time, err error) {
 	switch {
 	case err != nil && !wasUnavailable:
 		g.config.Log.Warn().Err(err).Str("source", state.Source).Dur("grace_ms", g.config.Grace).
-			Msg("admission source unavailable: nodes that no other source admits are admitted only if they were admitted within the grace")
+			Msg("admission source unavailable: unless another source admits a node, only nodes admitted within the grace may connect")
 	case err == nil && wasUnavailable:
 		g.config.Log.Info().Str("source", state.Source).Msg("admission source answers again")
 	}

@@ -90,9 +90,9 @@ func LoadKeys(path string) (KeySet, error) {
 	return keys, nil
 }
 
-// KeyFile returns a source that admits the nodes listed in a file, which is read
-// again when it changes. While the file is empty, broken or unreadable, the last
-// good list stays in force, and the source reports the problem.
+// KeyFile returns a source that admits the nodes listed in a file. It reads the
+// file again after each change. While the file is empty, broken or unreadable, the
+// last good list stays in force, and the source reports the problem.
 func KeyFile(path string, log zerolog.Logger) (Source, error) {
 	keys, err := LoadKeys(path)
 	if err != nil {
@@ -108,10 +108,10 @@ type keyFile struct {
 
 	mu   sync.RWMutex
 	keys KeySet // the last good list; guarded by mu
-	err  error  // why the present content is not in force; guarded by mu
+	err  error  // error of the file's present content; nil if it is in force; guarded by mu
 }
 
-// ask answers as of now: a list does not go stale while the file is unchanged.
+// ask returns the present time as the age, because an unchanged file stays valid.
 func (f *keyFile) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
@@ -131,7 +131,7 @@ func (f *keyFile) problem() error {
 func (f *keyFile) run(ctx context.Context, changed func()) error {
 	return filewatch.Run(ctx, filewatch.Config{
 		Paths: []string{f.path},
-		Look: func() {
+		Changed: func() {
 			if f.reload() {
 				changed()
 			}

@@ -20,13 +20,13 @@ const (
 	// changes are written together.
 	saveSoon = time.Second
 
-	// saveLate is the time between writings of newer times alone. Times in the
-	// file are late by at most this.
+	// saveLate is the longest delay of a write when only times have changed.
 	saveLate = 10 * time.Minute
 )
 
-// memory holds the nodes that a source admitted, and when. They stay admitted
-// for the grace while a source is unavailable. A file keeps them over restarts.
+// memory stores when a source last admitted each node. While a source is
+// unavailable, these nodes stay admitted for the grace. A file keeps them over
+// restarts.
 type memory struct {
 	path  string
 	grace time.Duration
@@ -38,8 +38,8 @@ type memory struct {
 	unsaved bool                         // guarded by mu
 }
 
-// loadMemory reads the file. A file that cannot be read does not prevent the
-// start: only the grace of earlier nodes is lost.
+// loadMemory reads the file. An unreadable file does not prevent the start, and
+// only the grace of earlier nodes is lost.
 func loadMemory(path string, grace time.Duration, log zerolog.Logger) *memory {
 	m := &memory{path: path, grace: grace, log: log, dirty: make(chan struct{}, 1), nodes: make(map[key.NodePublic]time.Time)}
 	data, err := os.ReadFile(path)
@@ -56,9 +56,8 @@ func loadMemory(path string, grace time.Duration, log zerolog.Logger) *memory {
 	return m
 }
 
-// prune drops the nodes whose grace is over, and those with a time in the
-// future: the clock was wrong then or is wrong now, and a grace must end. mu
-// must be held once the gate is in use.
+// prune drops expired nodes. It also drops times in the future, which a wrong clock
+// causes, because a grace must end. mu must be held once the gate is in use.
 func (m *memory) prune(now time.Time) {
 	maps.DeleteFunc(m.nodes, func(_ key.NodePublic, at time.Time) bool {
 		return at.After(now) || now.Sub(at) > m.grace

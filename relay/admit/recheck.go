@@ -50,7 +50,7 @@ func (g *Gate) Run(ctx context.Context, clients Clients) error {
 	return group.Wait()
 }
 
-// Changed makes Run check all connected nodes now.
+// Changed starts a check of all connected nodes in Run.
 func (g *Gate) Changed() {
 	select {
 	case g.changed <- struct{}{}:
@@ -80,10 +80,10 @@ func (g *Gate) recheckLoop(ctx context.Context, clients Clients) {
 	}
 }
 
-// askSources asks all sources about a key that no source lists, so that their
-// states stay current while no client connects. It reports whether one of them
-// answers. While none does, no node can be refused, and every question of a
-// recheck would only wait for a timeout.
+// askSources asks all sources about a key that no source lists, so that the states
+// of the sources stay current while no client connects. It reports whether a source
+// answers. If no source answers, a recheck can refuse no node, and would only wait
+// for timeouts.
 func (g *Gate) askSources(ctx context.Context) bool {
 	answers, _ := g.AskAll(ctx, g.probe)
 	return slices.ContainsFunc(answers, func(a Answer) bool { return a.Err == nil || errors.Is(a.Err, ErrRefused) })
@@ -139,8 +139,8 @@ func (g *Gate) allLocal() bool {
 	return true
 }
 
-// summaryLoop logs the number of refused clients in one line: a refused client
-// tries again every few seconds.
+// summaryLoop periodically logs the number of refused clients in one line, because
+// refused clients try again every few seconds.
 func (g *Gate) summaryLoop(ctx context.Context) {
 	ticker := time.NewTicker(summaryEvery)
 	defer ticker.Stop()

@@ -19,21 +19,21 @@ import (
 )
 
 const (
-	// minPollInterval is the least time between two questions to Tailscale's
-	// API, which limits how often a client may ask.
+	// minPollInterval is the shortest time between two requests to Tailscale's
+	// API, which has a rate limit.
 	minPollInterval = 15 * time.Second
 
 	pollTimeout = 30 * time.Second
 	maxBackoff  = 15 * time.Minute
 
 	// freshPolls is the age, in intervals, up to which a list may refuse a
-	// node. An older list may lack a device that joined since.
+	// node. An older list may lack a device that has joined since.
 	freshPolls = 3
 )
 
-// TailnetConfig says whose devices are admitted, and how to list them.
+// TailnetConfig is the tailnet to admit, and the access to its list of devices.
 type TailnetConfig struct {
-	Tailnet string // empty or "-" for the credential's own
+	Tailnet string // empty or "-" for the tailnet of the credential
 
 	// The credential is an API key, or an OAuth client with the scope
 	// devices:core:read.
@@ -49,9 +49,9 @@ type TailnetConfig struct {
 	transport http.RoundTripper // nil for http.DefaultTransport; set by tests
 }
 
-// Tailnet returns a source that admits the devices of a tailnet. Tailscale's
-// API lists them. Only Run asks the API, and until it answers, the source is
-// unavailable.
+// Tailnet returns a source that admits the devices of a tailnet, which Tailscale's
+// API lists. Only Run calls the API. The source is unavailable until Run has a
+// list.
 func Tailnet(c TailnetConfig) (Source, error) {
 	if (c.APIKey == "") == (c.OAuthClientID == "") || (c.OAuthClientID == "") != (c.OAuthClientSecret == "") {
 		return Source{}, errors.New("preparing Tailscale's API: want either an API key or the ID and the secret of an OAuth client")
@@ -75,14 +75,14 @@ type deviceList map[key.NodePublic]time.Time
 type tailnet struct {
 	TailnetConfig
 
-	// These belong to the goroutine of run.
+	// These fields are used only by the goroutine of run.
 	api     *tailnetAPI
 	backoff time.Duration // 0 while the API answers
 	status  int           // HTTP status of the last failure, 0 without an answer
 
 	mu      sync.Mutex // run is the only writer, and reads without it
 	devices deviceList // last good list, nil before the first; guarded by mu
-	read    time.Time  // time of the question that devices answers; guarded by mu
+	read    time.Time  // time of the request for devices; guarded by mu
 	failure error      // of the last poll; guarded by mu
 	since   time.Time  // time of the first of the consecutive failures; guarded by mu
 }
@@ -115,17 +115,16 @@ func (t *tailnet) run(ctx context.Context, changed func()) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		// The random part keeps relays that started together from polling
-		// together for ever.
+		// The random part spreads the requests of relays that started at the
+		// same time.
 		case <-time.After(wait + rand.N(wait/10+1)):
 		}
 	}
 }
 
-// poll asks for the list once, and returns the time to wait before the next
-// question.
+// poll requests the list once, and returns the time to wait before the next poll.
 func (t *tailnet) poll(ctx context.Context, changed func()) time.Duration {
-	now := time.Now().UTC() // time of the question: the answer is not older
+	now := time.Now().UTC() // time of the request: the answer is not older
 	asking, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	var devices deviceList

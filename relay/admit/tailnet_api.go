@@ -49,9 +49,9 @@ func newTailnetAPI(c TailnetConfig) *tailnetAPI {
 	}
 }
 
-// list asks the API for the devices. The client library's own methods are not
-// used: they lose the status of an answer that is not the API's, read answers of
-// any length, and fetch tokens without a timeout.
+// list requests the devices from the API. It does not use the methods of the client
+// library: they lose the HTTP status of an answer by a proxy, read answers of any
+// length, and fetch tokens without a timeout.
 func (a *tailnetAPI) list(ctx context.Context) ([]tailscale.Device, error) {
 	target := a.config.BaseURL.JoinPath("api/v2/tailnet", url.PathEscape(a.config.Tailnet), "devices")
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
@@ -107,7 +107,7 @@ func (a *tailnetAPI) authenticate(req *http.Request) error {
 type badStatus struct {
 	status     int
 	message    string        // text of the API, of any length and content
-	retryAfter time.Duration // pause that the API asks for, or 0
+	retryAfter time.Duration // pause in the header Retry-After, or 0
 }
 
 func newBadStatus(res *http.Response, body []byte) badStatus {
@@ -130,8 +130,8 @@ func (e badStatus) Error() string {
 	return text
 }
 
-// retryAfter returns the pause that the header asks for: a number of seconds or
-// a date. It is at most maxRetryAfter, and not positive for anything else.
+// retryAfter returns the pause in the header, a number of seconds or a date. It is
+// at most maxRetryAfter. For any other value it is 0 or less.
 func retryAfter(value string) time.Duration {
 	if seconds, err := strconv.Atoi(value); err == nil {
 		return time.Duration(min(seconds, int(maxRetryAfter/time.Second))) * time.Second
@@ -143,8 +143,8 @@ func retryAfter(value string) time.Duration {
 	return min(time.Until(at), maxRetryAfter)
 }
 
-// explain returns err for an operator to read: short, on one line, without
-// credentials, and with the fix. err may hold text of the API or of a proxy.
+// explain returns err as a message for operators: short, on one line, without
+// credentials, and with the fix. err may contain text of the API or of a proxy.
 func (a *tailnetAPI) explain(err error) error {
 	bad, _ := errors.AsType[badStatus](err)
 	if long, ok := errors.AsType[*http.MaxBytesError](err); ok {

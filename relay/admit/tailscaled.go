@@ -15,12 +15,12 @@ import (
 	"tailscale.com/types/key"
 )
 
-// mapDelay is how long a tailscaled may take to apply the first network map
-// after it connected to its control server.
+// mapDelay is the time that tailscaled may need to apply the first network map
+// after it has connected to its control server.
 const mapDelay = 500 * time.Millisecond
 
-// maxStatusAge is the age up to which a status is good enough to admit a node.
-// To refuse a node, a new status is requested.
+// maxStatusAge is the age up to which a status may admit a node. Only a new status
+// may refuse one.
 const maxStatusAge = time.Second
 
 // Tailscaled returns a source that admits the nodes known to the tailscaled
@@ -71,8 +71,8 @@ func (t *tailscaled) admit(ctx context.Context) (time.Time, error) {
 	return t.connected, nil
 }
 
-// refuse requires that tailscaled has its whole network map: without it, every
-// node is unknown. It asks a second time after mapDelay.
+// refuse requires that tailscaled has its whole network map, because every node is
+// unknown without the map. It asks a second time after mapDelay.
 func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time, error) {
 	t.mu.Lock()
 	t.updateStatus(ctx, 0)
@@ -96,10 +96,9 @@ func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time
 	return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
 }
 
-// updateStatus asks for the status, unless the last one is at most maxAge old
-// and without a problem. Online is required beside Running: after a restart,
-// tailscaled is Running with a stored map, in which nodes can be missing. mu
-// must be held.
+// updateStatus requests a status if the last one has a problem or is older than
+// maxAge. It requires Online beside Running: after a restart, tailscaled is Running
+// with a stored map, which may lack nodes. mu must be held.
 func (t *tailscaled) updateStatus(ctx context.Context, maxAge time.Duration) {
 	now := time.Now()
 	if t.problem == nil && now.Sub(t.asked) <= maxAge {

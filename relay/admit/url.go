@@ -30,9 +30,9 @@ const (
 	// restart of the relay, all clients connect at the same time.
 	urlAtOnce = 32
 
-	// After breakAfter consecutive failures an admission URL is not asked for
-	// breakFor, and then asked one question. Otherwise every client would wait
-	// for a timeout, and the questions could keep the server down.
+	// After breakAfter consecutive failures, the relay sends no requests for
+	// breakFor, and then a single one. Otherwise every client would wait for a
+	// timeout, and the requests could keep the server down.
 	breakAfter = 5
 	breakFor   = 2 * time.Second
 )
@@ -52,10 +52,10 @@ type admissionURL struct {
 	client  *http.Client
 	slots   chan struct{} // holds one element for each running question
 	breaker *gobreaker.CircuitBreaker[struct{}]
-	last    atomic.Pointer[error] // of the last question that failed
+	last    atomic.Pointer[error] // error of the last failed request
 }
 
-// errUnreachable means that the URL gave no HTTP answer, not even a bad one.
+// errUnreachable means that no HTTP answer of any status was received.
 var errUnreachable = errors.New("admission URL cannot be reached")
 
 // URL returns a source that asks an admission URL. The protocol is that of
@@ -80,7 +80,7 @@ func newAdmissionURL(c URLConfig) *admissionURL {
 			Timeout:      breakFor,
 			ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
 			IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, ErrRefused) },
-			// Another source was faster, so the question was dropped.
+			// Canceled, because another source has admitted the node first.
 			IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
 		}),
 	}

@@ -1,5 +1,5 @@
-// Package derpmap builds the DERP map of a region and its nodes, and prints it
-// for Tailscale's policy file, for Headscale and as tailcfg's own JSON.
+// Package derpmap builds the DERP map of a region and its nodes. It prints the map
+// for Tailscale's policy file, for Headscale, and as tailcfg's own JSON.
 package derpmap
 
 import (
@@ -24,8 +24,8 @@ type Node struct {
 	// HostName is a DNS name or an address. Clients dial it and send it as SNI.
 	HostName string
 
-	// CertName is what clients verify in the certificate: empty for HostName,
-	// another name, or "sha256-raw:" and the hash of a self-signed certificate.
+	// CertName is the name that clients verify in the certificate. It is empty
+	// for HostName, or "sha256-raw:" and the hash of a self-signed certificate.
 	CertName string
 
 	// IPv4 and IPv6 are addresses, None, or empty for a DNS query.
@@ -36,7 +36,7 @@ type Node struct {
 	HTTPPort int // of plain HTTP; -1 when there is none
 }
 
-// mapPort returns the port as a map holds it: 0 stands for the default.
+// mapPort returns the value of a port in the map, where 0 means the default.
 func mapPort(port, standard int) int {
 	if port == standard {
 		return 0
@@ -44,10 +44,10 @@ func mapPort(port, standard int) int {
 	return port
 }
 
-// New returns the map of one region with the given nodes, of which there must be
-// at least one. Clients try nodes in the order of the map, so nodes are sorted
-// by name, and the result does not depend on the order of the arguments.
-// Duplicates are dropped. Nodes with the same name get other names.
+// New returns the map of one region with the given nodes. There must be at least
+// one node. Clients try nodes in the order of the map, so New sorts them by name.
+// The result does not depend on the order of the arguments. Duplicates are dropped,
+// and nodes with the same name get other names.
 func New(nodes ...Node) *tailcfg.DERPMap {
 	id := tailcfg.DERPRegionID(nodes[0].RegionID)
 	region := &tailcfg.DERPRegion{RegionID: id, RegionCode: nodes[0].RegionCode, RegionName: nodes[0].RegionName}

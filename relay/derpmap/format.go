@@ -29,8 +29,8 @@ func Format(format string, m *tailcfg.DERPMap, notes []string) ([]byte, error) {
 	return nil, fmt.Errorf("want one of %s, got %q", strings.Join(Formats, ", "), format)
 }
 
-// policyMap is tailcfg.DERPMap, but OmitDefaultRegions is written even when it is
-// false: operators look for that key.
+// policyMap is tailcfg.DERPMap, but always contains OmitDefaultRegions, because
+// operators search for that key.
 type policyMap struct {
 	OmitDefaultRegions bool
 	Regions            map[tailcfg.DERPRegionID]*tailcfg.DERPRegion

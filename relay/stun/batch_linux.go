@@ -14,7 +14,7 @@ import (
 
 const (
 	batchSize   = 64  // requests that one system call receives at most
-	sendTimeout = 200 // milliseconds for which replies, and the requests behind them, wait for room to send
+	sendTimeout = 200 // milliseconds that replies wait for room to send; further requests wait meanwhile
 )
 
 // batch answers all waiting requests by two system calls: recvmmsg receives the
@@ -33,8 +33,8 @@ type request struct {
 	data          [packetSize]byte
 }
 
-// useBatches makes serve a batch's. It reports false where the kernel or a seccomp
-// filter refuses the system calls.
+// useBatches sets serve to that of a batch. It reports false if the kernel or a
+// seccomp filter refuses the system calls.
 func (s *Server) useBatches() (supported bool) {
 	raw, err := s.conn.SyscallConn()
 	if err != nil {
@@ -60,9 +60,10 @@ func newBatch(s *Server, raw syscall.RawConn) *batch {
 	return b
 }
 
-// serve answers requests until a read fails. The function returns false to wait in
-// the poller. The poller wakes for every packet, so after a single one there is no
-// need to read again: that saves one system call per request.
+// serve answers requests until a read fails. The function that it passes to Read
+// returns false to wait in the poller. The poller wakes for every packet, so a
+// single packet is not followed by another read. This saves a system call per
+// request.
 func (b *batch) serve(ctx context.Context) (failed error) {
 	err := b.raw.Read(func(fd uintptr) bool {
 		for n := 0; n != 1 && ctx.Err() == nil; {
@@ -97,8 +98,8 @@ func (b *batch) answer(n int) []unix.Mmsghdr {
 	return replies
 }
 
-// send sends replies. One that fails is lost, and the ones after it are sent. All
-// are lost if the send buffer stays full.
+// send sends replies. A reply that fails is lost, and the next replies are sent. All
+// replies are lost if the send buffer stays full.
 func (b *batch) send(fd uintptr, replies []unix.Mmsghdr) {
 	for len(replies) > 0 {
 		n, err := transfer(unix.SYS_SENDMMSG, fd, replies)

@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// ErrGateway is the reason why requests from a gateway get no reply, and the fix.
+// ErrGateway explains why requests from a gateway get no reply, and names the fix.
 var ErrGateway = errors.New("the container engine forwards STUN requests from its own address, and the client's address is lost; " +
 	"publish STUN on 0.0.0.0 only, run the relay on the host's network, or set DERP_PUBLIC_IPV6=none and use the new map")
 
-// refuse reports whether the sender is a gateway. It counts such requests.
+// refuse reports whether the sender is a gateway. It counts the refused requests.
 func (s *Server) refuse(from netip.Addr) bool {
 	if !slices.Contains(s.gateways, from.WithZone("")) {
 		return false
@@ -23,7 +23,7 @@ func (s *Server) refuse(from netip.Addr) bool {
 	return true
 }
 
-// Refused returns the number of requests from a gateway, and the last one's time.
+// Refused returns the number of requests from a gateway, and the time of the last.
 func (s *Server) Refused() (count uint64, last time.Time) {
 	if count = s.refused.Load(); count > 0 {
 		last = time.Unix(0, s.lastRefused.Load())

@@ -6,8 +6,8 @@ import (
 	"tailscale.com/metrics"
 )
 
-// counters are those of derper's stunserver. Requests to a closed server and from
-// a gateway are in none of them.
+// counters are the counters of derper's stunserver. They leave out requests to a
+// closed server and from a gateway.
 type counters struct {
 	set                                                 metrics.Set
 	readError, notSTUN, writeError, success, ipv4, ipv6 *expvar.Int
@@ -23,5 +23,5 @@ func (c *counters) init() {
 	c.set.Set("counter_no_local_addr", &c.noLocalAddr)
 }
 
-// Metrics returns the counters, which print as derper's when published as "stun".
+// Metrics returns the counters. Published as "stun", they have derper's names.
 func (s *Server) Metrics() expvar.Var { return &s.counters.set }

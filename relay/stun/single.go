@@ -2,7 +2,7 @@ package stun
 
 import "context"
 
-// serveSingly is serve on systems without recvmmsg and sendmmsg.
+// serveSingly answers requests one by one, on systems without recvmmsg and sendmmsg.
 func (s *Server) serveSingly(context.Context) error {
 	var packet [packetSize]byte
 	var control [controlSize]byte

@@ -28,14 +28,14 @@ type Config struct {
 	Log  zerolog.Logger
 
 	// Gateways are addresses from which a container engine forwards packets of
-	// other senders. Their requests get no reply, since it would contain the
-	// gateway's address. A client would take its NAT for one that maps each
-	// destination differently, and give up direct connections (tailscale#17565).
+	// other senders. Their requests get no reply, because the reply would contain
+	// the gateway's address. A client would then assume a hard NAT and give up
+	// direct connections (tailscale/tailscale#17565).
 	Gateways []netip.Addr
 }
 
 // Server answers requests on one socket while it is open. It starts closed. Clients
-// choose their home region by STUN alone, so it is open only while the relay works.
+// choose their home region by STUN alone, so only a relay that works may open it.
 type Server struct {
 	conn     *net.UDPConn
 	log      zerolog.Logger
@@ -49,7 +49,7 @@ type Server struct {
 	lastRefused atomic.Int64  // Unix time in nanoseconds, stored before refused grows
 }
 
-// New returns a closed server. The caller keeps the socket if it fails.
+// New returns a closed server. If New fails, the caller must close the socket.
 func New(c Config) (*Server, error) {
 	s := &Server{conn: c.Conn, log: c.Log, gateways: c.Gateways}
 	s.counters.init()
@@ -88,8 +88,8 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 }
 
-// reply returns the reply to a packet, or nil. It replaces the packet's control
-// messages by the one that sends the reply from the address that was asked.
+// reply returns the reply to a packet, or nil. It also returns the control message
+// that sends the reply from the address of the request, in the memory of control.
 func (s *Server) reply(packet, control []byte, from netip.AddrPort) (reply, source []byte) {
 	if !s.open.Load() {
 		return nil, nil
@@ -115,7 +115,7 @@ func (s *Server) reply(packet, control []byte, from netip.AddrPort) (reply, sour
 	return upstream.Response(tx, client), pktinfo.AppendSrc(control[:0], asked)
 }
 
-// sent counts replies, which were sent or failed.
+// sent counts replies that were sent, or failed with err.
 func (s *Server) sent(replies int, err error) {
 	counter := s.counters.success
 	if err != nil {

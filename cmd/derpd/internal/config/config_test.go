@@ -148,8 +148,8 @@ var badConfigurations = []struct {
 	// Directories.
 	{env: "DERP_DATA_DIR=$D/data", setup: file("data", ""), want: []string{"DERP_DATA_DIR: want a directory, but $D/data is a file"}},
 	{env: "DERP_CERT_DIR=$D/certs", setup: file("certs", ""), want: []string{"DERP_CERT_DIR: want a directory, but $D/certs is a file"}},
-	{env: "DERP_DATA_DIR=$D", setup: file("node.key", "{}"), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)"}},
-	{env: "DERP_DATA_DIR=$D", setup: file("node.key", `{"PrivateKey":"privkey:12"}`), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (the relay's identity changes, clients do not mind)"}},
+	{env: "DERP_DATA_DIR=$D", setup: file("node.key", "{}"), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (clients accept a new key)"}},
+	{env: "DERP_DATA_DIR=$D", setup: file("node.key", `{"PrivateKey":"privkey:12"}`), want: []string{"DERP_DATA_DIR: reading node key: $D/node.key holds no node key; restore it from a backup, or remove it to get a new key (clients accept a new key)"}},
 
 	// Paths.
 	{env: "DERP_DATA_DIR=./data", want: []string{`DERP_DATA_DIR: want an absolute path, got "./data"; write $PWD/data`}},
