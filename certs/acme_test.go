@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -255,7 +254,7 @@ func TestACMERefused(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			authority := acmetest.Start(t)
 			l := listen(t)
-			var log lockedBuffer
+			var log testkit.Buffer
 			c := certs.ACMEConfig{
 				Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 				ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.New(&log).Level(zerolog.InfoLevel),
@@ -291,24 +290,6 @@ func TestACMEExternalAccount(t *testing.T) {
 	})
 	serveChallenges(t, m, l)
 	waitReady(t, m)
-}
-
-// lockedBuffer holds a log that several goroutines write.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }
 
 // An authority that never answers does not delay the stop, because a container

@@ -14,17 +14,18 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
-// An authority that cannot be reached at the start is asked again, because a
+// The manager retries an authority that is unreachable at the start, because a
 // machine that has just booted may have no network yet.
 func TestACMEAuthorityComesUpLater(t *testing.T) {
 	authority := acmetest.Start(t)
 	l := listen(t)
 	authority.Validate(t, portOf(l.http), portOf(l.https))
 	authority.Stop()
-	var log lockedBuffer
+	var log testkit.Buffer
 	m := certs.NewACME(certs.ACMEConfig{
 		Names: []string{"derp.example.com", "relay.example.net"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 		ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.New(&log).Level(zerolog.InfoLevel),
@@ -60,7 +61,7 @@ func TestACMERateLimited(t *testing.T) {
 		_, _ = fmt.Fprint(w, `{"type":"urn:ietf:params:acme:error:rateLimited","status":429,"detail":"too many certificates (5) already issued for this exact set of identifiers in the last 168h0m0s, retry after 2026-12-01 12:00:00 UTC"}`)
 	})
 	authority.Refuse.Store(&refuse)
-	var log lockedBuffer
+	var log testkit.Buffer
 	m := certs.NewACME(certs.ACMEConfig{
 		Names: []string{"derp.example.com"}, Directory: authority.Directory, Roots: authority.ServerRoots,
 		ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.New(&log).Level(zerolog.InfoLevel),

@@ -11,6 +11,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"derpd/certs"
+	"derpd/internal/testkit"
 	"derpd/internal/testkit/acmetest"
 )
 
@@ -23,7 +24,7 @@ func TestACMERenews(t *testing.T) {
 	authority.Validate(t, portOf(l.http), portOf(l.https))
 	// certmagic's pauses after a failed renewal are kept by name.
 	name := fmt.Sprintf("renewal-%d.example.com", time.Now().UnixNano())
-	var log lockedBuffer
+	var log testkit.Buffer
 	c := certs.ACMEConfig{
 		Names: []string{name}, Directory: authority.Directory, Roots: authority.ServerRoots,
 		ListenHost: "127.0.0.1", HTTPPort: portOf(l.http), Dir: t.TempDir(), Log: zerolog.New(&log).Level(zerolog.InfoLevel),

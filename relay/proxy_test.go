@@ -51,13 +51,13 @@ type proxiedRelay struct {
 	relay *Relay
 	addr  string
 	asked chan netip.Addr
-	log   *lockedBuffer
+	log   *testkit.Buffer
 }
 
 // startProxied starts a relay that reads PROXY headers, or else X-Forwarded-For.
 func startProxied(t *testing.T, headers bool) *proxiedRelay {
 	t.Helper()
-	p := &proxiedRelay{asked: make(chan netip.Addr, 1), log: new(lockedBuffer)}
+	p := &proxiedRelay{asked: make(chan netip.Addr, 1), log: new(testkit.Buffer)}
 	ln := listen(t)
 	p.addr = ln.Addr().String()
 	p.relay = start(t, Config{
@@ -384,8 +384,8 @@ func (p *proxiedRelay) upgradeFrom(t *testing.T, from, first, forwardedFor strin
 	return testkit.Receive(t, "a question of admission", p.asked), onlySession(t, p.relay)
 }
 
-// The address of a client comes from X-Forwarded-For or from the PROXY header,
-// never from both, and only of trusted proxies.
+// Only trusted proxies set the address of a client: with X-Forwarded-For or with the
+// PROXY header, never with both.
 func TestClientAddress(t *testing.T) {
 	const proxy, stranger = "127.0.0.9", "127.0.0.8"
 	for name, tt := range map[string]struct {

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -17,14 +16,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/coder/websocket"
 	"github.com/rs/zerolog"
-	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/tcpinfo"
-	"tailscale.com/net/wsconn"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 
 	"derpd/internal/testkit"
 )
@@ -130,36 +125,9 @@ func status(t *testing.T, c *http.Client, url string) int {
 	return response.StatusCode
 }
 
-// webSocketClient is the client of a browser.
-type webSocketClient struct {
-	*derp.Client
-	public key.NodePublic
-}
-
-// SelfPublicKey implements [testkit.Client].
-func (c webSocketClient) SelfPublicKey() key.NodePublic { return c.public }
-
-func connectWebSocket(t *testing.T, ln net.Listener, config *tls.Config) webSocketClient {
+func connectWebSocket(t *testing.T, ln net.Listener, config *tls.Config) testkit.WebSocket {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
-	defer cancel()
-	transport := &http.Transport{TLSClientConfig: config}
-	ws, res, err := websocket.Dial(ctx, "wss://"+ln.Addr().String()+"/derp",
-		&websocket.DialOptions{HTTPClient: &http.Client{Transport: transport}, Subprotocols: []string{"derp"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if res.Body != nil {
-		_ = res.Body.Close()
-	}
-	t.Cleanup(func() { _ = ws.CloseNow() })
-	conn := wsconn.NetConn(context.Background(), ws, websocket.MessageBinary, "relay")
-	private := key.NewNode()
-	c, err := derp.NewClient(private, conn, bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(conn)), logger.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return webSocketClient{c, private.Public()}
+	return testkit.WebSocketClient(t, "wss://"+ln.Addr().String()+"/derp", &http.Transport{TLSClientConfig: config}, nil)
 }
 
 // DERP clients of every kind and HTTP clients share one listener.
@@ -180,7 +148,7 @@ func TestServe(t *testing.T) {
 		}
 	})
 	t.Run("HTTP upgrade", func(t *testing.T) {
-		// Below TLS 1.3 a client does not look for the meta certificate.
+		// Below TLS 1.3, clients ignore the meta certificate.
 		c := client(t, ln, cert, key.NewNode())
 		c.TLSConfig = old
 		testkit.MustAdmit(t, c)
@@ -210,7 +178,7 @@ func TestServe(t *testing.T) {
 			t.Error(got)
 		}
 	})
-	// Not with the fast start, so that there is a response.
+	// Without the fast start, so that there is a response.
 	head := "GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n"
 	for name, parts := range map[string][]string{
 		"in one write":  {head},
@@ -239,8 +207,8 @@ func TestServe(t *testing.T) {
 	dialTLS(t, ln, trust)
 }
 
-// The certificate of a TLS-ALPN-01 challenge comes alone, any other one with
-// the meta certificate.
+// The certificate of a TLS-ALPN-01 challenge is sent alone, and any other certificate
+// with the meta certificate.
 func TestChallengeCertificate(t *testing.T) {
 	cert, getCertificate := certificate(t)
 	ln := listen(t)
@@ -387,7 +355,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// Close disconnects browsers too, whose connections are not sessions.
+// Close disconnects browsers too. Their connections are not sessions.
 func TestCloseWebSocket(t *testing.T) {
 	cert, getCertificate := certificate(t)
 	ln := listen(t)
@@ -476,7 +444,7 @@ func TestDeadlines(t *testing.T) {
 // debug level only.
 func TestFaultsOfClientsAreDebug(t *testing.T) {
 	cert, getCertificate := certificate(t)
-	log := new(lockedBuffer)
+	log := new(testkit.Buffer)
 	ln := listen(t)
 	start(t, Config{GetCertificate: getCertificate, Log: zerolog.New(log), Admit: func(context.Context, key.NodePublic, netip.Addr) error {
 		return errors.New("not a member")
@@ -557,23 +525,4 @@ func onlySession(t *testing.T, r *Relay) *session {
 		return s
 	}
 	return nil
-}
-
-// lockedBuffer is a log that is read while it is written.
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer // guarded by mu
-}
-
-// Write implements [io.Writer].
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }

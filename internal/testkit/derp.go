@@ -1,17 +1,21 @@
 package testkit
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net/http"
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/netmon"
+	"tailscale.com/net/wsconn"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
@@ -25,9 +29,9 @@ type Client interface {
 	SelfPublicKey() key.NodePublic
 }
 
-// RegionClient makes a client that finds the relay by a region of the DERP map
-// alone, as tailscaled does. The client connects when it is first used, and is
-// closed when the test ends.
+// RegionClient returns a client that has only a region of the DERP map, as
+// tailscaled does. The client connects when it is first used, and is closed when
+// the test ends.
 func RegionClient(t testing.TB, region *tailcfg.DERPRegion, private key.NodePrivate) *derphttp.Client {
 	t.Helper()
 	c := derphttp.NewRegionClient(private, logger.Discard, netmon.NewStatic(), func() *tailcfg.DERPRegion { return region })
@@ -35,8 +39,8 @@ func RegionClient(t testing.TB, region *tailcfg.DERPRegion, private key.NodePriv
 	return c
 }
 
-// URLClient makes a client that finds the relay by the URL of /derp. The client
-// is closed when the test ends.
+// URLClient returns a client for the URL of /derp. The client is closed when the test
+// ends.
 func URLClient(t testing.TB, url string, private key.NodePrivate) *derphttp.Client {
 	t.Helper()
 	c, err := derphttp.NewClient(private, url, logger.Discard, netmon.NewStatic())
@@ -45,6 +49,46 @@ func URLClient(t testing.TB, url string, private key.NodePrivate) *derphttp.Clie
 	}
 	t.Cleanup(func() { _ = c.Close() })
 	return c
+}
+
+// WebSocket is a DERP client over a WebSocket, as in a browser: derphttp dials
+// WebSockets only when it is compiled for a browser.
+type WebSocket struct {
+	*derp.Client
+	public key.NodePublic
+}
+
+// SelfPublicKey implements [Client].
+func (w WebSocket) SelfPublicKey() key.NodePublic { return w.public }
+
+// WebSocketClient connects to the URL of /derp through transport, and waits until
+// the relay has admitted the client. The connection ends with the test.
+func WebSocketClient(t testing.TB, url string, transport *http.Transport, header http.Header) WebSocket {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
+	defer cancel()
+	ws, res, err := websocket.Dial(ctx, url, &websocket.DialOptions{
+		HTTPClient: &http.Client{Transport: transport}, HTTPHeader: header, Subprotocols: []string{"derp"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Body != nil {
+		_ = res.Body.Close()
+	}
+	t.Cleanup(func() { _ = ws.CloseNow() })
+	conn := wsconn.NetConn(context.Background(), ws, websocket.MessageBinary, "relay")
+	private := key.NewNode()
+	c, err := derp.NewClient(private, conn, bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(conn)), logger.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if message, err := c.Recv(); err != nil {
+		t.Fatal(err)
+	} else if _, ok := message.(derp.ServerInfoMessage); !ok {
+		t.Fatalf("the first message is %T, want derp.ServerInfoMessage", message)
+	}
+	return WebSocket{c, private.Public()}
 }
 
 // Admitted connects a client, and returns why the relay refuses it, or nil.
@@ -79,9 +123,9 @@ func MustAdmit(t testing.TB, clients ...*derphttp.Client) {
 	}
 }
 
-// Exchange passes a packet each way between two clients, which need not be
-// connected yet. The test fails when a connection ends, or when a packet
-// arrives that no Exchange or Reach has sent.
+// Exchange passes a packet each way between two clients. The clients need not be
+// connected yet. The test fails when a connection ends, or when a packet arrives
+// that no Exchange or Reach has sent.
 func Exchange(t testing.TB, a, b Client) {
 	t.Helper()
 	for _, way := range [][2]Client{{a, b}, {b, a}} {
@@ -102,16 +146,16 @@ func Reach(t testing.TB, from, to Client) time.Duration {
 	return took
 }
 
-// marker begins every packet of pass, so that a packet of an earlier call that
-// arrives late can be told from a forged one.
+// marker begins every packet of pass. It distinguishes late packets of earlier calls
+// from forged packets.
 var marker = []byte("testkit:")
 
 // resendEvery is the interval at which pass sends its packet again.
 const resendEvery = 20 * time.Millisecond
 
-// pass sends a random packet until it arrives. One Send is not enough: a relay
-// drops packets for a client that it has not registered yet, and for one whose
-// queue is full. Errors of the connections count only if they may not end.
+// pass sends a random packet until it arrives. One Send is not enough: a relay drops
+// packets for a client that is not registered yet, or has a full queue. Errors of the
+// connections are ignored with mayEnd.
 func pass(t testing.TB, from, to Client, mayEnd bool) (took time.Duration, err error) {
 	t.Helper()
 	packet := make([]byte, 1280)

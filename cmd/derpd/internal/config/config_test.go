@@ -11,41 +11,12 @@ import (
 	"testing"
 	"time"
 
-	"derpd/certs"
+	"derpd/internal/testkit"
 )
 
-// setup makes files below dir before a start.
-type setup func(t *testing.T, dir string)
+type setup = testkit.Setup
 
-func file(name, content string) setup {
-	return func(t *testing.T, dir string) {
-		t.Helper()
-		path := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// pair makes a self-signed pair for name, both files with the same content.
-func pair(base, name string, when time.Time) setup {
-	return func(t *testing.T, dir string) {
-		t.Helper()
-		source := filepath.Join(t.TempDir(), "pair.pem")
-		if err := certs.RotatePinned(certs.PinnedConfig{Path: source, Names: []string{name}}, when); err != nil {
-			t.Fatal(err)
-		}
-		data, err := os.ReadFile(source)
-		if err != nil {
-			t.Fatal(err)
-		}
-		file(base+".crt", string(data))(t, dir)
-		file(base+".key", string(data))(t, dir)
-	}
-}
+var file, pair = testkit.File, testkit.Pair
 
 // key64 is the hex part of a node key.
 var key64 = strings.Repeat("ab", 32)

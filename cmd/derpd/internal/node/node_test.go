@@ -25,7 +25,6 @@ import (
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
-	"derpd/certs"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/internal/testkit"
 )
@@ -142,38 +141,9 @@ func (w chanWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// setup makes files below dir before a start.
-type setup func(t *testing.T, dir string)
+type setup = testkit.Setup
 
-func file(name, content string) setup {
-	return func(t *testing.T, dir string) {
-		t.Helper()
-		path := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// pair makes a self-signed pair for name, both files with the same content.
-func pair(base, name string, when time.Time) setup {
-	return func(t *testing.T, dir string) {
-		t.Helper()
-		source := filepath.Join(t.TempDir(), "pair.pem")
-		if err := certs.RotatePinned(certs.PinnedConfig{Path: source, Names: []string{name}}, when); err != nil {
-			t.Fatal(err)
-		}
-		data, err := os.ReadFile(source)
-		if err != nil {
-			t.Fatal(err)
-		}
-		file(base+".crt", string(data))(t, dir)
-		file(base+".key", string(data))(t, dir)
-	}
-}
+var file, pair = testkit.File, testkit.Pair
 
 // parsePolicy reads a map in the policy format as Tailscale does: HuJSON to
 // JSON, then tailcfg.DERPMap.

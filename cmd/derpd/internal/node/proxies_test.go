@@ -136,7 +136,7 @@ func TestBehindProxies(t *testing.T) {
 			// must ignore.
 			for _, claim := range []string{"", "198.51.100.1"} {
 				c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, testkit.Trust(roots), claim)
-				sources.want(t, n, c.public, tt.sees)
+				sources.want(t, n, c.SelfPublicKey(), tt.sees)
 			}
 			if got := throughProxy(t, proxyPort, website); got != "website" {
 				t.Errorf("another name leads to %q, want the website", got)
@@ -250,12 +250,12 @@ http {
 
 	for _, claim := range []string{"", "198.51.100.1", "127.0.0.1"} {
 		c := dialWebSocketFrom(t, "127.0.0.9", "127.0.0.1:"+proxyPort, testkit.Trust(roots), claim)
-		sources.want(t, n, c.public, "127.0.0.9")
+		sources.want(t, n, c.SelfPublicKey(), "127.0.0.9")
 	}
 	// These clients do not use the proxy.
 	for _, from := range []string{"127.0.0.8", "127.0.0.9"} {
 		c := dialWebSocketFrom(t, from, relayAddr, nil, "198.51.100.1")
-		sources.want(t, n, c.public, from)
+		sources.want(t, n, c.SelfPublicKey(), from)
 	}
 	// This client uses an HTTP upgrade instead of a WebSocket.
 	private := key.NewNode()
@@ -279,7 +279,7 @@ func TestStrangersBesideTheProxy(t *testing.T) {
 	addr := n.listeners.https.Addr().String()
 	for _, from := range []string{"127.0.0.8", "127.0.0.9"} {
 		c := dialWebSocketFrom(t, from, addr, nil, "198.51.100.1")
-		sources.want(t, n, c.public, from)
+		sources.want(t, n, c.SelfPublicKey(), from)
 	}
 	// Both listeners take a PROXY header from the proxy, and refuse one
 	// from elsewhere.

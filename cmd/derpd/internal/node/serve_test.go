@@ -1,7 +1,6 @@
 package node
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -15,16 +14,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/coder/websocket"
 	"go.yaml.in/yaml/v3"
-	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/stun"
 	"tailscale.com/net/tlsdial"
-	"tailscale.com/net/wsconn"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
-	"tailscale.com/types/logger"
 
 	"derpd/certs"
 	"derpd/cmd/derpd/internal/admin"
@@ -174,17 +169,7 @@ func TestLetsEncryptForNamesAndAddresses(t *testing.T) {
 	}
 }
 
-// webSocketClient is a client as in a browser: derphttp dials WebSockets only
-// when it is compiled for a browser.
-type webSocketClient struct {
-	*derp.Client
-	public key.NodePublic
-}
-
-// SelfPublicKey implements testkit.Client.
-func (c webSocketClient) SelfPublicKey() key.NodePublic { return c.public }
-
-func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config) webSocketClient {
+func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config) testkit.WebSocket {
 	t.Helper()
 	tlsConfig = tlsConfig.Clone()
 	tlsConfig.ServerName = host
@@ -193,10 +178,8 @@ func dialWebSocket(t *testing.T, n *testNode, host string, tlsConfig *tls.Config
 
 // dialWebSocketFrom dials from an address of this machine, over TLS unless
 // tlsConfig is nil. A claim is sent as X-Forwarded-For.
-func dialWebSocketFrom(t *testing.T, from, to string, tlsConfig *tls.Config, claim string) webSocketClient {
+func dialWebSocketFrom(t *testing.T, from, to string, tlsConfig *tls.Config, claim string) testkit.WebSocket {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
-	defer cancel()
 	dialer := new(net.Dialer)
 	if from != "" {
 		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
@@ -214,28 +197,7 @@ func dialWebSocketFrom(t *testing.T, from, to string, tlsConfig *tls.Config, cla
 	if claim != "" {
 		header.Set("X-Forwarded-For", claim)
 	}
-	ws, res, err := websocket.Dial(ctx, target, &websocket.DialOptions{
-		HTTPClient: &http.Client{Transport: transport}, HTTPHeader: header, Subprotocols: []string{"derp"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if res.Body != nil {
-		_ = res.Body.Close()
-	}
-	t.Cleanup(func() { _ = ws.CloseNow() })
-	conn := wsconn.NetConn(context.Background(), ws, websocket.MessageBinary, "relay")
-	private := key.NewNode()
-	c, err := derp.NewClient(private, conn, bufio.NewReadWriter(bufio.NewReader(conn), bufio.NewWriter(conn)), logger.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if message, err := c.Recv(); err != nil {
-		t.Fatal(err)
-	} else if _, ok := message.(derp.ServerInfoMessage); !ok {
-		t.Fatalf("got %T first", message)
-	}
-	return webSocketClient{c, private.Public()}
+	return testkit.WebSocketClient(t, target, transport, header)
 }
 
 func TestManual(t *testing.T) {
