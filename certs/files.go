@@ -2,11 +2,9 @@ package certs
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"fmt"
 	"net/http"
-	"os"
 	"sync"
 	"sync/atomic"
 
@@ -26,8 +24,8 @@ type files struct {
 	current atomic.Pointer[tls.Certificate]
 
 	mu   sync.Mutex
-	seen [sha256.Size]byte // fingerprint of the last load; guarded by mu
-	err  error             // error of the last load; guarded by mu
+	seen filewatch.Fingerprint // of the last load; guarded by mu
+	err  error                 // of the last load; guarded by mu
 
 	reloads, reloadErrors uint64 // guarded by mu
 }
@@ -35,7 +33,7 @@ type files struct {
 // newFiles loads the files. It fails when the files are invalid.
 func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog.Logger) (*files, error) {
 	f := &files{paths: paths, load: load, log: log, ready: make(chan struct{})}
-	f.seen = f.fingerprint()
+	f.seen = filewatch.Read(paths)
 	cert, err := load()
 	if err != nil {
 		return nil, err
@@ -45,24 +43,11 @@ func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog
 	return f, nil
 }
 
-// fingerprint returns a hash of the files' content. Time stamps are coarse, and a
-// replaced link may lead to an older file.
-func (f *files) fingerprint() [sha256.Size]byte {
-	h := sha256.New()
-	for _, path := range f.paths {
-		data, err := os.ReadFile(path)
-		// The length prevents that bytes move from one file to the next unnoticed.
-		_, _ = fmt.Fprintf(h, "%d %v\n", len(data), err)
-		_, _ = h.Write(data)
-	}
-	return [sha256.Size]byte(h.Sum(nil))
-}
-
 // reload loads the files if their content has changed.
 func (f *files) reload() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	now := f.fingerprint()
+	now := filewatch.Read(f.paths)
 	if now == f.seen {
 		return
 	}

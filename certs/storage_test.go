@@ -2,7 +2,6 @@ package certs
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"encoding/pem"
 	"errors"
@@ -184,7 +183,7 @@ func TestStorageOfAccounts(t *testing.T) {
 	if found, err := s.List(ctx, "acme", true); len(found) != 0 || err != nil {
 		t.Errorf("listed %q, %v; want nothing", found, err)
 	}
-	// A certificate's key is not written until the certificate comes.
+	// A key is not written before its certificate.
 	if err := s.Store(ctx, "certificates/ca/a/a.key", []byte("key")); err != nil {
 		t.Fatal(err)
 	}
@@ -223,30 +222,5 @@ func TestNotStored(t *testing.T) {
 		if got.Error() != want || got.kind != "storage" || !errors.Is(got, tt.err) {
 			t.Errorf("kind %s\n%s\nwant\n%s", got.kind, got, want)
 		}
-	}
-}
-
-// The fingerprint changes with each byte, and with the file that holds it.
-func TestFingerprint(t *testing.T) {
-	dir := t.TempDir()
-	f := &files{paths: []string{filepath.Join(dir, "a"), filepath.Join(dir, "b")}}
-	seen := make(map[[sha256.Size]byte]string)
-	for _, contents := range [][]string{{}, {"", ""}, {"ab", "c"}, {"a", "bc"}, {"abc", ""}, {"", "abc"}, {"abd", ""}, {"b", "ac"}} {
-		for i, path := range f.paths {
-			_ = os.Remove(path)
-			if len(contents) > i {
-				if err := os.WriteFile(path, []byte(contents[i]), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		now := f.fingerprint()
-		if other, ok := seen[now]; ok {
-			t.Errorf("%q has the fingerprint of %s", contents, other)
-		}
-		if again := f.fingerprint(); again != now {
-			t.Errorf("%q has two fingerprints", contents)
-		}
-		seen[now] = strings.Join(contents, "|")
 	}
 }

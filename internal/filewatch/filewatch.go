@@ -28,15 +28,15 @@ type Config struct {
 func Run(ctx context.Context, c Config) error {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
-	var reported fingerprint // of the last call of Changed
-	last := read(c.Paths)
+	var reported Fingerprint // at the last call of Changed
+	last := Read(c.Paths)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
 		}
-		now := read(c.Paths)
+		now := Read(c.Paths)
 		if now == last && now != reported {
 			reported = now
 			c.Changed()
@@ -45,13 +45,13 @@ func Run(ctx context.Context, c Config) error {
 	}
 }
 
-// fingerprint is a hash of the files' content. Time stamps are not enough: some
+// Fingerprint is a hash of the files' content. Time stamps are not enough: some
 // file systems store whole seconds, and a replaced link may lead to an older file.
-type fingerprint [sha256.Size]byte
+type Fingerprint [sha256.Size]byte
 
-// read returns the fingerprint of the files. It uses the error in place of the
+// Read returns the fingerprint of the files. It uses the error in place of the
 // content of an unreadable file.
-func read(paths []string) fingerprint {
+func Read(paths []string) Fingerprint {
 	h := sha256.New()
 	for _, path := range paths {
 		data, err := os.ReadFile(path)
@@ -60,5 +60,5 @@ func read(paths []string) fingerprint {
 		_, _ = fmt.Fprintf(h, "%d %v\n", len(data), err)
 		_, _ = h.Write(data)
 	}
-	return fingerprint(h.Sum(nil))
+	return Fingerprint(h.Sum(nil))
 }

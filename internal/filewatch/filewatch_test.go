@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -57,7 +58,7 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// Every way in which programs replace a file is noticed, and noticed once.
+// Each way in which programs replace a file is one change.
 func TestReplaced(t *testing.T) {
 	for name, replace := range map[string]func(t *testing.T, dir string) error{
 		"written": func(_ *testing.T, dir string) error {
@@ -126,8 +127,7 @@ func TestAppears(t *testing.T) {
 	})
 }
 
-// Two files that are written one after the other are one change, and a change
-// that is taken back is none.
+// Two files written one after the other are one change. A reverted change is none.
 func TestSettles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -161,4 +161,29 @@ func TestSettles(t *testing.T) {
 		pass(2 * interval)
 		want(t, calls, 4, "bytes moved to the other file")
 	})
+}
+
+// The fingerprint changes with each byte, and with the file that contains it.
+func TestFingerprint(t *testing.T) {
+	dir := t.TempDir()
+	paths := []string{filepath.Join(dir, "a"), filepath.Join(dir, "b")}
+	seen := make(map[filewatch.Fingerprint]string)
+	for _, contents := range [][]string{{}, {"", ""}, {"ab", "c"}, {"a", "bc"}, {"abc", ""}, {"", "abc"}, {"abd", ""}, {"b", "ac"}} {
+		for i, path := range paths {
+			_ = os.Remove(path)
+			if len(contents) > i {
+				if err := os.WriteFile(path, []byte(contents[i]), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		now := filewatch.Read(paths)
+		if other, ok := seen[now]; ok {
+			t.Errorf("%q has the fingerprint of %s", contents, other)
+		}
+		if again := filewatch.Read(paths); again != now {
+			t.Errorf("%q has two fingerprints", contents)
+		}
+		seen[now] = strings.Join(contents, "|")
+	}
 }
