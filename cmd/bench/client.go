@@ -28,8 +28,8 @@ const (
 )
 
 // client is one connection to a relay, after its handshake. The load reads and
-// writes plain frames. A real client's work for each packet would cost the load as
-// much CPU as the server's work costs the server.
+// writes plain frames. A real client would use as much CPU for each packet as the
+// server does.
 type client struct {
 	conn   net.Conn // TLS
 	reader *bufio.Reader
@@ -40,9 +40,9 @@ type client struct {
 // flush sends the buffered writes of a busy client.
 func (c *client) flush() error { return c.held.writer.Flush() }
 
-// dial connects as derphttp does, with DERP's fast start: TLS handshake, an HTTP
-// request without waiting for its response, exchange of keys. It returns when the
-// server has accepted the client. A busy client reads and writes in large pieces.
+// dial connects as derphttp does with DERP's fast start: TLS handshake, an HTTP
+// request without waiting for its response, exchange of keys. dial returns when the
+// server has accepted the client. A busy client has large buffers.
 func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Addr, busy bool) (*client, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeWithin)
 	defer cancel()
@@ -116,8 +116,8 @@ func handshake(ctx context.Context, conn *tls.Conn, private key.NodePrivate, siz
 	}
 }
 
-// readAtLeast lets a busy client sleep until so many bytes have arrived. Waking for
-// every segment would cost the client more CPU than sending it costs the server.
+// readAtLeast makes reads of a busy client wait for this number of bytes. A client
+// that wakes for every segment would use more CPU than the server.
 func (c *client) readAtLeast(bytes int) error {
 	raw, err := c.held.Conn.(*net.TCPConn).SyscallConn()
 	if err != nil {
@@ -131,8 +131,8 @@ func (c *client) readAtLeast(bytes int) error {
 }
 
 // close closes the connection. It may be called while a busy client reads and
-// writes. It then closes the socket without TLS's close message, because another
-// goroutine may be using the writer.
+// writes. For a busy client, close sends no close message of TLS, because another
+// goroutine may use the writer.
 func (c *client) close() {
 	if c.held != nil {
 		_ = c.held.Close()
@@ -149,11 +149,11 @@ func clientTLS(want *x509.Certificate) *tls.Config {
 		InsecureSkipVerify: true, // VerifyConnection checks the certificate
 		VerifyConnection: func(state tls.ConnectionState) error {
 			if !state.PeerCertificates[0].Equal(want) {
-				return errors.New("the server has another certificate than the one made for this measurement")
+				return errors.New("the server does not have the certificate of this measurement")
 			}
 			return nil
 		},
-		// A burst is one record also at the start of a connection.
+		// A burst must be one record, also at the start of a connection.
 		DynamicRecordSizingDisabled: true,
 	}
 }
@@ -170,8 +170,8 @@ func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
 	return key.NodePublic{}, errors.New("no meta certificate; the server does not support the fast start")
 }
 
-// bufferedConn reads and writes many TLS records by one system call. A load with
-// as many calls as the server would be slower than the server.
+// bufferedConn reads and writes many TLS records with one system call. With as many
+// calls as the server, the load would be slower than the server.
 type bufferedConn struct {
 	net.Conn
 	reader *bufio.Reader

@@ -18,17 +18,17 @@ import (
 
 const (
 	connectors = 16
-	// keysInTurn is the number of node keys that connect in turn. It is large, so
-	// that the last connection of a key has ended before the next one begins.
+	// keysInTurn is the number of node keys that connect in turn. The number is
+	// large, so that a key's connection has ended before its next one begins.
 	keysInTurn = 4096
 
 	settle     = 2 * time.Second // wait before memory is measured
 	spareFiles = 100             // open files besides the connections
 )
 
-// source returns the loopback address from which a connection comes, another one
-// for every hundred connections. One address has ports for some tens of thousands,
-// and a used port is free only a minute later.
+// source returns the loopback address of a connection. Every hundred connections
+// share one. An address has some tens of thousands of ports, and a used port is free
+// only after a minute.
 func source(i int) netip.Addr {
 	i /= 100
 	return netip.AddrFrom4([4]byte{127, 1, byte(i / 250), byte(1 + i%250)})
@@ -80,7 +80,7 @@ func (c *connects) measure(ctx context.Context, s *server) (sample, error) {
 }
 
 // measureIdle measures the memory that each idle client adds to a server. It starts
-// a server of its own, because memory of earlier measurements would count.
+// a new server, because memory of earlier measurements would count.
 func measureIdle(ctx context.Context, p *program, count int, settle time.Duration) (sample, error) {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
@@ -144,7 +144,7 @@ func measureIdle(ctx context.Context, p *program, count int, settle time.Duratio
 }
 
 // measureStart measures the time from the execution of a program to the first DERP
-// handshake and to the first STUN answer. Key and certificate exist already.
+// handshake and to the first STUN answer. The key and the certificate exist before.
 func measureStart(ctx context.Context, p *program, times int) (sample, error) {
 	var derps, stuns []time.Duration
 	for range times {

@@ -103,7 +103,7 @@ const (
 )
 
 // picture draws a bar for each target: how many times as good as derper derpd is.
-// It has no background, and its colours are readable on a light and a dark one.
+// The picture has no background. Its colours are readable on light and dark pages.
 func (r *report) picture() []byte {
 	longest := 1.25
 	for _, v := range r.Targets {

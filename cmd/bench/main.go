@@ -1,11 +1,11 @@
 //go:build linux
 
-// Command bench measures derpd beside derper, upstream's own server, in turns and
-// with the same clients and certificate. The speed of a shared machine varies, so
-// only ratios of measurements that follow each other mean anything. Command bench
+// Command bench compares derpd with derper, upstream's own server. It measures both
+// in turns, with the same clients and certificate. The speed of a shared machine
+// varies, so only ratios of consecutive measurements are meaningful. Command bench
 // runs in the root of derpd's repository.
 //
-// Both servers and all of the load are on loopback. `make bench` builds both.
+// The servers and the load use loopback only. `make bench` builds both servers.
 package main
 
 import (
@@ -175,7 +175,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 	if err != nil {
 		return nil, err
 	}
-	// The load collects its garbage rarely, to spend its CPU time on the load.
+	// Fewer garbage collections leave more CPU time for the load.
 	debug.SetGCPercent(400)
 
 	dir, err := os.MkdirTemp("", "derpd-bench")
@@ -246,9 +246,9 @@ func measureRound(ctx context.Context, list []measurement, programs []*program, 
 	return nil
 }
 
-// order returns the order in which the two programs are measured. The first one
-// alternates from round to round. Measuring again uses the order 0 1 1 0, so that
-// a machine that steadily becomes slower affects both programs alike.
+// order returns the order of the two programs in a round. The first program
+// alternates from round to round. With again, the order is 0 1 1 0: then a machine
+// that steadily becomes slower affects both programs alike.
 func order(round int, again bool) []int {
 	first, second := round%2, 1-round%2
 	if again {

@@ -36,14 +36,15 @@ const (
 	pathTime   = 5 * time.Second
 )
 
-// congestionControls are measured with derpd. derper uses that of the system.
+// congestionControls are the congestion controls of derpd. derper always uses the
+// system's default.
 var congestionControls = []string{"cubic", "bbr"}
 
 func pathName(congestion string) string { return "a client far away, " + congestion }
 
 // measurePath measures the rate that arrives at a client at the far end of the path.
-// It needs a network namespace of its own, and makes another one for the client.
-// This process carries the packets between them.
+// It needs an empty network namespace, and creates another namespace for the client.
+// This process carries the packets between the two.
 func measurePath(ctx context.Context, p *program, congestion string) (sample, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -90,8 +91,8 @@ func measurePath(ctx context.Context, p *program, congestion string) (sample, er
 	return out, nil
 }
 
-// ownNetwork prepares the network namespace of this process, which must not be the
-// machine's.
+// ownNetwork prepares the network namespace of this process. It refuses the machine's
+// own namespace.
 func ownNetwork(ctx context.Context) error {
 	devices, err := net.Interfaces()
 	if err != nil {
@@ -187,8 +188,8 @@ func (p *path) close() {
 	}
 }
 
-// openDevice creates a network device in this thread's namespace. The file reads
-// the packets that the device sends, and writes those that it receives.
+// openDevice creates a network device in this thread's namespace. Reading the file
+// returns the packets that the device sends. Writing makes the device receive packets.
 func openDevice(ctx context.Context, addr netip.Addr) (*os.File, error) {
 	const name = "path"
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -231,7 +232,7 @@ type parcel struct {
 	due    time.Time
 }
 
-// carry carries packets from one device to the other, with this share of losses.
+// carry carries packets from one device to the other, and loses this share of them.
 func carry(from io.Reader, to io.Writer, loss float64) error {
 	const longest = 64 << 10
 	under := make(chan parcel, int(pathRate*(pathDelay+pathQueue).Seconds())/20) // IP packets have 20 bytes or more
@@ -262,7 +263,7 @@ func carry(from io.Reader, to io.Writer, loss float64) error {
 			if wait := time.Until(p.due); wait > 0 {
 				pause(wait)
 			}
-			// The device is not up yet, or no longer.
+			// EIO: the device is not up.
 			if _, err := to.Write(p.packet); err != nil && !errors.Is(err, unix.EIO) {
 				return err
 			}

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cpuTime returns the CPU time of a process: all its threads together, ended ones
-// included. PID 0 is this process. This clock has nanoseconds, /proc/PID/stat only
-// hundredths of a second.
+// cpuTime returns the CPU time of all threads of a process, including ended threads.
+// PID 0 is this process. The clock has a resolution of nanoseconds; /proc/PID/stat
+// has hundredths of a second.
 func cpuTime(pid int) (time.Duration, error) {
 	// clock_getcpuclockid(3), CPUCLOCK_SCHED.
 	clock := int32(^pid<<3 | 2)
@@ -30,8 +30,8 @@ func cpuTime(pid int) (time.Duration, error) {
 	return time.Duration(t.Nano()), nil
 }
 
-// residentBytes returns the resident memory of a process. The kernel's other
-// counts of it, as in /proc/PID/statm, may lag behind.
+// residentBytes returns the resident memory of a process. Other counters of the
+// kernel, as in /proc/PID/statm, may lag behind.
 func residentBytes(pid int) (int64, error) {
 	kib, err := procValue(pid, "smaps_rollup", "Rss")
 	return kib << 10, err
@@ -77,8 +77,8 @@ func parseValue(text, name string) (int64, error) {
 	return 0, fmt.Errorf("%s has no value", name)
 }
 
-// machineTime returns the time for which the CPUs of this machine were in use, all
-// together: by processes, the kernel, and other virtual machines.
+// machineTime returns the time for which this machine's CPUs were in use by processes,
+// the kernel, and other virtual machines, summed over all CPUs.
 func machineTime() (time.Duration, error) {
 	text, err := os.ReadFile("/proc/stat")
 	if err != nil {
@@ -116,9 +116,9 @@ func parseStat(text string) (time.Duration, error) {
 	return sum, nil
 }
 
-// share pins the load to half of the CPUs and returns the others, for the servers.
-// Only then does the CPU time show which of the two is the bottleneck. It returns
-// nil on a machine with one CPU.
+// share pins the load to half of the CPUs and returns the other CPUs, for the servers.
+// On separate CPUs, the CPU times show whether the load or the server is the
+// bottleneck. share returns nil on a machine with one CPU.
 func share() ([]int, error) {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &set); err != nil {
@@ -143,13 +143,13 @@ func share() ([]int, error) {
 			return nil, err
 		}
 	}
-	// One more, for the thread that sleeps in the kernel; see [pause].
+	// One more than the CPUs, for the thread that sleeps in the kernel; see [pause].
 	runtime.GOMAXPROCS(len(load) + 1)
 	return servers, nil
 }
 
-// setAffinity limits a thread to these CPUs; thread 0 is the calling one. Without
-// CPUs there is no limit.
+// setAffinity limits a thread to these CPUs; thread 0 is the calling thread. An empty
+// list is no limit.
 func setAffinity(thread int, cpus []int) error {
 	if len(cpus) == 0 {
 		return nil
@@ -174,8 +174,8 @@ func members(set unix.CPUSet) []int {
 	return list
 }
 
-// pause sleeps in the kernel. Go's timers may be a millisecond late, ten times the
-// latencies that are measured here.
+// pause sleeps in the kernel. Go's timers may be a millisecond late, and the measured
+// latencies are a tenth of that.
 func pause(d time.Duration) {
 	t := unix.NsecToTimespec(int64(d))
 	_ = unix.Nanosleep(&t, nil) // a signal may end it early; callers accept that

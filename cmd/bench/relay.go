@@ -21,9 +21,8 @@ import (
 )
 
 const (
-	// window is the number of packets under way from one sender. It is the
-	// length of derpserver's queue for a client, so that no packet is dropped,
-	// and both servers do the same work for each packet.
+	// window is the limit of packets under way from one sender. It is the length
+	// of derpserver's queue for a client, so that no server drops packets.
 	window       = 32
 	largestBurst = 8
 
@@ -41,10 +40,10 @@ const (
 type load struct {
 	size, pairs, burst int // bytes, senders, packets that are written at once
 	rate               int // packets per second of all pairs; 0 is the maximum
-	// alone sends each burst by a system call of its own at the maximum rate.
-	// Without it, one call sends all bursts for which the window has room, each
-	// as a TLS record. A busy server finds the same in its socket either way, and
-	// a load that makes a call for each packet is slower than a server.
+	// alone sends each burst with a separate system call at the maximum rate.
+	// Otherwise one call sends all bursts for which the window has room, each as
+	// a TLS record. A busy server receives the same data either way. With a call
+	// for each packet, the load is slower than a server.
 	alone bool
 	time  time.Duration
 }
@@ -63,8 +62,8 @@ func (l load) name() string {
 	return fmt.Sprintf("relay %d B, %d pairs, %s, %s", l.size, l.pairs, burst, how)
 }
 
-// pair is a client that sends and one that receives. The frames are made once. A
-// packet begins with its number and the time of sending.
+// pair is a sending and a receiving client. The frames are created once. A packet
+// begins with its number and the time of sending.
 type pair struct {
 	from, to *client
 	frames   []byte // one burst
@@ -86,7 +85,7 @@ func dialBusy(ctx context.Context, s *server) (*client, error) {
 	return dial(ctx, s, key.NewNode(), netip.Addr{}, true)
 }
 
-// newPair connects both clients, and the receiving one by dialTo.
+// newPair connects both clients, the receiving client with dialTo.
 func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool, dialTo func(context.Context, *server) (*client, error)) (*pair, error) {
 	p := &pair{size: l.size, wake: make(chan struct{}, 1), timed: timed}
 	var err error
@@ -98,7 +97,7 @@ func newPair(ctx context.Context, s *server, l load, timed *atomic.Bool, dialTo 
 		return nil, err
 	}
 	if l.rate == 0 {
-		// Half a window is under way at least whenever the sender waits.
+		// Whenever the sender waits, at least half a window is under way.
 		if err := p.to.readAtLeast(min(window/2*(headerLen+l.size), bigBuffer/2)); err != nil {
 			p.close()
 			return nil, err
@@ -140,8 +139,8 @@ func (p *pair) send() error {
 	return err
 }
 
-// saturate sends whenever the window has room, until ctx ends. It flushes all that
-// fits together, or each burst alone.
+// saturate sends whenever the window has room, until ctx ends. It flushes each burst
+// with alone, and otherwise all bursts that fit together.
 func (p *pair) saturate(ctx context.Context, alone bool) error {
 	burst := uint64(len(p.frames) / (headerLen + p.size))
 	for ctx.Err() == nil {
@@ -223,8 +222,8 @@ func pace(ctx context.Context, pairs []*pair, l load) error {
 	return nil
 }
 
-// ended returns nil for an error after ctx has ended: the measurement itself closed
-// the connection.
+// ended returns nil for an error after the end of ctx, because the measurement itself
+// has closed the connection.
 func ended(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -256,8 +255,9 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 	}
 
 	g, gctx := errgroup.WithContext(ctx)
-	// Closing ends writes that wait for a server that does not read. It must
-	// follow the end of gctx, by which ended judges the errors of those writes.
+	// Closing ends writes to a server that does not read. The connections must be
+	// closed after the end of gctx, so that [ended] ignores the errors of these
+	// writes.
 	stop := context.AfterFunc(gctx, closeAll)
 	defer stop()
 	if l.rate > 0 {
@@ -312,8 +312,8 @@ func measureRelay(ctx context.Context, s *server, l load) (sample, error) {
 	return out, nil
 }
 
-// perfTime is the time for which system calls are counted, after everything else,
-// because counting makes them slower.
+// perfTime is the time for which system calls are counted. They are counted last,
+// because counting slows the server.
 const perfTime = 200 * time.Millisecond
 
 // countSystemCalls returns the server's system calls for each packet, as perf
@@ -340,7 +340,7 @@ func countSystemCalls(ctx context.Context, s *server, arrived func() uint64) (fl
 	return count / perfTime.Seconds() / rate, nil
 }
 
-// parsePerf finds the count in what perf stat prints.
+// parsePerf finds the count in the output of perf stat.
 func parsePerf(out string) (float64, error) {
 	for line := range strings.Lines(out) {
 		fields := strings.Split(line, ",")
@@ -351,7 +351,7 @@ func parsePerf(out string) (float64, error) {
 	return 0, errors.New("no count of system calls")
 }
 
-// waitFor waits, at most until ctx ends.
+// waitFor waits for d. It returns an error if ctx ends first.
 func waitFor(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// report holds all measured values, and the targets and notes that follow.
+// report contains all measured values, and the targets and notes computed from them.
 type report struct {
 	Date       time.Time `json:"date"`
 	Go         string    `json:"go"`
@@ -100,14 +100,14 @@ func (r *report) conclude() {
 	r.Notes = notes(r)
 }
 
-// enough is a share of CPUs. A server that used more of its CPUs, beside a load that
-// used less, was at its limit.
+// enough is a share of CPUs. A server was at its limit if it used a larger share of
+// its CPUs, and the load a smaller share.
 const enough = 0.9
 
 // quiet is the share of the machine that other processes may use without a note.
 const quiet = 0.1
 
-// notes returns what makes the values less reliable.
+// notes returns the reasons why values are less reliable.
 func notes(r *report) []string {
 	var list []string
 	add := func(format string, args ...any) { list = append(list, fmt.Sprintf(format, args...)) }
@@ -144,7 +144,7 @@ func notes(r *report) []string {
 		add("%d rounds are too few for a reliable spread; use --rounds 5 or more", r.Rounds)
 	}
 	if r.Congestion != "" {
-		add("derper cannot choose its congestion control: it used that of the system, %s", r.Congestion)
+		add("derper has no setting for congestion control, and used the system's: %s", r.Congestion)
 	}
 	if !r.Pinned {
 		add("servers and load shared all CPUs: rates depend on both; use a machine with two CPUs or more")
@@ -215,7 +215,7 @@ func (s spread) String() string {
 	return fmt.Sprintf("%.2f (%.2f–%.2f)", s.Median, s.Min, s.Max)
 }
 
-// number formats three digits, with a comma between thousands.
+// number formats x with three significant digits, and a comma between thousands.
 func number(x float64) string {
 	if x == 0 {
 		return "0"
@@ -241,8 +241,8 @@ func (r *report) writeJSON(path string) error {
 	return os.WriteFile(path, append(b, '\n'), 0o644)
 }
 
-// readReport reads a file of writeJSON. It computes targets and notes again, as
-// their rules may have changed since.
+// readReport reads a file of writeJSON. It computes targets and notes again, because
+// their rules may have changed.
 func readReport(path string) (*report, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {

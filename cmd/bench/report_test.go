@@ -164,7 +164,7 @@ func TestNotes(t *testing.T) {
 	}{
 		{report{Rounds: 4, Pinned: true}, "4 rounds are too few for a reliable spread; use --rounds 5 or more"},
 		{report{Rounds: 5}, "servers and load shared all CPUs"},
-		{report{Rounds: 5, Pinned: true, Congestion: "cubic"}, "derper cannot choose its congestion control: it used that of the system, cubic"},
+		{report{Rounds: 5, Pinned: true, Congestion: "cubic"}, "derper has no setting for congestion control, and used the system's: cubic"},
 	} {
 		c.report.conclude()
 		if len(c.report.Notes) != 1 || !strings.HasPrefix(c.report.Notes[0], c.want) {
@@ -268,11 +268,11 @@ func TestDocs(t *testing.T) {
 	for i, l := range languages {
 		old := contents(t, filepath.Join(root, l.file))
 		if want, err := r.withDocs(old, i); err != nil || want != old {
-			t.Errorf("%s is not what docker/bench.json says; run: go run ./cmd/bench --from docker/bench.json --docs (%v)", l.file, err)
+			t.Errorf("%s differs from docker/bench.json; run: go run ./cmd/bench --from docker/bench.json --docs (%v)", l.file, err)
 		}
 	}
 	if contents(t, filepath.Join(root, pictureFile)) != string(r.picture()) {
-		t.Errorf("%s is not what docker/bench.json says", pictureFile)
+		t.Errorf("%s differs from docker/bench.json", pictureFile)
 	}
 }
 

@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-// measurement is one thing that is measured with both servers in turn.
+// measurement is a measurement of both servers in turn.
 type measurement struct {
 	name string
-	// run measures a running server. A measurement that needs a fresh server
-	// starts one of the same program.
+	// run measures a running server. A measurement that needs a new server starts
+	// another one of the same program.
 	run func(context.Context, *server) (sample, error)
-	// again means that it is measured twice in a round.
+	// again runs the measurement twice in a round.
 	again bool
 }
 
@@ -57,14 +57,14 @@ var metrics = []metric{
 
 func rank(m metric) int { return slices.Index(metrics, m) }
 
-// isCompared reports whether the ratio of a metric says which server is better.
+// isCompared reports whether the ratio of a metric shows the better server.
 func isCompared(m metric) bool { return rank(m) < rank(serverBusy) }
 
 func moreIsBetter(m metric) bool {
 	return slices.Contains([]metric{packetRate, arrivedRate, connectRate, answerRate, answersPer}, m)
 }
 
-// sample holds the values of one measurement of one server.
+// sample contains the values of one measurement of one server.
 type sample map[metric]float64
 
 // setDelays adds the median and the 99th percentile, if there are any delays.

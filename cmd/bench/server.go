@@ -69,8 +69,8 @@ func (p program) listen() netip.Addr {
 // ports are the ports of a server.
 type ports struct{ https, stun, admin int }
 
-// derperCommand returns derper's command line, without plain HTTP and without the
-// mesh key that derper looks for by default.
+// derperCommand returns derper's command line, without plain HTTP and without
+// derper's default file of the mesh key.
 func derperCommand(p program, at ports) (args, env []string) {
 	return []string{
 		"-a", net.JoinHostPort(p.listen().String(), strconv.Itoa(at.https)), "-http-port", "-1",
@@ -80,7 +80,7 @@ func derperCommand(p program, at ports) (args, env []string) {
 	}, nil
 }
 
-// derpdCommand returns derpd's environment for the same.
+// derpdCommand returns derpd's environment for the same configuration.
 func derpdCommand(p program, at ports) (args, env []string) {
 	return nil, []string{
 		"DERP_ADDR=" + net.JoinHostPort(p.listen().String(), strconv.Itoa(at.https)), "DERP_HTTP_PORT=-1",
@@ -121,7 +121,7 @@ func (p *program) launch(ctx context.Context) (*server, error) {
 		command.Env = append(command.Env, "GOMAXPROCS="+strconv.Itoa(len(p.cpus)))
 	}
 	command.Stdout, command.Stderr = log, log
-	// A server must not outlive this process, however that ends.
+	// The kernel kills the server when this process ends for any reason.
 	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	ended, err := startOn(p.cpus, command)
 	if err != nil {
@@ -150,8 +150,8 @@ func (p *program) start(ctx context.Context) (*server, error) {
 	return s, nil
 }
 
-// awaitDERP returns after the first DERP handshake that succeeds. Its retries have
-// hardly a delay, because it also measures the time of a start.
+// awaitDERP returns after the first DERP handshake that succeeds. It retries almost
+// without a delay, because the time of a start is measured too.
 func (s *server) awaitDERP(ctx context.Context) error {
 	private := key.NewNode()
 	return s.await(ctx, "a DERP handshake", func(ctx context.Context) error {
@@ -229,8 +229,8 @@ func (s *server) lastWords() string {
 	return fmt.Sprintf("\nthe end of the log of %s:\n%s", s.name, bytes.TrimSpace(b[max(0, len(b)-logTail):]))
 }
 
-// freePorts returns ports that are free. They are below the ephemeral ports, which
-// the load may take at any time.
+// freePorts returns free ports. They are below the ephemeral ports, which the load may
+// use at any time.
 func freePorts() (ports, error) {
 	var found []int
 	for range 100 {
@@ -253,9 +253,8 @@ func freePorts() (ports, error) {
 }
 
 // startOn starts a command that may run on these CPUs only. The channel is closed
-// when the command has ended. A child inherits the CPUs of the thread that starts
-// it, and is killed when that thread ends. So that thread is used for nothing else
-// and lives as long as the command.
+// when the command has ended. A child inherits the CPUs of its parent thread, and is
+// killed when that thread ends. For this reason each command has its own thread.
 func startOn(cpus []int, command *exec.Cmd) (ended <-chan struct{}, err error) {
 	gone := make(chan struct{})
 	started := make(chan error)
@@ -275,7 +274,7 @@ func startOn(cpus []int, command *exec.Cmd) (ended <-chan struct{}, err error) {
 }
 
 // makeCertificate writes the certificate of both servers and its P-256 key to dir,
-// under the names that both servers use.
+// with the file names that both servers expect.
 func makeCertificate(dir string) (*x509.Certificate, error) {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -305,8 +304,8 @@ func makeCertificate(dir string) (*x509.Certificate, error) {
 	return x509.ParseCertificate(der)
 }
 
-// share returns the number of CPUs of the server, which is that of the load too.
-// Without pinning both have all CPUs.
+// share returns the number of CPUs of the server. The load has the same number.
+// Without pinning, both use all CPUs.
 func (p *program) share() float64 {
 	if len(p.cpus) > 0 {
 		return float64(len(p.cpus))

@@ -20,18 +20,18 @@ import (
 const (
 	stunBurst = 16 // requests of a burst, each of another client
 	// burstAskers is the number of bursts under way at once, so that the server
-	// has the next burst before it has answered the last one.
+	// always has another burst to answer.
 	burstAskers  = 4
-	keptRequests = 256 // requests that are made once and sent in turn, to keep the load cheap
+	keptRequests = 256 // requests created once and sent in turn, to keep the load cheap
 	answerWithin = time.Second
 	answerType   = 0x0101 // binding success response, RFC 8489 §5
 	maxAnswer    = 128    // bytes
 )
 
-// asker sends the requests of some clients to a STUN server, one of each client
-// at a time, and waits for all answers. It has one socket. Each client has an
-// address of its own, as real clients have, so the server can answer several
-// only by as many datagrams. One system call sends a whole burst.
+// asker sends bursts to a STUN server, one request of each client, and waits for all
+// answers. It has one socket, and sends a burst with one system call. Each client has
+// a different address, as real clients have, so the server needs one datagram for
+// each answer.
 type asker struct {
 	conn  *net.UDPConn
 	batch *ipv4.PacketConn
@@ -95,8 +95,8 @@ func (a *asker) ask() error {
 	return nil
 }
 
-// take reads the answers that have arrived; with wait, it waits for the first.
-// It ignores answers to a burst that was given up.
+// take reads the answers that have arrived. With wait, it waits for the first answer.
+// It ignores late answers to an earlier burst.
 func (a *asker) take(wait bool) error {
 	flags := unix.MSG_DONTWAIT
 	if wait {
@@ -124,8 +124,8 @@ func (a *asker) take(wait bool) error {
 	return nil
 }
 
-// answerTo returns the transaction of an answer. It does not parse the answer,
-// which would cost as much as the server's work.
+// answerTo returns the transaction ID of an answer. It does not parse the answer,
+// because parsing would use as much CPU as the server.
 func answerTo(b []byte) (stun.TxID, error) {
 	const header, typeLen, lengthAndCookie = 20, 2, 6
 	if len(b) < header || int(b[0])<<8|int(b[1]) != answerType {
@@ -188,9 +188,9 @@ type tally struct {
 	delays        []time.Duration // of single requests, which have one asker
 }
 
-// spin is the load on CPUs of its own. It never sleeps. A load that sleeps is
-// woken by the server, once or more for each burst, and most of the server's time
-// would go into that.
+// spin is the load when the load and the server have separate CPUs. spin never
+// sleeps. The server would wake a sleeping load for each burst, and spend most of its
+// time on that.
 func (t *tally) spin(ctx context.Context, askers []*asker) error {
 	for ctx.Err() == nil {
 		for _, a := range askers {
@@ -208,8 +208,8 @@ func (t *tally) spin(ctx context.Context, askers []*asker) error {
 	return nil
 }
 
-// wait is one asker of a load that shares its CPUs with the server, and sleeps to
-// leave them to it.
+// wait is the load of one asker when the load and the server share the CPUs. wait
+// sleeps, so that the server gets the CPUs.
 func (t *tally) wait(ctx context.Context, a *asker) error {
 	for ctx.Err() == nil {
 		if err := a.ask(); err != nil {

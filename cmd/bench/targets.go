@@ -17,7 +17,7 @@ type target struct {
 	unit        string
 }
 
-// targets are all limits that derpd has to keep. It is the only list of them.
+// targets is the only list of the limits that derpd must keep.
 func targets() []target {
 	relay := func(size, burst, rate int) string {
 		return load{size: size, pairs: 8, burst: burst, rate: rate}.name()
@@ -36,7 +36,7 @@ func targets() []target {
 	}
 }
 
-// verdict says whether a target is reached.
+// verdict is the result for one target.
 type verdict struct {
 	What    string  `json:"what"`
 	Ratio   spread  `json:"ratio"`
@@ -47,8 +47,8 @@ type verdict struct {
 	derpd   float64 // median
 }
 
-// verdicts judges every target that was measured, by the median of its ratios as
-// the report shows it.
+// verdicts returns a verdict for each measured target. It compares the median of the
+// ratios, rounded as in the report.
 func verdicts(r *report) []verdict {
 	var list []verdict
 	for _, t := range targets() {
@@ -74,7 +74,7 @@ func verdicts(r *report) []verdict {
 // shown rounds a ratio as [spread.String] does.
 func shown(ratio float64) float64 { return math.Round(ratio*100) / 100 }
 
-// better returns how many times as good as derper a ratio makes derpd.
+// better returns how many times as good as derper derpd is at a ratio.
 func (v verdict) better(ratio float64) float64 {
 	if moreIsBetter(v.target.metric) || ratio == 0 {
 		return ratio

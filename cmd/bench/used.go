@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// used holds counters at one moment.
+// used contains all counters at one moment.
 type used struct {
 	at           time.Time
 	server, load time.Duration // CPU time of each process
@@ -32,7 +32,8 @@ func usedBy(s *server, count uint64) (used, error) {
 	return u, errors.Join(errs[:]...)
 }
 
-// observe waits for the warmup and then for d, and returns what was used during d.
+// observe waits for the warmup and then for d. It returns the difference of the
+// counters over d.
 func observe(ctx context.Context, s *server, d time.Duration, count func() uint64) (interval, error) {
 	if err := waitFor(ctx, warmup); err != nil {
 		return interval{}, err
@@ -48,13 +49,13 @@ func observe(ctx context.Context, s *server, d time.Duration, count func() uint6
 	return after.since(before), err
 }
 
-// observeWith runs look beside the load in g, then ends that load by cancel. It
-// returns the result of look, and a sample that begins with it.
-func observeWith(g *errgroup.Group, cancel func(), s *server, look func() (interval, error)) (interval, sample, error) {
+// observeWith runs observation beside the load in g, and then ends the load with
+// cancel. It returns the interval, and a sample with the metrics of the interval.
+func observeWith(g *errgroup.Group, cancel func(), s *server, observation func() (interval, error)) (interval, sample, error) {
 	var u interval
 	g.Go(func() (err error) {
 		defer cancel()
-		u, err = look()
+		u, err = observation()
 		return err
 	})
 	if err := g.Wait(); err != nil {

@@ -75,8 +75,8 @@ func (i images) labels(ctx context.Context, image string) (map[string]string, er
 	return config.Config.Labels, nil
 }
 
-// firstPlatform returns the first image of an index, or an image of one platform
-// itself.
+// firstPlatform returns the first image of an index. An image without an index has one
+// platform, and is returned itself.
 func firstPlatform(found *remote.Descriptor) (v1.Image, error) {
 	if !found.MediaType.IsIndex() {
 		return found.Image()
@@ -139,9 +139,9 @@ func nextBase(image string) (string, bool) {
 	return fmt.Sprintf("%s%d%s", m[1], n+1, m[3]), err == nil
 }
 
-// printBase prints the base image with its digest, a name that never moves. With
-// a published image it also prints whether that image has another base. Only
-// then is a release repeated: everything else in an image comes from the commit.
+// printBase prints the base image with its digest. With a published image, printBase
+// also prints whether that image was built on another base. A new base is the only
+// reason to repeat a release, because a commit determines the rest of the image.
 func printBase(ctx context.Context, images images, published []string, stdout io.Writer) (outputs, error) {
 	text, err := os.ReadFile(dockerfile)
 	if err != nil {

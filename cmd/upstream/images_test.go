@@ -16,11 +16,10 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// startRegistry serves the base image of Debian 12 and 13 and three images:
-// derpd for two platforms, built on Debian 13; another image without labels; and
-// an index without platforms. Like GitHub's registry it refuses requests without
-// a token, and gives a token to anybody. It returns its URL and the digest of
-// the base image.
+// startRegistry serves the base image of Debian 12 and of 13, and three more images:
+// derpd for two platforms on Debian 13, an image without labels, and an index without
+// platforms. Like GitHub's registry, it refuses requests without a token, and gives
+// every client a token. It returns the URL, and the digest of the base image.
 func startRegistry(t *testing.T) (address, digest string) {
 	t.Helper()
 	images := registry.New(registry.Logger(log.New(io.Discard, "", 0)))

@@ -21,7 +21,7 @@ import (
 )
 
 // Exit codes. "Something is new" has no exit code, because `go run` maps every
-// failure to 1. The output says it, and so does updated=true in GITHUB_OUTPUT.
+// failure to 1. The output shows new versions, and GITHUB_OUTPUT has updated=true.
 const (
 	exitOK     = 0
 	exitFailed = 1
@@ -65,8 +65,8 @@ func exitCode(err error, stderr io.Writer) int {
 	return exitFailed
 }
 
-// run executes one command line. It writes the outputs for GitHub last, so that
-// a failure leaves none.
+// run executes one command line. It writes the outputs for GitHub last, so that a
+// failed run writes none.
 func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("upstream", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
@@ -123,8 +123,8 @@ func (o *outputs) appendTo(path string) error {
 	return errors.Join(err, f.Close())
 }
 
-// variable returns the value of an environment variable. Of several entries the
-// last one counts.
+// variable returns the value of an environment variable. The last of several entries
+// counts.
 func variable(env []string, name string) string {
 	value := ""
 	for _, entry := range env {

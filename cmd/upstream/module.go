@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// Modules whose releases derpd follows.
+// Modules with releases that derpd follows.
 const (
 	tailscale = "tailscale.com"
 	certmagic = "github.com/caddyserver/certmagic"
@@ -28,8 +28,8 @@ type module struct {
 func goCommand(ctx context.Context, dir string, env []string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = dir
-	// The environment may pin the old toolchain; a new release may need a newer
-	// one.
+	// The environment may pin the old toolchain, but a new release may need a
+	// newer Go.
 	cmd.Env = append(env[:len(env):len(env)], "GOTOOLCHAIN=auto", "GOWORK=off")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -59,8 +59,8 @@ func readModule(ctx context.Context, env []string) (module, error) {
 	return m, nil
 }
 
-// releasesOf lists the versions of a module without the retracted ones. It runs
-// in an empty module, so that the state of go.sum has no influence.
+// releasesOf lists the versions of a module that are not retracted. It runs in an
+// empty module, so that the state of go.sum has no influence.
 func releasesOf(ctx context.Context, env []string, path string) ([]string, error) {
 	dir, err := os.MkdirTemp("", "upstream")
 	if err != nil {
@@ -81,9 +81,9 @@ func releasesOf(ctx context.Context, env []string, path string) ([]string, error
 	return parsed.Versions, nil
 }
 
-// get adds modules, MODULE@VERSION, to go.mod, and a newer Go if they need one.
-// With -e, tidy ignores modules that cannot be fetched. Only the tests of
-// dependencies need such modules; a module that derpd needs fails the build.
+// get adds modules, MODULE@VERSION, to go.mod, and a newer Go if a module needs one.
+// With -e, tidy ignores modules that cannot be fetched: the tests of dependencies
+// may need some. If derpd needs a missing module, the build fails.
 func get(ctx context.Context, env, targets []string) error {
 	if _, err := goCommand(ctx, "", env, append([]string{"get"}, targets...)...); err != nil {
 		return err

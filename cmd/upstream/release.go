@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// releaseName matches the name of a release: the Tailscale release in it, and a
-// number that counts derpd's releases on that one, as in 1.104.5-2.
+// releaseName matches the name of a release, such as 1.104.5-2: the Tailscale release,
+// and the number of derpd's release on that Tailscale release.
 var releaseName = regexp.MustCompile(`^(\d+)\.(\d+)\.(\d+)-([1-9]\d*)$`)
 
 // history is the changelog, newest section first.
@@ -46,8 +46,8 @@ func (h *history) String() string {
 	return b.String()
 }
 
-// close adds lines to the unreleased section and gives that section the name of
-// the next release on this version of Tailscale, which it returns.
+// close adds lines to the unreleased section, and names the section after the next
+// release on this version of Tailscale. It returns the name.
 func (h *history) close(tailscaleVersion string, lines []string) (string, error) {
 	on := strings.TrimPrefix(tailscaleVersion, "v")
 	last := 0
@@ -124,9 +124,9 @@ func printNotes(release string, stdout io.Writer) error {
 	return fmt.Errorf("%s has no section %q", changelog, "## "+release)
 }
 
-// printTags prints the tags of a release's images: one that never moves, and the
-// moving ones (1.104.5, 1.104, 1, latest), so that people choose how closely they
-// follow.
+// printTags prints the tags of a release's images. The tag of the release never
+// moves. The tags 1.104.5, 1.104, 1 and latest move with newer releases, so operators
+// can choose how much an update may change.
 func printTags(ctx context.Context, env []string, release string, images []string, stdout io.Writer) (outputs, error) {
 	numbers := releaseName.FindStringSubmatch(release)
 	if numbers == nil {

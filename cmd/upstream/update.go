@@ -114,7 +114,7 @@ func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
 		}
 		switch {
 		case !isRelease(have):
-			// Somebody chose a version that is not a release: keep it.
+			// A version that is not a release was chosen on purpose.
 			u.say(path, "%s, not a release; the newest one is %s", have, best)
 		case semver.Compare(best, have) > 0:
 			u.say(path, "%s -> %s", have, best)
@@ -126,8 +126,8 @@ func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
 	return targets, nil
 }
 
-// base prints whether there is a newer base image. It does not take one: a newer
-// Debian may lack something that derpd needs, so a person decides.
+// base prints whether there is a newer base image. It changes nothing: a newer Debian
+// may lack something that derpd needs, so a person must decide.
 func (u *updater) base(ctx context.Context, dockerfile string) error {
 	image, err := baseImage(dockerfile)
 	if err != nil {

@@ -15,8 +15,8 @@ func TestMain(m *testing.M) {
 }
 
 // The scripts in testdata run the whole program against a module proxy with the
-// versions in testdata/modules: odd minor versions, pre-releases, a retracted
-// version, skipped numbers, and a test whose import is missing. In testdata/toonew,
+// versions in testdata/modules. Among them are odd minor versions, pre-releases, a
+// retracted version, skipped numbers, and a missing test import. In testdata/toonew,
 // the newest release needs a Go version that does not exist.
 func TestScripts(t *testing.T) {
 	proxy := goproxytest.NewTestServer(t, "testdata/modules", "").URL

@@ -6,15 +6,14 @@ import (
 	"golang.org/x/mod/semver"
 )
 
-// isRelease reports whether a version is three numbers and nothing after them:
-// pre-releases and pseudo-versions are not releases.
+// isRelease reports whether a version is only three numbers. Pre-releases and
+// pseudo-versions are not releases.
 func isRelease(version string) bool {
 	return semver.Canonical(version) == version && version != "" && semver.Prerelease(version) == ""
 }
 
-// newest returns the highest release, or "" if there is none. Odd minor versions
-// of Tailscale are unstable. Tailscale skips patch numbers, so the next version
-// is searched and never counted.
+// newest returns the highest release, or "" if there is none. Odd minor versions of
+// Tailscale are unstable.
 func newest(released []string, evenMinor bool) string {
 	best := ""
 	for _, v := range released {

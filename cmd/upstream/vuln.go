@@ -17,7 +17,7 @@ import (
 // stdlib is the standard library as a module; its version is Go's.
 const stdlib = "stdlib"
 
-// fix is the version of a module in which a vulnerability of derpd is fixed.
+// fix is a vulnerability of derpd, and the version of the module that fixes it.
 type fix struct {
 	id      string
 	module  string
@@ -51,9 +51,9 @@ func (f fixes) targets() []string {
 	return targets
 }
 
-// vulnerabilities prints the known vulnerabilities in the code that derpd calls,
-// and returns those that a newer version fixes. It succeeds without govulncheck or
-// its database, which many networks cannot reach.
+// vulnerabilities prints the known vulnerabilities in the code that derpd calls, and
+// returns the fixes of newer versions. It succeeds without govulncheck, and without
+// the database, which many networks cannot reach.
 func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 	const what = "vulnerabilities"
 	cmd := exec.CommandContext(ctx, u.govulncheck, "-format", "json", "./...")
@@ -92,8 +92,8 @@ func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 	return fixed, nil
 }
 
-// parseFindings returns the vulnerabilities in functions that derpd calls from the
-// output of govulncheck, each once.
+// parseFindings reads the output of govulncheck. It returns the vulnerabilities in
+// functions that derpd calls, each once.
 func parseFindings(r io.Reader) ([]fix, error) {
 	var found []fix
 	for decoder := json.NewDecoder(r); ; {
