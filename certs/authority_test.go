@@ -17,7 +17,7 @@ import (
 	"derpd/internal/testkit"
 )
 
-// DNS-01 comes first, and the listeners' challenges follow. DNS-01 cannot prove
+// DNS-01 is used first, and the listeners' challenges after it. DNS-01 cannot prove
 // an address.
 func TestIssuers(t *testing.T) {
 	type challenges struct{ dns, http, tls bool }

@@ -20,8 +20,8 @@ import (
 	"derpd/internal/testkit/acmetest"
 )
 
-// A real authority looks into a real DNS server, where records are made by
-// RFC 2136.
+// A real authority validates against a real DNS server. Records are created by RFC
+// 2136.
 func TestDNS01ByUpdate(t *testing.T) {
 	server := acmetest.StartNamed(t)
 	good := &certs.RFC2136{Server: server.Addr, KeyName: acmetest.KeyName, KeyAlg: "hmac-sha256", Key: acmetest.Key}
@@ -99,8 +99,8 @@ func TestDNS01Refused(t *testing.T) {
 	}
 }
 
-// acmeDNS plays an acme-dns server (its HTTP API and its own zone), and serves
-// example.com too, whose challenges are a CNAME into that zone.
+// acmeDNS is an acme-dns server: its HTTP API and its own zone. It serves example.com
+// too. The challenges of example.com are a CNAME into the other zone.
 type acmeDNS struct {
 	url, addr string
 
@@ -180,8 +180,8 @@ func (a *acmeDNS) answer(w dns.ResponseWriter, r *dns.Msg) {
 	_ = w.WriteMsg(m)
 }
 
-// acme-dns works with DERP_DNS_DELEGATE and without: it knows the account
-// alone, and the CNAME is followed when looking for the record.
+// acme-dns works with DERP_DNS_DELEGATE and without. It uses only the account, and
+// the check for the record follows the CNAME.
 func TestDNS01ByAcmeDNS(t *testing.T) {
 	for _, delegate := range []string{"", strings.TrimSuffix(acmeDNSName, ".")} {
 		t.Run("delegate="+delegate, func(t *testing.T) {

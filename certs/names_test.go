@@ -49,8 +49,8 @@ func eventually(t *testing.T, l listeners, host string, config *tls.Config) *x50
 	return leaf
 }
 
-// Each name has a certificate of its own. A client gets the certificate that it
-// can verify: by its SNI, or without SNI by the address that it dialled.
+// Each name has a separate certificate. A client gets the certificate for its SNI, or
+// for the dialled address without SNI.
 func TestACMESeveralNames(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -74,8 +74,8 @@ func TestACMESeveralNames(t *testing.T) {
 			[][2]string{{"127.0.0.1", "127.0.0.1"}, {"::1", "::1"}},
 		},
 		{
-			// 127.0.0.2 stands for the inside of a port mapping: the
-			// client dialled 127.0.0.1.
+			// 127.0.0.2 is the inside of a port mapping. The client dialled
+			// 127.0.0.1.
 			"behind a port mapping",
 			[]string{"derp.example.com", "::1", "127.0.0.1"},
 			"[::]:0",

@@ -46,7 +46,7 @@ func runManager(t *testing.T, m certs.Manager) {
 	})
 }
 
-// serve runs a manager in a bubble, whose clock begins at now.
+// serve runs a manager in a bubble. The clock of the bubble begins at now.
 func serve(t *testing.T, m certs.Manager, roots *x509.CertPool) served {
 	t.Helper()
 	runManager(t, m)

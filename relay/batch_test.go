@@ -16,8 +16,8 @@ import (
 	"derpd/internal/testkit"
 )
 
-// tapped accepts connections whose writes, those of TLS, are counted and can be
-// stopped.
+// tapped is a listener. It counts the writes of TLS to its connections, and can stop
+// them.
 type tapped struct {
 	net.Listener
 	conns chan *tap

@@ -154,7 +154,7 @@ func TestJoinAfterResponse(t *testing.T) {
 	if got, want := below.lengths(), []int{len(response), 3000}; !slices.Equal(got, want) {
 		t.Errorf("writes of %v, want %v", got, want)
 	}
-	// A frame whose bytes resemble a response is a frame, and so is the next.
+	// A frame with the bytes of a response is a frame, and so is the next.
 	f = frame(3000)
 	copy(f[2048:], "HTTP/1.1")
 	next := frame(4000)

@@ -84,8 +84,8 @@ func awaitState(t *testing.T, n *Relay, what string, holds func(MeshState) bool)
 	return got
 }
 
-// Two nodes forward packets for each other's clients. After a node is gone the
-// other one retries, and has no clients of it.
+// Two nodes forward packets for each other's clients. When a node stops,
+// the other node retries, and has no clients of the stopped node.
 func TestMesh(t *testing.T) {
 	cert, _ := certificate(t)
 	secret := meshKey(t, "correct horse battery")
@@ -110,7 +110,7 @@ func TestMesh(t *testing.T) {
 	}) // stops b
 	state := awaitState(t, a, "down", func(s MeshState) bool { return !s.Up })
 	if state.Clients != 0 || state.Err == nil {
-		t.Errorf("state %+v of a node that is gone", state)
+		t.Errorf("state %+v of a stopped node", state)
 	}
 	testkit.Until(t, "no client is remote", func() bool { return strings.Contains(a.Metrics().String(), `"gauge_clients_remote": 0`) })
 }
@@ -195,7 +195,7 @@ func TestMeshRootsAndDial(t *testing.T) {
 	}
 }
 
-// silence is a listener whose connections can stop passing bytes to the relay.
+// silence is a listener. Its connections can stop passing bytes to the relay.
 type silence struct {
 	net.Listener
 	mu    sync.Mutex

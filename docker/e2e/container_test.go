@@ -51,7 +51,7 @@ func bridge(t *testing.T, _ *row) {
 		t.Fatalf("map does not pin the certificate: CertName is %q", node.CertName)
 	}
 	if node.InsecureForTests {
-		t.Error("map tells clients not to verify the certificate")
+		t.Error("map has InsecureForTests, with which clients do not verify the certificate")
 	}
 	published := reached(region, netip.MustParseAddr("127.0.0.1"))
 	var relayKey key.NodePublic
@@ -92,11 +92,11 @@ func bridge(t *testing.T, _ *row) {
 				t.Fatal(err)
 			}
 			refused := fmt.Sprintf("; %d requests refused", i+1)
-			testkit.Until(t, "health tells of the request to "+addr, func() bool {
+			testkit.Until(t, "health counts the request to "+addr, func() bool {
 				checked := d.stunCheck(t)
 				return strings.HasPrefix(checked, "warn ") && strings.Contains(checked, refused) && strings.Contains(checked, "publish STUN on 0.0.0.0 only")
 			})
-			// It was seen; by now the answer would be here.
+			// The relay has received the request, so an answer would have arrived.
 			if err := conn.SetReadDeadline(time.Now().Add(silence)); err != nil {
 				t.Fatal(err)
 			}

@@ -27,9 +27,9 @@ func outageOnce(t *testing.T, r *row) { outage(t, r, 1) }
 // outageMedian interrupts it five times in each way.
 func outageMedian(t *testing.T, r *row) { outage(t, r, 5) }
 
-// outage measures how long no traffic passes between two nodes when their only relay
-// is restarted, killed, or replaced by a container with a newer image. It measures
-// derpd first, then upstream's derper with the same nodes and map.
+// outage measures the silence between two nodes when their only relay is restarted,
+// killed, or replaced by a container with a newer image. It measures derpd first, then
+// upstream's derper with the same nodes and map.
 func outage(t *testing.T, r *row, rounds int) {
 	w := newWorld(t, r)
 	own := newAuthority(t)

@@ -18,9 +18,9 @@ import (
 	"derpd/internal/testkit/peers"
 )
 
-// admitSidecar is the profile tailscaled: the relay admits the nodes that a sidecar
-// knows, which is a member of a real headscale's network. The relay is the only one
-// in the map of that network, so the sidecar needs the relay too.
+// admitSidecar is the profile tailscaled: the relay admits the nodes of the network
+// that its sidecar has joined, with a real headscale. No other relay is in the map of
+// that network, so the sidecar needs the relay too.
 func admitSidecar(t *testing.T, r *row) {
 	image := peersImage(t)
 	// Every container reaches this machine by the first address of Docker's bridge.

@@ -91,8 +91,8 @@ func newSource(t *testing.T) *source {
 
 func (s *source) fail() { s.failing.Store(true) }
 
-// serve runs the binaries one after the other on one data directory, with the same
-// two clients, and calls first after the first one has stopped.
+// serve runs the binaries one after the other on one data directory, with the same two
+// clients. It calls first after the first binary has stopped.
 func serve(t *testing.T, binaries, env []string, roots *x509.CertPool, first func()) []identity {
 	t.Helper()
 	clients := [2]key.NodePrivate{key.NewNode(), key.NewNode()}

@@ -22,8 +22,8 @@ import (
 // Certificate describes a certificate for [NewCertificate]. The zero value with
 // Names is a self-signed server certificate that is valid now.
 type Certificate struct {
-	// Names are DNS names and IP addresses. The first is the common name, and
-	// the only use of a name in an authority's certificate.
+	// Names are DNS names and IP addresses. The first one is the common name. An
+	// authority's certificate has only a common name.
 	Names []string
 
 	// NotBefore and NotAfter default to an hour ago and to a day from now.
@@ -36,7 +36,7 @@ type Certificate struct {
 	Issuer *tls.Certificate
 }
 
-// NewCertificate makes a certificate with a P-256 key of its own. Leaf is set.
+// NewCertificate creates a certificate with a new P-256 key. Leaf is set.
 func NewCertificate(t testing.TB, c Certificate) *tls.Certificate {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -111,8 +111,8 @@ func Trust(pool *x509.CertPool) *tls.Config {
 	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 }
 
-// Hash is the SHA-256 of a certificate in hexadecimal, as a CertName pins it
-// after "sha256-raw:".
+// Hash is the SHA-256 of a certificate in hexadecimal, as in a CertName after
+// "sha256-raw:".
 func Hash(c *x509.Certificate) string {
 	return fmt.Sprintf("%x", sha256.Sum256(c.Raw))
 }

@@ -6,9 +6,8 @@ import (
 	"testing"
 )
 
-// Environ is the environment of a derpd on loopback that binds free ports, with
-// a data directory of its own and without the tailscaled of this machine. The
-// pairs, NAME=value, win.
+// Environ is the environment of a derpd on loopback with free ports, a new data
+// directory, and no tailscaled. The pairs, NAME=value, override these variables.
 func Environ(t testing.TB, pairs ...string) []string {
 	t.Helper()
 	return LastOfEach(append([]string{

@@ -9,21 +9,20 @@ import (
 	"testing"
 )
 
-// Ports of FreePort lie below the range from which systems choose a port for a
-// client, or for a server that asks for port 0 (from 32768 on Linux, from 49152
-// elsewhere). A port of that range could be taken by any connection before the
-// program binds it, or while the program is restarted.
+// firstPort and lastPort limit the ports of FreePort. They are below the ephemeral
+// ports, which start at 32768 on Linux and at 49152 elsewhere. Any connection could
+// take an ephemeral port before the program binds it, or during a restart.
 const (
 	firstPort = 20000
 	lastPort  = 29999
 )
 
-// FreePort returns a port that no program uses for TCP or UDP on any address of
-// this machine. It is for programs that bind by themselves, and for ports that
-// must be known in advance. A server in the test's own process binds port 0.
+// FreePort returns a port that no program uses for TCP or UDP on any address of this
+// machine. It is for other programs, and for ports that must be known in advance. A
+// server in the test's own process should bind port 0.
 //
-// The port stays reserved until the test ends: FreePort does not return it
-// again, in this process or another one.
+// The port stays reserved until the test ends: neither this process nor another one
+// gets the same port from FreePort.
 func FreePort(t testing.TB) int {
 	t.Helper()
 	for range 100 {
@@ -50,10 +49,9 @@ func FreeAddr(t testing.TB) string {
 	return net.JoinHostPort("127.0.0.1", strconv.Itoa(FreePort(t)))
 }
 
-// reserve binds a TCP port on all IPv4 addresses, and fails if any other socket
-// is bound to the port. The option SO_REUSEADDR is set only after that: then a
-// server can bind the port, since its own socket has the option too and this
-// socket never listens.
+// reserve binds a TCP port on all IPv4 addresses, and fails if any other socket is
+// bound to the port. It then sets SO_REUSEADDR, with which a server can still bind the
+// port: the server's socket has the option too, and this socket never listens.
 func reserve(port int) (release func(), err error) {
 	syscall.ForkLock.RLock()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)

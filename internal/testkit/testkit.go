@@ -1,11 +1,10 @@
-// Package testkit holds what the tests of several packages need: waiting, free
-// ports, certificates, DERP clients that exchange packets, and CPU time.
+// Package testkit contains helpers for the tests of several packages: waiting, free
+// ports, certificates, files, DERP clients that exchange packets, and CPU time.
 //
-// Each function takes a testing.TB and fails the test by itself. The package
-// imports nothing of the product, so that a test never checks the product
-// against itself, and keeps no state between calls. Only tests import it: the
-// image is built without it.
+// Its functions fail the test themselves, and keep no state between calls. The
+// package imports nothing of the product, so that no test compares the product with
+// itself. Only tests import the package, so the program does not contain it.
 //
-// The packages below it run whole programs: acmetest a certificate authority
-// and BIND, peers real tailscaled and headscale.
+// Package acmetest runs a certificate authority and BIND. Package peers runs real
+// tailscaled and headscale.
 package testkit

@@ -7,9 +7,8 @@ import (
 	"time"
 )
 
-// Patience is the longest that a test waits for something that must happen. A
-// test that passes never waits that long, so the value only has to suit the
-// slowest machine.
+// Patience is the longest wait of a test for an event that must happen. A test that
+// passes never waits so long, so the value only has to suit the slowest machine.
 const Patience = time.Minute
 
 // pollEvery is the interval between two attempts. It is long enough for attempts
@@ -45,8 +44,8 @@ func Wait(t testing.TB, what string, attempt func(context.Context) error) {
 	Within(t, Patience, what, attempt)
 }
 
-// Within is [Wait] with a limit of its own. Only waits that are known to take
-// longer than [Patience], or must take less, have a reason for one.
+// Within is [Wait] with another limit. It is for events that may take longer than
+// [Patience], or must take less.
 func Within(t testing.TB, limit time.Duration, what string, attempt func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)

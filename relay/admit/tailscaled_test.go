@@ -73,9 +73,8 @@ func newFakeTailscaled(t *testing.T, grace time.Duration) (*fakeTailscaled, *tai
 
 func (t *tailscaled) source() Source { return Source{Ask: t.ask} }
 
-// A node that tailscaled knows is admitted while tailscaled is connected to its
-// control server, and a node that it does not know is refused only if it has
-// the whole network map.
+// A known node is admitted while tailscaled is connected to its control server. An
+// unknown node is refused only if tailscaled has the whole network map.
 func TestTailscaledStates(t *testing.T) {
 	for _, tt := range []struct {
 		name, status   string

@@ -122,8 +122,8 @@ func TestURLRedirect(t *testing.T) {
 	}
 }
 
-// FailOpen admits only while the URL cannot be reached, and such a node is not
-// remembered.
+// FailOpen admits only while the URL cannot be reached. The gate does not remember the
+// nodes that it admits.
 func TestURLFailOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hangUp := func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }

@@ -339,7 +339,7 @@ func TestAnswersWhatWaits(t *testing.T) {
 	})
 }
 
-// Clients that are gone before their answer cost the others nothing.
+// Clients that close before their answer do not affect the others.
 func TestAnswersBesideClientsThatAreGone(t *testing.T) {
 	onBothPaths(t, func(t *testing.T, singly bool) {
 		_, addr := serve(t, "127.0.0.1:0", singly, Config{})
@@ -439,7 +439,7 @@ func TestEndsBeforeWhatWaits(t *testing.T) {
 	c.expectSilence()
 }
 
-// A socket whose reads fail is read again, with pauses, and answers when they work.
+// Run retries failed reads, with pauses, and answers again when a read succeeds.
 func TestReadErrors(t *testing.T) {
 	onBothPaths(t, func(t *testing.T, singly bool) {
 		s, addr := listen(t, "127.0.0.1:0", singly, Config{})
@@ -477,7 +477,7 @@ func TestEndsAmongReadErrors(t *testing.T) {
 	}
 }
 
-// Run returns when somebody else closes the socket.
+// Run returns when other code closes the socket.
 func TestEndsWithTheSocket(t *testing.T) {
 	onBothPaths(t, func(t *testing.T, singly bool) {
 		s, _ := listen(t, "127.0.0.1:0", singly, Config{})

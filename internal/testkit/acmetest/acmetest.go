@@ -39,9 +39,9 @@ type CA struct {
 	ServerRoots *x509.CertPool
 	RootsFile   string
 
-	// ExternalAccounts are key IDs and their MAC keys in base64url. The
-	// authority opens an account only for one of them (RFC 8555 §7.3.4), or for
-	// everybody if the map is empty. Set it before Validate.
+	// ExternalAccounts are key IDs and their MAC keys in base64url. Every account
+	// must be bound to one of them (RFC 8555 §7.3.4), unless the map is empty.
+	// Set it before Validate.
 	ExternalAccounts map[string]string
 
 	// Validity is the validity of issued certificates; 0 for pebble's default.
@@ -123,16 +123,16 @@ func (c *CA) Resume(t testing.TB) {
 	c.front = front
 }
 
-// Validate sets the ports on which the authority looks for the answers to its
-// challenges, and lets requests through. Requests that came before wait: the
-// caller knows its ports only when its listeners are bound.
+// Validate sets the ports where the authority validates challenges, and starts to
+// answer requests. Earlier requests wait, because the ports are known only when the
+// caller's listeners are bound.
 func (c *CA) Validate(t testing.TB, httpPort, tlsPort int) {
 	t.Helper()
 	c.once.Do(func() {
 		t.Setenv("PEBBLE_WFE_NONCEREJECT", strconv.Itoa(c.RejectNonces))
 		validity := uint64(c.Validity.Seconds()) // 0 is the authority's default
-		// A logger for io.Discard itself skips its lock. Pebble relies on that
-		// lock to order its handlers and its finalizing.
+		// A logger for io.Discard itself skips its lock. Pebble needs that lock,
+		// which orders its handlers and its finalizing.
 		quiet := log.New(struct{ io.Writer }{io.Discard}, "", 0)
 		store := db.NewMemoryStore()
 		c.issued = ca.New(quiet, store, "", "ecdsa", 0, 1, map[string]ca.Profile{

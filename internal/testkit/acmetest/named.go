@@ -23,8 +23,8 @@ const (
 	Key     = "ZGVycGQgdGVzdCBrZXksIG5vdCBhIHNlY3JldCBvbmU="
 )
 
-// namedConfig has recursion on: without it BIND does not follow a CNAME into
-// another of its own zones. No test asks for a name outside the zones.
+// namedConfig enables recursion, because BIND otherwise does not follow a CNAME into
+// another of its own zones. No test queries a name outside the zones.
 const namedConfig = `
 options {
 	directory "DIR"; pid-file none; session-keyfile "DIR/session.key";

@@ -18,8 +18,8 @@ import (
 	"derpd/internal/testkit"
 )
 
-// headscaleConfig takes the DERP map from the test alone, and asks no server for
-// updates or versions.
+// headscaleConfig takes the DERP map from the test alone. It disables requests for
+// updates and versions.
 const headscaleConfig = `
 server_url: URL
 listen_addr: LISTEN
@@ -33,7 +33,7 @@ dns: {magic_dns: false, override_local_dns: false}
 unix_socket: DIR/socket
 `
 
-// Headscale is a headscale with a database of its own.
+// Headscale is a headscale with a new database.
 type Headscale struct {
 	*daemon
 	URL string // URL of the control server
@@ -42,8 +42,8 @@ type Headscale struct {
 	users           map[string]string // headscale's identifiers, by the user's name
 }
 
-// NewHeadscale prepares a headscale. Its URL is known at once, for the
-// configuration of a relay. Start needs a map: see SetMap.
+// NewHeadscale prepares a headscale. The URL is set at once, for the configuration of
+// a relay. Start needs a map: see SetMap.
 func NewHeadscale(t testing.TB) *Headscale {
 	t.Helper()
 	return NewHeadscaleAt(t, "127.0.0.1")

@@ -26,8 +26,7 @@ const (
 )
 
 // Program returns the path of one of the programs. The test is skipped when
-// DERPD_PEERS is not set. When the directory lacks the program, the test fails:
-// otherwise nobody would notice.
+// DERPD_PEERS is not set. The test fails when the directory lacks the program.
 func Program(t testing.TB, name string) string {
 	t.Helper()
 	directory := os.Getenv(variable)
@@ -41,8 +40,8 @@ func Program(t testing.TB, name string) string {
 	return path
 }
 
-// shortDir makes a directory with a path that leaves room for a socket's name.
-// t.TempDir contains the name of the test, and the kernel allows 107 bytes.
+// shortDir creates a directory with a short path, because the kernel allows 107 bytes
+// for the path of a socket. The path of t.TempDir contains the name of the test.
 func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "peer")

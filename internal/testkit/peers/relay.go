@@ -15,9 +15,9 @@ import (
 	"derpd/internal/testkit"
 )
 
-// StartRelay starts upstream's relay, open to all nodes, and returns its DERP
-// map for [Headscale.SetMap]. Tests of something else than a relay need it: a
-// node counts as running only while it is connected to some relay.
+// StartRelay starts upstream's relay, open to all nodes, and returns its DERP map for
+// [Headscale.SetMap]. Tests without a derpd need this relay, because tailscaled is
+// running only while it is connected to a relay.
 func StartRelay(t testing.TB) []byte {
 	t.Helper()
 	relay := derpserver.New(key.NewNode(), logger.Discard)

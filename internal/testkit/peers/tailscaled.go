@@ -12,8 +12,8 @@ import (
 	"tailscale.com/types/key"
 )
 
-// Tailscaled is a tailscaled in user space: it does not change the network of
-// this machine.
+// Tailscaled is a tailscaled in user space, which does not change the network of this
+// machine.
 type Tailscaled struct {
 	*daemon
 	Socket string // path of the socket of the local API
