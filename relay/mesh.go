@@ -39,9 +39,6 @@ type MeshConfig struct {
 	// Describe returns the description of this node for the maps of the other
 	// nodes.
 	Describe func(context.Context) (derpmap.Node, error)
-
-	// PingEvery is the interval between pings; 0: 5 seconds.
-	PingEvery time.Duration
 }
 
 // MeshNode is the address of another node.
@@ -76,6 +73,8 @@ type Mesh struct {
 	server *derpserver.Server
 	log    zerolog.Logger
 	peers  []*meshPeer
+
+	pingEvery time.Duration // interval between pings
 }
 
 // meshPeer is one of the other nodes.
@@ -98,10 +97,7 @@ type MeshState struct {
 }
 
 func newMesh(c Config, server *derpserver.Server) *Mesh {
-	m := &Mesh{config: c.Mesh, self: c.PrivateKey, server: server, log: c.Log}
-	if m.config.PingEvery == 0 {
-		m.config.PingEvery = meshPingEvery
-	}
+	m := &Mesh{config: c.Mesh, self: c.PrivateKey, server: server, log: c.Log, pingEvery: meshPingEvery}
 	for _, n := range m.config.Nodes {
 		m.peers = append(m.peers, &meshPeer{MeshNode: n, state: MeshState{Node: n.String(), Since: time.Now()}})
 	}

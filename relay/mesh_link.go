@@ -96,7 +96,7 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 			timeout.Stop()
 			p.set(func(s *MeshState) { s.Up, s.Since, s.Err = true, time.Now(), nil })
 			m.log.Info().Stringer("node", p).Msg("mesh connected")
-			go l.pingEvery(ctx, m.config.PingEvery)
+			go l.pingEvery(ctx, m.pingEvery)
 		}
 		l.handle(message)
 	}

@@ -244,7 +244,8 @@ func TestMeshSilence(t *testing.T) {
 	secret := meshKey(t, "correct horse battery")
 	ln := &silence{Listener: listen(t)}
 	startMesh(t, ln, cert, MeshConfig{Key: secret})
-	r := newRelay(t, Config{Log: zerolog.Nop(), Mesh: MeshConfig{Key: secret, PingEvery: 100 * time.Millisecond, Nodes: []MeshNode{peerOf(ln, cert)}}})
+	r := newRelay(t, Config{Log: zerolog.Nop(), Mesh: MeshConfig{Key: secret, Nodes: []MeshNode{peerOf(ln, cert)}}})
+	r.mesh.pingEvery = 100 * time.Millisecond
 	runMesh(t, r)
 	up := awaitState(t, r, "up", func(s MeshState) bool { return s.Up })
 	ln.begin()

@@ -510,7 +510,6 @@ func TestMeshNoticesSilence(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Mesh.PingEvery = time.Second
 	other := begin(t, list[1].env)
 	n := beginConfig(t, c, nil)
 	awaitMesh(t, n, other)
