@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/rs/zerolog"
 	"go.uber.org/goleak"
@@ -19,8 +18,6 @@ import (
 	"derpd/internal/testkit"
 	"derpd/relay"
 )
-
-const patience = testkit.Patience
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -166,15 +163,7 @@ func TestBootstrapDNS(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- b.Run(ctx) }()
-	deadline, tick := time.After(patience), time.NewTicker(5*time.Millisecond)
-	defer tick.Stop()
-	for !strings.Contains(ask(), `"127.0.0.1"`) {
-		select {
-		case <-deadline:
-			t.Fatalf("got %s", ask())
-		case <-tick.C:
-		}
-	}
+	testkit.Until(t, "the address of localhost", func() bool { return strings.Contains(ask(), `"127.0.0.1"`) })
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)

@@ -103,7 +103,7 @@ func (g *Gate) Recheck(ctx context.Context, clients Clients) {
 			mu.Unlock()
 		}
 	}
-	allLocal := g.allLocal()
+	allLocal := !slices.ContainsFunc(g.config.Sources, func(s Source) bool { return !s.Local })
 	for node, addr := range clients.List() {
 		if ctx.Err() != nil {
 			break
@@ -128,15 +128,6 @@ func (g *Gate) Recheck(ctx context.Context, clients Clients) {
 		g.mu.Unlock()
 		g.config.Log.Info().Str("node", node.ShortString()).Msg("node disconnected: no source admits it any longer")
 	}
-}
-
-func (g *Gate) allLocal() bool {
-	for _, s := range g.config.Sources {
-		if !s.Local {
-			return false
-		}
-	}
-	return true
 }
 
 // summaryLoop periodically logs the number of refused clients in one line, because

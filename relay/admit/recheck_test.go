@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +17,8 @@ import (
 	"github.com/rs/zerolog"
 	"go4.org/mem"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testkit"
 )
 
 // switched is a source whose answer can be changed.
@@ -347,15 +348,6 @@ func TestRefusedKeysAreLimited(t *testing.T) {
 	}
 }
 
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var usage syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-}
-
 // BenchmarkRecheck is one question about 5,000 connected nodes to a list of
 // 10,000 keys, in CPU time of the whole process.
 func BenchmarkRecheck(b *testing.B) {
@@ -371,11 +363,11 @@ func BenchmarkRecheck(b *testing.B) {
 	c := &crowd{here: here}
 	g := NewGate(Config{Sources: []Source{Keys(keys)}, Grace: time.Hour, Path: b.TempDir() + "/admitted.json", Log: zerolog.Nop()})
 	clients := c.clients()
-	before := cpuTime(b)
+	before := testkit.CPUTime(b)
 	for b.Loop() {
 		g.Recheck(b.Context(), clients)
 	}
-	b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N)/1e6, "cpu-ms/recheck")
+	b.ReportMetric(float64(testkit.CPUTime(b)-before)/float64(b.N)/1e6, "cpu-ms/recheck")
 	if len(c.gone) > 0 {
 		b.Error(errors.New(fmt.Sprint(len(c.gone), " listed nodes were disconnected")))
 	}

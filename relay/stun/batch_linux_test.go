@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	upstream "tailscale.com/net/stun"
+
+	"derpd/internal/testkit"
 )
 
 // put makes the i-th request of a batch, as recvmmsg would.
@@ -207,7 +209,7 @@ func TestSocketErrors(t *testing.T) {
 			}
 		})
 		start(t, s)
-		waitFor(t, "read error", func() bool {
+		testkit.Until(t, "a read error", func() bool {
 			gone := dial(t, "127.0.0.1:0", addr)
 			gone.request()
 			_ = gone.Close()
@@ -226,12 +228,12 @@ func TestSingleWithWriteErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.request()
-	waitFor(t, "write error", func() bool { return s.counters.writeError.Value() == 1 })
+	testkit.Until(t, "a write error", func() bool { return s.counters.writeError.Value() == 1 })
 	if err := s.conn.SetWriteDeadline(time.Time{}); err != nil {
 		t.Fatal(err)
 	}
 	c.expect(c.request())
-	waitFor(t, "success", func() bool { return s.counters.success.Value() == 1 })
+	testkit.Until(t, "a success", func() bool { return s.counters.success.Value() == 1 })
 }
 
 // forbidden names the system call that a process of this test forbids itself, and

@@ -17,6 +17,8 @@ import (
 
 	"tailscale.com/net/stunserver"
 	"tailscale.com/tsweb/varz"
+
+	"derpd/internal/testkit"
 )
 
 // render is a variable as Prometheus gets it.
@@ -87,7 +89,7 @@ func TestMetricsAreDerpers(t *testing.T) {
 		`stun_requests{disposition="success"}`: 5, `stun_requests{disposition="write_error"}`: 0,
 		`stun_addrfamily{family="ipv4"}`: 3, `stun_addrfamily{family="ipv6"}`: 2, "stun_no_local_addr": 0,
 	}
-	waitFor(t, "count of derper's", func() bool { return maps.Equal(delta(), want) })
+	testkit.Until(t, "derper counts the packets", func() bool { return maps.Equal(delta(), want) })
 
 	onBothPaths(t, func(t *testing.T, singly bool) {
 		s, addr := serve(t, "[::]:0", singly, Config{})
@@ -95,7 +97,7 @@ func TestMetricsAreDerpers(t *testing.T) {
 			t.Errorf("metrics are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 		visit(t, addr.Port())
-		waitFor(t, "same count", func() bool { return maps.Equal(values(t, "stun", s.Metrics()), want) })
+		testkit.Until(t, "derpd counts the same", func() bool { return maps.Equal(values(t, "stun", s.Metrics()), want) })
 	})
 }
 

@@ -15,12 +15,12 @@ import (
 	"github.com/rs/zerolog"
 	"go.uber.org/goleak"
 	upstream "tailscale.com/net/stun"
+
+	"derpd/internal/testkit"
 )
 
-const (
-	patience = 30 * time.Second       // for what must happen
-	silence  = 100 * time.Millisecond // for what must not
-)
+// silence is the wait for an answer that must not arrive.
+const silence = 100 * time.Millisecond
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -64,7 +64,7 @@ func start(t *testing.T, s *Server) (stop func()) {
 			if err != nil {
 				t.Errorf("Run returned %v", err)
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Error("Run does not end")
 		}
 	})
@@ -124,7 +124,7 @@ func (c client) expect(want upstream.TxID) {
 // receive returns which request the next packet answers.
 func (c client) receive() upstream.TxID {
 	c.Helper()
-	if err := c.SetReadDeadline(time.Now().Add(patience)); err != nil {
+	if err := c.SetReadDeadline(time.Now().Add(testkit.Patience)); err != nil {
 		c.Fatal(err)
 	}
 	buf := make([]byte, packetSize)
@@ -379,7 +379,7 @@ func TestEnds(t *testing.T) {
 			c := dial(t, from, server)
 			c.expect(c.request())
 			stop()
-			waitFor(t, "free port", func() bool {
+			testkit.Until(t, "the port is free", func() bool {
 				again, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(bound))
 				if err == nil {
 					_ = again.Close()
@@ -449,7 +449,7 @@ func TestReadErrors(t *testing.T) {
 		}
 		begin := time.Now()
 		start(t, s)
-		waitFor(t, "5 read errors", func() bool { return s.counters.readError.Value() >= 5 })
+		testkit.Until(t, "5 read errors", func() bool { return s.counters.readError.Value() >= 5 })
 		if took := time.Since(begin); took < 4*retryAfter {
 			t.Errorf("5 reads within %s, want pauses of %s between them", took, retryAfter)
 		}
@@ -470,7 +470,7 @@ func TestEndsAmongReadErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	stop := start(t, s)
-	waitFor(t, "read error", func() bool { return s.counters.readError.Value() > 0 })
+	testkit.Until(t, "a read error", func() bool { return s.counters.readError.Value() > 0 })
 	stop()
 	if err := s.conn.Close(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("the socket was not closed: %v", err)
@@ -489,7 +489,7 @@ func TestEndsWithTheSocket(t *testing.T) {
 			if err != nil || s.counters.readError.Value() != 0 {
 				t.Errorf("Run returned %v after %d read errors", err, s.counters.readError.Value())
 			}
-		case <-time.After(patience):
+		case <-time.After(testkit.Patience):
 			t.Error("Run does not end")
 		}
 	})
@@ -503,19 +503,5 @@ func TestNewReportsErrors(t *testing.T) {
 	_ = conn.Close()
 	if s, err := New(Config{Conn: conn}); s != nil || err == nil || !strings.Contains(err.Error(), "enabling pktinfo") {
 		t.Errorf("New on a closed socket returned %v, %v", s, err)
-	}
-}
-
-// waitFor waits until a condition holds.
-func waitFor(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	deadline, tick := time.After(patience), time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for !holds() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("no %s within %s", what, patience)
-		}
 	}
 }
