@@ -70,8 +70,8 @@ func (w *world) connections(service string) string {
 	return strings.Join(list, " ")
 }
 
-// captivePortal sends the request by which clients detect a captive portal: plain
-// HTTP with a challenge, which a portal does not answer.
+// captivePortal sends the request with which clients detect a captive portal: plain
+// HTTP with a challenge. A portal does not answer the challenge.
 func captivePortal(t *testing.T, r *row) {
 	w := newWorld(t, r)
 	w.addRelay(relay{name: "relay", hostName: relayName, env: map[string]string{"DERP_DOMAIN": relayName, "DERP_CERT_MODE": "pinned"}})
@@ -102,8 +102,8 @@ func captivePortal(t *testing.T, r *row) {
 func behindHAProxy(t *testing.T, r *row) {
 	config := readRecipe(t, "haproxy.cfg")
 	w := behindProxy(t, r, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f", "/etc/proxy/proxy.conf")
-	// The relay gets the client's address by the PROXY protocol. It logs that address
-	// when the client refuses the certificate, which it does not trust.
+	// The relay gets the client's address by the PROXY protocol. The client does not
+	// trust the certificate, and the relay logs the failed handshake with the address.
 	own := docker(t, "inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", w.container("a"))
 	if err := w.agent("a", new(any), "leaf", "derp.example.com:443", "derp.example.com"); err == nil {
 		t.Error("the client accepts a self-signed certificate")

@@ -15,14 +15,14 @@ import (
 	"time"
 )
 
-// scenario is a row of the table: one promise of derpd, as its peers see it.
+// scenario is a row of the table: one promise of derpd, checked by its peers.
 type scenario struct {
 	name string
 	when when
 	run  func(*testing.T, *row)
 }
 
-// when says whether other scenarios may run at the same time.
+// when is whether other scenarios may run at the same time.
 type when int
 
 const (

@@ -44,10 +44,10 @@ const (
 	unhealthyWithin = 90 * time.Second
 )
 
-// update updates a running relay as Watchtower does, and measures how long connected
-// clients are without it. It updates upstream's derper in turns and compares the two,
-// because the time depends on the machine. Most of it is spent by the Docker engine
-// and by the clients' wait before they reconnect.
+// update updates a running relay as Watchtower does, and measures the outage of
+// connected clients. It updates upstream's derper in turns and compares the outages,
+// because they depend on the machine. The Docker engine and the clients' wait before
+// they reconnect take most of the time.
 func update(t *testing.T, r *row) {
 	derpd, derper := startDerpd(t), startDerper(t)
 	for range updates {
@@ -62,8 +62,8 @@ func update(t *testing.T, r *row) {
 	}
 }
 
-// badUpdate checks what the README says about a bad update: it is visible, and naming
-// the last good release takes it back.
+// badUpdate checks the README's section about a bad update: the update is visible, and
+// naming the last good release reverts it.
 func badUpdate(t *testing.T, r *row) {
 	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
 	followed, worked := project(t)+":followed", project(t)+":worked"
@@ -439,8 +439,8 @@ func listen(ctx context.Context, c *derphttp.Client, got chan<- uint64) {
 
 // replace replaces a container as Watchtower 1.22 does (StopAndRemoveSourceContainer
 // and StartTargetContainer in its pkg/container), in the same order: stop, remove,
-// create, rename, start. The new container gets the settings of the old one, without
-// those of the old image, so that those of the new image apply.
+// create, rename, start. The new container gets the settings of the old container. The
+// defaults of the old image are left out, so that the new image's defaults apply.
 func replace(t *testing.T, name string) {
 	t.Helper()
 	var old struct {

@@ -51,8 +51,8 @@ const closed = "    internal: true\n"
 // unmasked is a network that can send to others but gets no answers.
 const unmasked = "    driver_opts: {com.docker.network.bridge.enable_ip_masquerade: \"false\"}\n"
 
-// world is a tailnet whose nodes a and b share no network. Both networks are closed,
-// and only the relay and the control server are on both.
+// world is a tailnet with nodes a and b on two closed networks. Only the relay and the
+// control server are on both networks.
 type world struct {
 	*deployment
 	*row
@@ -251,8 +251,8 @@ func (w *world) exec(service string, args ...string) string {
 	return docker(w.t, slices.Concat([]string{"exec", w.container(service)}, args)...)
 }
 
-// agent runs a verb of the agent in the container of a service other than the relay,
-// whose image has no agent.
+// agent runs a verb of the agent in the container of a service. The relay's image has
+// no agent.
 func (w *world) agent(service string, v any, args ...string) error {
 	w.t.Helper()
 	out, err := w.tryExec(service, append([]string{"/bin/agent"}, args...)...)
@@ -486,8 +486,8 @@ func (w *world) unreachable(from, to string) {
 	}
 }
 
-// copies copies bytes from one node to another, compares them, and returns the time
-// it took.
+// copies copies bytes from one node to another and compares them. It returns a summary
+// with the time.
 func (w *world) copies(from, to string) string {
 	w.t.Helper()
 	var got struct {
@@ -501,8 +501,8 @@ func (w *world) copies(from, to string) string {
 	return fmt.Sprintf("%d MiB in %.1f s, sha256 %.8s ok", got.Bytes>>20, got.Seconds, got.SHA256)
 }
 
-// carries checks a relay from both nodes: STUN answers with the right address, the
-// nodes reach each other through the region only, and bytes arrive unchanged.
+// carries checks a relay from both nodes. STUN must answer with the right address, the
+// nodes must reach each other through the region only, and bytes must arrive unchanged.
 func (w *world) carries(region int, code string) {
 	w.t.Helper()
 	n := w.sees("a", region)
