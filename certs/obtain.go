@@ -26,8 +26,8 @@ const (
 // when there is a certificate, and false when ctx ends first.
 //
 // obtain retries after two errors that certmagic does not retry: an unreachable
-// authority, and a directory that cannot be written to. A machine that has just
-// booted may have no network yet.
+// authority, and an unwritable directory. A machine that has just booted may have no
+// network yet.
 func (a *ACME) obtain(ctx context.Context, config *certmagic.Config, name string) bool {
 	return a.retry(ctx, name, func() error { return a.loadOrObtain(ctx, config, name) })
 }

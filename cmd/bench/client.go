@@ -40,9 +40,9 @@ type client struct {
 // flush sends the buffered writes of a busy client.
 func (c *client) flush() error { return c.held.writer.Flush() }
 
-// dial connects as derphttp does with DERP's fast start: TLS handshake, an HTTP
-// request without waiting for its response, exchange of keys. dial returns when the
-// server has accepted the client. A busy client has large buffers.
+// dial connects as derphttp does with DERP's fast start: a TLS handshake, an HTTP
+// request, and the exchange of keys without waiting for the response. It returns when
+// the server has accepted the client. A busy client has large buffers.
 func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Addr, busy bool) (*client, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeWithin)
 	defer cancel()

@@ -50,7 +50,7 @@ func newTailnetAPI(c TailnetConfig) *tailnetAPI {
 }
 
 // list requests the devices from the API. It does not use the methods of the client
-// library: they lose the HTTP status of an answer by a proxy, read answers of any
+// library. Those methods lose the HTTP status of a proxy's answer, read answers of any
 // length, and fetch tokens without a timeout.
 func (a *tailnetAPI) list(ctx context.Context) ([]tailscale.Device, error) {
 	target := a.config.BaseURL.JoinPath("api/v2/tailnet", url.PathEscape(a.config.Tailnet), "devices")
