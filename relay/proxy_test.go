@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -318,6 +319,37 @@ func TestProxyProtocolOfPlainHTTP(t *testing.T) {
 	_ = r.Close()
 	if err := testkit.Receive(t, "the end of ServePlain", ended); err != nil {
 		t.Error(err)
+	}
+}
+
+// A client that sends more than the server reads gets the response, and then the
+// end of the connection, not a reset.
+func TestResponseBeforeClose(t *testing.T) {
+	for name, c := range map[string]Config{
+		"plain HTTP":     {Log: zerolog.Nop()},
+		"behind a proxy": {TrustedProxies: proxies, ProxyProtocol: true, Log: zerolog.Nop()},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRelay(t, c)
+			ln := listen(t)
+			ended := make(chan error, 1)
+			go func() { ended <- r.ServePlain(ln, http.NotFoundHandler()) }()
+			conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			if _, err := fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: x\r\nX: %s\r\n\r\n", strings.Repeat("a", 64<<10)); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 431 ") {
+				t.Errorf("got %q, %v", got, err)
+			}
+			_ = r.Close()
+			if err := testkit.Receive(t, "the end of ServePlain", ended); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

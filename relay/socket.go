@@ -72,6 +72,19 @@ func (c *socketConn) NetConn() net.Conn { return c.Conn }
 // SyscallConn implements [syscall.Conn].
 func (c *socketConn) SyscallConn() (syscall.RawConn, error) { return c.raw, nil }
 
+// CloseWrite ends the writing side, as [net.TCPConn.CloseWrite] does. The HTTP
+// server calls it after a response to a request that it has not read in full.
+// To close the connection at once would reset it, and the client could lose the
+// response.
+func (c *socketConn) CloseWrite() error { return closeWrite(c.Conn) }
+
+func closeWrite(conn net.Conn) error {
+	if c, ok := conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return nil
+}
+
 // Read implements [net.Conn].
 func (c *socketConn) Read(p []byte) (int, error) {
 	c.mu.Lock()
