@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -160,5 +161,12 @@ func RedactURL(target string) string {
 		return "(unparsable URL)"
 	}
 	u.User, u.RawQuery, u.Fragment = nil, "", ""
-	return u.String()
+	shown := u.String()
+	// Without a scheme, url.Parse takes the user for a part of the path. A comma
+	// in a password splits a list of URLs there.
+	hasUser := u.Host == "" && strings.Contains(shown, "@")
+	if hasUser || strings.Contains(shown, "privkey:") || strings.Contains(shown, "tskey-") {
+		return "(unparsable URL)"
+	}
+	return shown
 }

@@ -306,6 +306,12 @@ func TestRedactURL(t *testing.T) {
 		"http://192.0.2.1:8080/":                           "http://192.0.2.1:8080/",
 		"ftp://user@h/":                                    "ftp://h/",
 		"http://user:pass@h/%zz?token=1":                   "(unparsable URL)",
+		"user:pass@h/verify":                               "(unparsable URL)",
+		"pass@h":                                           "(unparsable URL)",
+		"privkey:1234":                                     "(unparsable URL)",
+		"tskey-api-1234":                                   "(unparsable URL)",
+		"https://h/tailnet/you@example.com/devices":        "https://h/tailnet/you@example.com/devices",
+		"h.example.com/verify?token=1":                     "h.example.com/verify",
 	} {
 		if got := RedactURL(target); got != want {
 			t.Errorf("%s: got %s, want %s", target, got, want)
