@@ -154,7 +154,7 @@ func help(_ context.Context, c *call) error {
 	if err := c.parse(1); err != nil {
 		return err
 	}
-	v, err := findVerb(c.args[0])
+	v, err := findVerb(c.flags.Arg(0))
 	if err != nil {
 		return err
 	}
