@@ -37,7 +37,7 @@ func TestSignals(t *testing.T) {
 	for _, signal := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 		defer cancel()
-		var log lockedBuffer
+		var log testkit.Buffer
 		cmd := exec.CommandContext(ctx, path)
 		cmd.Env, cmd.Stderr = testkit.LastOfEach(testkit.Environ(t)), &log
 		if err := cmd.Start(); err != nil {
@@ -86,7 +86,7 @@ func signalTwice(t *testing.T, stdout *os.File) *os.ProcessState {
 	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 	defer cancel()
 	addr := testkit.FreeAddr(t)
-	var log lockedBuffer
+	var log testkit.Buffer
 	cmd := exec.CommandContext(ctx, program(t))
 	cmd.Env, cmd.Stdout, cmd.Stderr = testkit.LastOfEach(testkit.Environ(t, "DERP_ADMIN_ADDR="+addr)), stdout, &log
 	if err := cmd.Start(); err != nil {

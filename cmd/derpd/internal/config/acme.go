@@ -12,7 +12,7 @@ import (
 
 // ACMEEnv are the authority and the account.
 type ACMEEnv struct {
-	CA         string `envconfig:"DERP_ACME_CA" desc:"letsencrypt, letsencrypt-staging, zerossl, google, or the https URL of a directory" zh:"letsencrypt、letsencrypt-staging、zerossl、google，或 ACME 目录的 https 网址" or:"letsencrypt" zhor:"letsencrypt"`
+	CA         string `envconfig:"DERP_ACME_CA" desc:"letsencrypt, letsencrypt-staging, zerossl, google, or the https URL of a directory" zh:"letsencrypt、letsencrypt-staging、zerossl、google，或 ACME 目录的 https 网址" or:"letsencrypt; google if DERP_CERT_MODE is gcp" zhor:"letsencrypt；DERP_CERT_MODE 为 gcp 时是 google"`
 	Roots      string `envconfig:"DERP_ACME_CA_ROOTS" desc:"absolute path of a file with the roots of a private authority, PEM; DERP_MESH_WITH trusts them too" zh:"私有机构根证书文件的绝对路径，PEM；DERP_MESH_WITH 也信任它们"`
 	Email      string `envconfig:"DERP_ACME_EMAIL" desc:"address for the authority's notices" zh:"接收机构通知的邮箱"`
 	KeyID      string `envconfig:"DERP_ACME_EAB_KID" desc:"external account binding: key ID" zh:"外部账户绑定：密钥 ID"`
@@ -20,8 +20,11 @@ type ACMEEnv struct {
 	Challenges string `envconfig:"DERP_ACME_CHALLENGES" desc:"allowed ACME challenges: http, tls-alpn, dns. With dns and others, dns is tried first; the others if dns fails, and always for IP addresses" zh:"允许的 ACME 验证方式：http、tls-alpn、dns。和 dns 一起写的其他方式在 dns 失败时使用，IP 地址总是用它们" or:"http,tls-alpn; dns if DERP_DNS_PROVIDER is set" zhor:"http,tls-alpn；设置了 DERP_DNS_PROVIDER 时为 dns"`
 }
 
-// defaultAuthority is DERP_ACME_CA when it is not set.
-const defaultAuthority = "letsencrypt"
+// The authority when DERP_ACME_CA is not set, and the one of DERP_CERT_MODE=gcp.
+const (
+	defaultAuthority = "letsencrypt"
+	googleAuthority  = "google"
+)
 
 // Challenges are the ACME challenges that may be used.
 type Challenges struct {
@@ -34,7 +37,7 @@ func parseACME(p *problems, e *environment, domains []string, listen Listen, sto
 		refuseNoDomain(p, ModeLetsEncrypt)
 	}
 	authority := parseAuthority(p, e.Mode, e.CA)
-	keyID, key := parseAccountBinding(p, e.ACMEEnv, authority == "google")
+	keyID, key := parseAccountBinding(p, e.ACMEEnv, authority == googleAuthority)
 	if e.Email != "" {
 		if _, err := mail.ParseAddress(e.Email); err != nil {
 			p.add("DERP_ACME_EMAIL", "want an e-mail address, got %q", e.Email)
@@ -59,10 +62,10 @@ func parseACME(p *problems, e *environment, domains []string, listen Listen, sto
 // parseAuthority returns the name of a known authority, or the URL of another.
 func parseAuthority(p *problems, mode, authority string) string {
 	if mode == modeGCP {
-		if authority != "" && authority != "google" {
+		if authority != "" && authority != googleAuthority {
 			p.add("DERP_ACME_CA", "DERP_CERT_MODE=gcp means google, got %q; set DERP_CERT_MODE=letsencrypt for another authority", authority)
 		}
-		return "google"
+		return googleAuthority
 	}
 	authority = cmp.Or(authority, defaultAuthority)
 	u, err := url.Parse(authority)

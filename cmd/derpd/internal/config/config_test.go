@@ -471,7 +471,7 @@ func TestWriteEffective(t *testing.T) {
 		"DERP_CERT_MODE=letsencrypt  # default: letsencrypt if DERP_DOMAIN starts with a name, else pinned\n",
 		"DERP_HTTP_PORT=80  # default: 80; -1 when DERP_CERT_MODE is off\n",
 		"DERP_NODE_NAME=900a  # default: DERP_REGION_ID and the letter a\n",
-		"DERP_ACME_CA=letsencrypt  # default: letsencrypt\n",
+		"DERP_ACME_CA=letsencrypt  # default: letsencrypt; google if DERP_CERT_MODE is gcp\n",
 		"DERP_ACME_CHALLENGES=http,tls-alpn  # default: http,tls-alpn; dns if DERP_DNS_PROVIDER is set\n",
 		"DERP_PUBLIC_PORT=  # default: as listened; 443 when DERP_CERT_MODE is off\n",
 		"DERP_TAILNET_API_URL=https://api.example.com  # set\n",

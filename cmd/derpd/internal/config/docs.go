@@ -113,6 +113,9 @@ func (c *Config) computedDefaults() map[string]string {
 		values["DERP_CERT_FILE"], values["DERP_KEY_FILE"] = c.Certificate.Manual.CertFile, c.Certificate.Manual.KeyFile
 	case ModeLetsEncrypt:
 		values["DERP_ACME_CA"] = defaultAuthority
+		if c.environment.Mode == modeGCP {
+			values["DERP_ACME_CA"] = googleAuthority
+		}
 		values["DERP_ACME_CHALLENGES"] = c.environment.challenges()
 	}
 	return values

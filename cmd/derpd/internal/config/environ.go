@@ -3,6 +3,7 @@ package config
 import (
 	"maps"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -87,8 +88,10 @@ var derperDebug = []string{"DERP_DEBUG_LOGS", "DERP_PROBER_DEBUG_LOGS"}
 // is empty counts as not set, because Compose passes on variables that way.
 func (e *environment) resolve(environ []string, known []Variable, p *problems) map[string]string {
 	lines := make(map[string]bool) // known variables, and whether they may have several lines
+	secrets := make(map[string]bool)
 	for _, v := range known {
 		lines[v.Name] = v.tag("lines") == "true"
+		secrets[v.Name] = v.Secret()
 	}
 	ours, outside := make(map[string]string), make(map[string]string)
 	for _, pair := range environ {
@@ -114,7 +117,13 @@ func (e *environment) resolve(environ []string, known []Variable, p *problems) m
 			values[name] = p.bareValue(name, value, lines[name])
 		case isFile && targetKnown:
 			e.given[target] = true
-			e.files[target] = p.path(name, p.bareValue(name, value, false))
+			path := p.bareValue(name, value, false)
+			if secrets[target] && path != "" && !filepath.IsAbs(path) {
+				// It may be the secret in place of a path.
+				p.add(name, "want the absolute path of a file that holds the secret, got something else")
+				continue
+			}
+			e.files[target] = p.path(name, path)
 		default:
 			p.add(name, "unknown variable%s", suggestion(name, lines))
 		}

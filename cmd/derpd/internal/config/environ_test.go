@@ -176,6 +176,32 @@ func TestUnreadableFiles(t *testing.T) {
 	}
 }
 
+// A secret in the place of a path, or an API key in the wrong variable, is not
+// shown.
+func TestMisplacedSecrets(t *testing.T) {
+	const secret = "s3cretMarker"
+	for _, env := range []string{
+		"DERP_MESH_KEY_FILE=" + secret,
+		"DERP_TAILNET_API_KEY_FILE=tskey-api-" + secret,
+		"DERP_VERIFY_CLIENT_URL=user:" + secret + "@h/verify",
+		"DERP_VERIFY_CLIENT_URL=http://user:1," + secret + "@h/verify",
+		"DERP_TAILNET_API_URL=tskey-api-" + secret,
+		"DERP_TAILNET_OAUTH_CLIENT_ID=tskey-client-" + secret,
+	} {
+		c, err := Load(append(base(t.TempDir()), env))
+		name, _, _ := strings.Cut(env, "=")
+		if text := fmt.Sprint(err); !strings.Contains(text, strings.TrimSuffix(name, "_ID")) {
+			t.Errorf("%s: %v", env, err)
+		} else if strings.Contains(text+shown(t, c), secret) {
+			t.Errorf("%s is shown: %v\n%s", env, err, shown(t, c))
+		}
+	}
+	_, err := Load(append(base(t.TempDir()), "DERP_MESH_KEY_FILE=key", "DERP_MESH_WITH=b.example.com"))
+	if want := "DERP_MESH_KEY_FILE: want the absolute path of a file that holds the secret, got something else"; fmt.Sprint(err) != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
 // Any environment has an answer, the same each time: a configuration, or problems
 // that each name a variable, without a secret.
 func FuzzLoad(f *testing.F) {

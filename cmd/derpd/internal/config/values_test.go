@@ -131,6 +131,10 @@ func TestACME(t *testing.T) {
 			equal(t, mode, []string{acme.Directory, acme.EABKeyID, acme.EABKey}, []string{certs.Directories["google"], "kid", want})
 		}
 	}
+	c = good(t, "DERP_DOMAIN=a.example.com", "DERP_CERT_MODE=gcp", "DERP_ACME_EAB_KID=kid", "DERP_ACME_EAB_KEY=c2Vj")
+	if text := shown(t, c); !strings.Contains(text, "\nDERP_ACME_CA=google  # default: ") {
+		t.Errorf("the authority of mode gcp is not shown:\n%s", text)
+	}
 }
 
 // The roots of a private authority are for its own server, and with those of the
@@ -184,7 +188,7 @@ func TestManual(t *testing.T) {
 	c := good(t, "DERP_CERT_MODE=manual", "DERP_DOMAIN=a.example.com", "DERP_CERT_FILE="+dir+"/x.crt", "DERP_KEY_FILE="+dir+"/x.key")
 	equal(t, "files", c.Certificate.Manual, certs.ManualConfig{CertFile: dir + "/x.crt", KeyFile: dir + "/x.key", Names: []string{"a.example.com"}})
 	text := shown(t, c)
-	if !strings.Contains(text, "DERP_CERT_FILE="+dir+"/x.crt  # set\n") || !strings.Contains(text, "DERP_ACME_CA=  # default: letsencrypt\n") {
+	if !strings.Contains(text, "DERP_CERT_FILE="+dir+"/x.crt  # set\n") || !strings.Contains(text, "DERP_ACME_CA=  # default: letsencrypt; google if DERP_CERT_MODE is gcp\n") {
 		t.Error(text)
 	}
 

@@ -83,13 +83,13 @@ func (v Variable) Computed() string { return v.tag("or") }
 // ZhComputed is Computed in Chinese.
 func (v Variable) ZhComputed() string { return v.tag("zhor") }
 
-// Shown is the value without secrets. A private node key is hidden even in a
-// variable that is not for secrets.
+// Shown is the value without secrets. A private node key and a key of Tailscale's
+// API are hidden even in a variable that is not for secrets.
 func (v Variable) Shown() string {
 	switch {
 	case v.Value == "":
 		return ""
-	case v.Secret(), strings.Contains(v.Value, "privkey:"):
+	case v.Secret(), strings.Contains(v.Value, "privkey:"), strings.Contains(v.Value, "tskey-"):
 		return "(secret)"
 	case strings.ContainsAny(v.Value, "\r\n"):
 		return strconv.Quote(v.Value)
