@@ -91,7 +91,7 @@ func (c *proxiedConn) LocalAddr() net.Addr {
 // NetConn returns the connection of the peer, for derpserver's TCP statistics.
 func (c *proxiedConn) NetConn() net.Conn { return c.Raw() }
 
-// CloseWrite ends the writing side, as that of [socketConn] does.
+// CloseWrite ends the writing side; see [socketConn.CloseWrite].
 func (c *proxiedConn) CloseWrite() error { return closeWrite(c.NetConn()) }
 
 // contains reports whether one of the networks contains addr.

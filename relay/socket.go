@@ -74,7 +74,7 @@ func (c *socketConn) SyscallConn() (syscall.RawConn, error) { return c.raw, nil 
 
 // CloseWrite ends the writing side, as [net.TCPConn.CloseWrite] does. The HTTP
 // server calls it after a response to a request that it has not read in full.
-// To close the connection at once would reset it, and the client could lose the
+// Closing the connection at once would reset it, and the client could lose the
 // response.
 func (c *socketConn) CloseWrite() error { return closeWrite(c.Conn) }
 

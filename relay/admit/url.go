@@ -162,8 +162,8 @@ func RedactURL(target string) string {
 	}
 	u.User, u.RawQuery, u.Fragment = nil, "", ""
 	shown := u.String()
-	// Without a scheme, url.Parse takes the user for a part of the path. A comma
-	// in a password splits a list of URLs there.
+	// Without a scheme, url.Parse returns the user as part of the path. A comma in
+	// a password makes a URL without a scheme, because it splits a list of URLs.
 	hasUser := u.Host == "" && strings.Contains(shown, "@")
 	if hasUser || strings.Contains(shown, "privkey:") || strings.Contains(shown, "tskey-") {
 		return "(unparsable URL)"
