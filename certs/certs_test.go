@@ -121,6 +121,10 @@ func TestPinnedRotationReplacesFiles(t *testing.T) {
 	if err := certs.RotatePinned(c, now); err != nil {
 		t.Fatal(err)
 	}
+	// Clients tell the two certificates apart by their serial numbers too.
+	if m, err := certs.LoadPinned(c); err != nil || m.Status().Leaf.SerialNumber.BitLen() < 64 {
+		t.Errorf("%v; want a serial number of at least 64 random bits (CA/Browser Forum, §7.1)", err)
+	}
 	for path, before := range old {
 		after, err := os.ReadFile(path)
 		kept, keptErr := os.ReadFile(path + ".backup")
@@ -236,6 +240,7 @@ func TestManual(t *testing.T) {
 		{name: "complete to a known root", chain: []*tls.Certificate{leaf, middle}, roots: roots},
 		{name: "complete with a private root", chain: []*tls.Certificate{leaf, middle, root}},
 		{name: "self-signed", chain: []*tls.Certificate{alone}, pin: true},
+		{name: "another authority at the end", chain: []*tls.Certificate{leaf, middle, alone}, want: "certificate 2 was not signed by the next one in the file (CN=derp.example.com)"},
 		{name: "several names", chain: []*tls.Certificate{leaf, middle}, names: []string{"derp.example.com", "b.example.com"}, roots: roots, want: "covers derp.example.com, not b.example.com; get a certificate for every name in DERP_DOMAIN"},
 		{name: "missing intermediate", chain: []*tls.Certificate{leaf}, roots: roots, want: `the chain is incomplete: the certificate of "CN=Test Intermediate" is missing; append it to the file`},
 		{name: "unknown root", chain: []*tls.Certificate{leaf, middle}, want: `the certificate of "CN=Test Root" is missing`},

@@ -18,6 +18,7 @@ import (
 	"tailscale.com/types/key"
 
 	"derpd/cmd/derpd/internal/config"
+	"derpd/healthz"
 	"derpd/internal/testkit"
 )
 
@@ -267,5 +268,35 @@ func TestFilesChangeBeforeTheStart(t *testing.T) {
 		if _, bind := errors.AsType[BindError](err); err == nil || bind || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("the start ends with %v, want %q", err, want)
 		}
+	}
+}
+
+// TestFailingAuthorityIsLogged asserts that the log says why there is no
+// certificate yet. The relay stops all the same.
+func TestFailingAuthorityIsLogged(t *testing.T) {
+	c, err := config.Load(testkit.LastOfEach(testkit.Environ(t, "DERP_DOMAIN=derp.example.com", "DERP_ACME_CA=https://127.0.0.1:1/directory")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := new(logBuffer)
+	n, err := New(t.Context(), c, Options{Map: io.Discard, Log: zerolog.New(log)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- n.Run(ctx) }()
+	testkit.Until(t, "the failure is logged", func() bool {
+		return log.has(`"level":"warn"`, "certificate not obtained", "connection refused")
+	})
+	if got := n.checkDERP(ctx); got.Level != healthz.Fail || !strings.HasSuffix(got.Detail, ": waiting for a certificate") {
+		t.Errorf("health says %+v", got)
+	}
+	cancel()
+	if err := testkit.Receive(t, "the end of the run", ended); err != nil {
+		t.Error(err)
+	}
+	if log.has(`"message":"ready"`) {
+		t.Errorf("a relay without a certificate was ready:\n%s", log)
 	}
 }
