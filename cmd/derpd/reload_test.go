@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -9,21 +10,23 @@ import (
 )
 
 // TestNewCertificateIsServed asserts that a running relay takes a certificate that
-// was replaced on disk, says so in the log, and counts it.
+// was replaced on disk, and refuses one that is damaged. The log and the metrics
+// say so.
 func TestNewCertificateIsServed(t *testing.T) {
-	dir := t.TempDir()
+	dir, data := t.TempDir(), t.TempDir()
 	cert, key := filepath.Join(dir, "derp.example.com.crt"), filepath.Join(dir, "derp.example.com.key")
 	testkit.WritePair(t, cert, key, testkit.SelfSigned(t, "derp.example.com"))
 	for name, tt := range map[string]struct {
 		env     []string
+		file    string // of the certificate
 		replace func(env []string)
 	}{
-		"pinned": {nil, func(env []string) {
+		"pinned": {[]string{"DERP_DATA_DIR=" + data}, filepath.Join(data, "certs", "pinned.pem"), func(env []string) {
 			if _, stderr, code := execute(t, env, "pin", "--rotate"); code != 0 {
 				t.Error(stderr)
 			}
 		}},
-		"manual": {[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR=" + dir}, func([]string) {
+		"manual": {[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR=" + dir}, cert, func([]string) {
 			testkit.WritePair(t, cert, key, testkit.SelfSigned(t, "derp.example.com"))
 		}},
 	} {
@@ -37,6 +40,20 @@ func TestNewCertificateIsServed(t *testing.T) {
 			}
 			if text := p.page(t, "/metrics"); !strings.Contains(text, "\nderpd_certificate_reloads_total 1\n") {
 				t.Errorf("the metrics do not count the new certificate:\n%s", text)
+			}
+
+			if err := os.WriteFile(tt.file, []byte("nonsense"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			testkit.Until(t, "the log refuses the damaged file", func() bool { return len(p.logged(t, "certificate files are invalid")) == 1 })
+			if line := p.logged(t, "certificate files are invalid")[0]; line["level"] != "error" || line["error"] == "" {
+				t.Errorf("logged %v", line)
+			}
+			text := p.page(t, "/metrics")
+			for _, want := range []string{"\nderpd_certificate_reloads_total 1\n", "\nderpd_certificate_reload_errors_total 1\n", "\nderpd_certificate_failing 1\n"} {
+				if !strings.Contains(text, want) {
+					t.Errorf("metrics lack %q:\n%s", want, text)
+				}
 			}
 		})
 	}
