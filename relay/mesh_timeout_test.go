@@ -94,7 +94,10 @@ func TestMeshConnectTimeout(t *testing.T) {
 				ended := make(chan error, 1)
 				go func() { ended <- r.mesh.receive(ctx, hangUp, r.mesh.peers[0], near) }()
 				select {
-				case <-ended:
+				case err := <-ended:
+					if err == nil {
+						t.Error("the connection ended without an error")
+					}
 					took, cause := time.Since(begun), context.Cause(ctx)
 					if tt.want >= 0 && (took != tt.want || !errors.Is(cause, errSilent)) || tt.want < 0 && (took > 0 || cause != nil) {
 						t.Errorf("ended after %s for %v, want %s", took, cause, tt.want)

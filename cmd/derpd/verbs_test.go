@@ -124,7 +124,7 @@ func TestUsageErrors(t *testing.T) {
 		"admit: want NODEKEY; see `derpd admit --help`":                           {"admit"},
 		"admit: unexpected argument \"b\"; see":                                   {"admit", "a", "b"},
 		"help: unexpected argument \"env\"; see":                                  {"help", "pin", "env"},
-		"env: flag provided but not defined: -exmaple; see `derpd env --help`":    {"env", "--exmaple"},
+		"env: flag provided but not defined: -sample; see `derpd env --help`":     {"env", "--sample"},
 		`derpmap: invalid value "xml" for flag -format: want one of policy, head`: {"derpmap", "--format", "xml"},
 		"pin: DERP_CERT_MODE is off, so there is no pinned certificate":           {"pin"},
 		"derpd: pin: DERP_CERT_MODE is off, so":                                   {"pin", "--rotate"},

@@ -239,7 +239,8 @@ func TestFilesChangeBeforeTheStart(t *testing.T) {
 		"DERP_DATA_DIR: reading node key: ": {nil, "node.key", nil},
 		"DERP_CERT_DIR: ":                   {nil, "certs/pinned.pem", nil},
 		"DERP_CERT_FILE: ": {
-			[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, "certs/derp.example.com.crt",
+			[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"},
+			"certs/derp.example.com.crt",
 			pair("certs/derp.example.com", "derp.example.com", time.Now()),
 		},
 		"DERP_ALLOW_KEYS: ": {[]string{"DERP_ALLOW_KEYS=" + keys}, keys, func(t *testing.T, _ string) {
