@@ -45,6 +45,7 @@ func TestTCPOptions(t *testing.T) {
 		}
 		if err := raw.Control(func(fd uintptr) {
 			for name, option := range map[string]struct{ level, name, want int }{
+				"SO_PROTOCOL":      {unix.SOL_SOCKET, unix.SO_PROTOCOL, unix.IPPROTO_TCP}, // not MPTCP
 				"SO_KEEPALIVE":     {unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 				"TCP_KEEPIDLE":     {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 600},
 				"TCP_KEEPINTVL":    {unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
