@@ -145,6 +145,13 @@ func TestMesh(t *testing.T) {
 		}
 	}
 
+	for range 2 {
+		clientOf(t, nodes[1], key.NewNode())
+	}
+	testkit.Until(t, "the metrics count three clients of another node", func() bool {
+		return strings.Contains(scrape(t, nodes[0]), "\nderpd_mesh_clients{node=\"127.0.0.1:"+list[1].port+"\"} 3\n")
+	})
+
 	// Every node prints the same map.
 	var names []string
 	first := currentMap(t, nodes[0])

@@ -225,6 +225,12 @@ func TestNewFiles(t *testing.T) {
 			t.Errorf("the mode of data/%s is %o, want %o", name, got, mode)
 		}
 	}
+	// Without certificates of its own the relay makes the directory for the key.
+	without := filepath.Join(t.TempDir(), "data")
+	begin(t, testkit.Environ(t, "DERP_DATA_DIR="+without, "DERP_CERT_MODE=off", "DERP_DOMAIN=derp.example.com")).stop()
+	if info, err := os.Stat(without); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the data directory without certificates: %v, %v; want mode 0700", info, err)
+	}
 }
 
 // TestFilesChangeBeforeTheStart asserts that a start fails with the name of the
