@@ -88,7 +88,7 @@ func TestClientAndHandler(t *testing.T) {
 	for path, want := range map[string]int{
 		"/admit": http.StatusBadRequest, "/admit?node=nodekey:12": http.StatusBadRequest,
 		"/admit?node=nodekey:" + strings.Repeat("0", 64): http.StatusBadRequest,
-		"/readyz": http.StatusServiceUnavailable,
+		"/readyz": http.StatusServiceUnavailable, "/derpmap?format=xml": http.StatusBadRequest,
 	} {
 		if status, _, _, err := c.get(ctx, path); status != want || err != nil {
 			t.Errorf("%s: %d, %v; want %d", path, status, err, want)
