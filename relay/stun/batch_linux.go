@@ -57,6 +57,7 @@ func newBatch(s *Server, raw syscall.RawConn) *batch {
 		r.packet.SetLen(packetSize)
 		in.SetIovlen(1)
 	}
+	b.reset(batchSize)
 	return b
 }
 
@@ -67,18 +68,23 @@ func newBatch(s *Server, raw syscall.RawConn) *batch {
 func (b *batch) serve(ctx context.Context) (failed error) {
 	err := b.raw.Read(func(fd uintptr) bool {
 		for n := 0; n != 1 && ctx.Err() == nil; {
-			for i := range b.in {
-				b.in[i].Hdr.Namelen = unix.SizeofSockaddrInet6
-				b.in[i].Hdr.SetControllen(controlSize)
-			}
 			if n, failed = transfer(unix.SYS_RECVMMSG, fd, b.in[:]); failed != nil {
 				return !errors.Is(failed, unix.EAGAIN)
 			}
 			b.send(fd, b.answer(n))
+			b.reset(n)
 		}
 		return false
 	})
 	return cmp.Or(err, failed)
+}
+
+// reset sets the lengths that the kernel has changed in the first n messages.
+func (b *batch) reset(n int) {
+	for i := range n {
+		b.in[i].Hdr.Namelen = unix.SizeofSockaddrInet6
+		b.in[i].Hdr.SetControllen(controlSize)
+	}
 }
 
 // answer returns the replies to the first n requests.
