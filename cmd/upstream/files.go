@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"go/version"
 	"os"
 	"regexp"
 	"slices"
@@ -30,10 +31,13 @@ func readFiles() (fileSet, error) {
 	return files, nil
 }
 
-// restore writes all files back as they were read.
+// restore writes all files that changed back as they were read.
 func (f fileSet) restore() error {
 	var errs []error
 	for name, text := range f {
+		if now, err := os.ReadFile(name); err == nil && string(now) == text {
+			continue
+		}
 		errs = append(errs, os.WriteFile(name, []byte(text), 0o644))
 	}
 	return errors.Join(errs...)
@@ -89,7 +93,8 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 	}
 	updated := func(text string) string {
 		text = replaceVersion(text, strings.TrimPrefix(before.requires[tailscale], "v"), strings.TrimPrefix(after.requires[tailscale], "v"))
-		return replaceVersion(text, before.goVersion, after.goVersion)
+		text = replaceVersion(text, before.goVersion, after.goVersion)
+		return strings.ReplaceAll(text, golang+language(before.goVersion), golang+language(after.goVersion))
 	}
 	return fileSet{
 		dockerfile:        image,
@@ -99,15 +104,22 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 	}, release, nil
 }
 
+// golang is the name of Go's image, before the language version.
+const golang = "golang:"
+
+// language returns the first two numbers of a Go version.
+func language(goVersion string) string {
+	return strings.TrimPrefix(version.Lang("go"+goVersion), "go")
+}
+
 // goImage returns the Dockerfile with the Go version of go.mod. The image's tag
 // has no patch number, so that a build takes the newest patch.
 func goImage(dockerfile, goVersion string) (string, error) {
-	language := regexp.MustCompile(`^\d+\.\d+`).FindString(goVersion)
 	line := regexp.MustCompile(`(?m)^(ARG GO_IMAGE=golang:)\d+\.\d+$`)
 	if !line.MatchString(dockerfile) {
 		return "", errors.New("the Dockerfile has no line ARG GO_IMAGE=golang:MAJOR.MINOR")
 	}
-	return line.ReplaceAllString(dockerfile, "${1}"+language), nil
+	return line.ReplaceAllString(dockerfile, "${1}"+language(goVersion)), nil
 }
 
 // baseImage returns the name of the image on which the Dockerfile builds.

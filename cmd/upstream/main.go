@@ -1,7 +1,8 @@
 // Command upstream keeps derpd current. It finds the newest stable releases of
 // Tailscale and certmagic, fixes of known vulnerabilities, and a newer base image.
 // With --write it updates go.mod, go.sum, the Dockerfile, the READMEs and the
-// changelog. Its other commands serve the release workflow.
+// changelog, if derpd then builds and its tests pass. Its other commands serve the
+// release workflow.
 //
 // It works in the current directory, the root of derpd's repository. Modules come
 // from GOPROXY, as for the go command. When GITHUB_OUTPUT names a file, results
@@ -39,10 +40,13 @@ const usage = `usage: upstream [flags] [command]
                    empty IMAGE is ignored
   base [IMAGE]     print the base image with its digest, and whether the published
                    IMAGE was built on another one
+  vuln             fail if the code that is used has known vulnerabilities;
+                   succeed, and print so, if their database cannot be reached
 
-  --write             take the newer versions
+  --write             take the newer versions, if derpd builds and its tests pass
   --govulncheck FILE  the govulncheck program
   --registry URL      take all images from this registry
+  --timeout DURATION  limit of each question to the module proxy (default 5m)
 `
 
 func main() {
@@ -73,6 +77,7 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	write := flags.Bool("write", false, "")
 	govulncheck := flags.String("govulncheck", "govulncheck", "")
 	registry := flags.String("registry", "", "")
+	timeout := flags.Duration("timeout", fetchTimeout, "")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		_, err = io.WriteString(stdout, usage)
 		return err
@@ -83,18 +88,23 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 
 	var out outputs
 	var err error
-	switch images := (images{registry: *registry}); {
+	tool := goTool{env: env, timeout: *timeout}
+	u := updater{tool: tool, images: images{registry: *registry}, govulncheck: *govulncheck, stdout: stdout}
+	switch {
+	case *timeout <= 0:
+		err = usageError{fmt.Errorf("--timeout: not above zero (got %v); use 5m, for example", *timeout)}
 	case len(args) == 0:
-		u := updater{env: env, images: images, govulncheck: *govulncheck, stdout: stdout}
 		out, err = u.update(ctx, *write)
 	case args[0] == "release" && len(args) <= 2:
-		out, err = closeRelease(ctx, env, args[1:], stdout)
+		out, err = closeRelease(ctx, tool, args[1:], stdout)
 	case args[0] == "notes" && len(args) == 2:
 		err = printNotes(args[1], stdout)
 	case args[0] == "tags" && len(args) >= 3:
-		out, err = printTags(ctx, env, args[1], args[2:], stdout)
+		out, err = printTags(ctx, tool, args[1], args[2:], stdout)
 	case args[0] == "base" && len(args) <= 2:
-		out, err = printBase(ctx, images, args[1:], stdout)
+		out, err = printBase(ctx, u.images, args[1:], stdout)
+	case args[0] == "vuln" && len(args) == 1:
+		err = u.refuseVulnerable(ctx)
 	default:
 		err = usageError{fmt.Errorf("unknown command or wrong number of arguments (got %q)\n\n%s", strings.Join(args, " "), usage)}
 	}

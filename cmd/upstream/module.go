@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 )
 
 // Modules with releases that derpd follows.
@@ -23,34 +21,13 @@ type module struct {
 	requires  map[string]string
 }
 
-// goCommand runs the go command, which handles GOPROXY, failing proxies,
-// retractions and checksums.
-func goCommand(ctx context.Context, dir string, env []string, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = dir
-	// The environment may pin the old toolchain, but a new release may need a
-	// newer Go.
-	cmd.Env = append(env[:len(env):len(env)], "GOTOOLCHAIN=auto", "GOWORK=off")
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return nil, fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, stderr.Bytes())
-	}
-	return out, nil
-}
-
-func readModule(ctx context.Context, env []string) (module, error) {
-	out, err := goCommand(ctx, "", env, "mod", "edit", "-json")
-	if err != nil {
-		return module{}, err
-	}
+func readModule(ctx context.Context, tool goTool) (module, error) {
 	var parsed struct {
 		Go      string
 		Require []struct{ Path, Version string }
 	}
-	if err := json.Unmarshal(out, &parsed); err != nil {
-		return module{}, fmt.Errorf("go mod edit -json: %w", err)
+	if err := tool.json(ctx, "", &parsed, "mod", "edit", "-json"); err != nil {
+		return module{}, err
 	}
 	m := module{goVersion: parsed.Go, requires: map[string]string{}}
 	for _, r := range parsed.Require {
@@ -59,35 +36,48 @@ func readModule(ctx context.Context, env []string) (module, error) {
 	return m, nil
 }
 
-// releasesOf lists the versions of a module that are not retracted. It runs in an
-// empty module, so that the state of go.sum has no influence.
-func releasesOf(ctx context.Context, env []string, path string) ([]string, error) {
-	dir, err := os.MkdirTemp("", "upstream")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte("module question\n"), 0o644); err != nil {
-		return nil, err
-	}
-	out, err := goCommand(ctx, dir, env, "list", "-m", "-versions", "-json", path)
-	if err != nil {
-		return nil, err
-	}
+// releasesOf lists the versions of a module without the retracted ones. The newest
+// version has the list of retracted ones. If it is not served, retractions is an
+// error, and released has all versions.
+func releasesOf(ctx context.Context, tool goTool, path string) (released []string, retractions, err error) {
 	var parsed struct{ Versions []string }
-	if err := json.Unmarshal(out, &parsed); err != nil {
-		return nil, fmt.Errorf("go list -m -versions -json %s: %w", path, err)
-	}
-	return parsed.Versions, nil
+	err = inEmptyModule("", func(dir string) error {
+		retractions = tool.json(ctx, dir, &parsed, "list", "-m", "-versions", "-json", path)
+		if retractions == nil || errors.Is(retractions, errTimeout) {
+			return retractions
+		}
+		return tool.json(ctx, dir, &parsed, "list", "-m", "-versions", "-retracted", "-json", path)
+	})
+	return parsed.Versions, retractions, err
 }
 
-// get adds modules, MODULE@VERSION, to go.mod, and a newer Go if a module needs one.
-// With -e, tidy ignores modules that cannot be fetched: the tests of dependencies
-// may need some. If derpd needs a missing module, the build fails.
-func get(ctx context.Context, env, targets []string) error {
-	if _, err := goCommand(ctx, "", env, append([]string{"get"}, targets...)...); err != nil {
+// inEmptyModule calls f with the directory of a module that requires nothing, so
+// that derpd's go.mod and go.sum have no influence. An empty goVersion gives the
+// module no go line.
+func inEmptyModule(goVersion string, f func(dir string) error) error {
+	dir, err := os.MkdirTemp("", "upstream")
+	if err != nil {
 		return err
 	}
-	_, err := goCommand(ctx, "", env, "mod", "tidy", "-e")
-	return err
+	defer func() { _ = os.RemoveAll(dir) }()
+	text := "module question\n"
+	if goVersion != "" {
+		text += "go " + goVersion + "\n"
+	}
+	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte(text), 0o644); err != nil {
+		return err
+	}
+	return f(dir)
+}
+
+// json parses the output of a go command that asks the module proxy.
+func (g goTool) json(ctx context.Context, dir string, into any, args ...string) error {
+	out, err := g.fetch(ctx, dir, args...)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(out, into); err != nil {
+		return fmt.Errorf("%s: %w", commandLine(args), err)
+	}
+	return nil
 }

@@ -86,8 +86,8 @@ func (h *history) close(tailscaleVersion string, lines []string) (string, error)
 }
 
 // closeRelease turns the unreleased section of the changelog into a release.
-func closeRelease(ctx context.Context, env, lines []string, stdout io.Writer) (outputs, error) {
-	m, err := readModule(ctx, env)
+func closeRelease(ctx context.Context, tool goTool, lines []string, stdout io.Writer) (outputs, error) {
+	m, err := readModule(ctx, tool)
 	if err != nil {
 		return nil, err
 	}
@@ -124,16 +124,16 @@ func printNotes(release string, stdout io.Writer) error {
 	return fmt.Errorf("%s has no section %q", changelog, "## "+release)
 }
 
-// printTags prints the tags of a release's images. The tag of the release never
-// moves. The tags 1.104.5, 1.104, 1 and latest move with newer releases, so operators
-// can choose how much an update may change.
-func printTags(ctx context.Context, env []string, release string, images []string, stdout io.Writer) (outputs, error) {
+// printTags prints the tags of a release's images: one that never moves, and the
+// moving ones (1.104.5, 1.104, 1, latest), so that people choose how closely they
+// follow.
+func printTags(ctx context.Context, tool goTool, release string, images []string, stdout io.Writer) (outputs, error) {
 	numbers := releaseName.FindStringSubmatch(release)
 	if numbers == nil {
 		return nil, usageError{fmt.Errorf("%q is not the name of a release; use one such as 1.104.5-1", release)}
 	}
 	major, minor, patch := numbers[1], numbers[1]+"."+numbers[2], numbers[1]+"."+numbers[2]+"."+numbers[3]
-	m, err := readModule(ctx, env)
+	m, err := readModule(ctx, tool)
 	if err != nil {
 		return nil, err
 	}

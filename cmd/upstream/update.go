@@ -13,7 +13,7 @@ import (
 
 // updater finds newer versions and takes them.
 type updater struct {
-	env         []string
+	tool        goTool
 	images      images
 	govulncheck string
 	stdout      io.Writer
@@ -24,8 +24,8 @@ func (u *updater) say(what, format string, args ...any) {
 	_, _ = fmt.Fprintf(u.stdout, "%-33s%s\n", what, fmt.Sprintf(format, args...))
 }
 
-// update prints newer versions, and takes them if write is set. A failure restores
-// all files.
+// update prints newer versions, and takes them if write is set. They stay if derpd
+// builds with them and its tests pass. A failure restores all files.
 func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error) {
 	files, err := readFiles()
 	if err != nil {
@@ -36,7 +36,7 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 			err = errors.Join(err, files.restore())
 		}
 	}()
-	before, err := readModule(ctx, u.env)
+	before, err := readModule(ctx, u.tool)
 	if err != nil {
 		return nil, err
 	}
@@ -45,8 +45,9 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 	if err != nil {
 		return nil, err
 	}
+	var missing []string
 	if write && len(targets) > 0 {
-		if err := get(ctx, u.env, targets); err != nil {
+		if missing, err = take(ctx, u.tool, before, targets); err != nil {
 			return nil, err
 		}
 	}
@@ -56,15 +57,22 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 		return nil, err
 	}
 	if write && len(fixes) > 0 {
-		if err := get(ctx, u.env, fixes.targets()); err != nil {
+		now, err := readModule(ctx, u.tool)
+		if err != nil {
 			return nil, err
 		}
+		if missing, err = take(ctx, u.tool, now, fixes.targets()); err != nil {
+			return nil, err
+		}
+	}
+	if len(missing) > 0 {
+		u.say("not fetched", "%s; not compiled", strings.Join(missing, ", "))
 	}
 	if err := u.base(ctx, files[dockerfile]); err != nil {
 		return nil, err
 	}
 
-	after, err := readModule(ctx, u.env)
+	after, err := readModule(ctx, u.tool)
 	if err != nil {
 		return nil, err
 	}
@@ -84,10 +92,15 @@ func (u *updater) update(ctx context.Context, write bool) (_ outputs, err error)
 	if err != nil {
 		return nil, err
 	}
+	// Tests compare the documents with go.mod.
 	written, err := files.write(edited)
 	if err != nil {
 		return nil, err
 	}
+	if err := judge(ctx, u.tool); err != nil {
+		return nil, err
+	}
+	u.say("derpd", "builds, and its tests pass")
 	_, _ = fmt.Fprintf(u.stdout, "wrote %s\nnext release: %s\n", strings.Join(written, ", "), release)
 	out.set("updated", "true")
 	out.set("from", before.requires[tailscale])
@@ -104,9 +117,12 @@ func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
 		if !ok {
 			return nil, fmt.Errorf("go.mod does not require %s; this is not derpd's directory", path)
 		}
-		released, err := releasesOf(ctx, u.env, path)
+		released, retractions, err := releasesOf(ctx, u.tool, path)
 		if err != nil {
 			return nil, err
+		}
+		if retractions != nil {
+			u.say(path, "retracted versions are not known: the newest version is not served")
 		}
 		best := newest(released, path == tailscale)
 		if best == "" {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"io"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -15,13 +16,21 @@ func TestMain(m *testing.M) {
 }
 
 // The scripts in testdata run the whole program against a module proxy with the
-// versions in testdata/modules. Among them are odd minor versions, pre-releases, a
-// retracted version, skipped numbers, and a missing test import. In testdata/toonew,
-// the newest release needs a Go version that does not exist.
+// versions in testdata/modules: odd minor versions, pre-releases, a retracted
+// version, skipped numbers, and a test whose import is missing. In testdata/toonew,
+// the newest release needs a Go version that does not exist. In testdata/needs it
+// needs a module that is compiled, codec, and one that is not, tunnel.
 func TestScripts(t *testing.T) {
 	proxy := goproxytest.NewTestServer(t, "testdata/modules", "").URL
 	tooNew := goproxytest.NewTestServer(t, "testdata/toonew", "").URL
+	needs := goproxytest.NewTestServer(t, "testdata/needs", "").URL
+	faulty := startFaulty(t, needs)
 	registry, digest := startRegistry(t)
+	// Programs of the scripts import nothing, but their tests need the standard library.
+	cache, err := exec.CommandContext(t.Context(), "go", "env", "GOCACHE").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
@@ -29,10 +38,13 @@ func TestScripts(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("GOPROXY", proxy)
 			env.Setenv("TOONEW", tooNew)
+			env.Setenv("TOONEW_HANGS", startFaulty(t, tooNew)+"/toolchain-hangs")
+			env.Setenv("NEEDS", needs)
+			env.Setenv("FAULTY", faulty)
 			env.Setenv("REGISTRY", registry)
 			env.Setenv("DIGEST", digest)
 			env.Setenv("GOPATH", env.WorkDir+"/.gopath")
-			env.Setenv("GOCACHE", env.WorkDir+"/.cache")
+			env.Setenv("GOCACHE", strings.TrimSpace(string(cache)))
 			env.Setenv("GOSUMDB", "off")
 			env.Setenv("GOENV", "off")
 			// Without this the directory of the script cannot be removed.

@@ -51,26 +51,62 @@ func (f fixes) targets() []string {
 	return targets
 }
 
-// vulnerabilities prints the known vulnerabilities in the code that derpd calls, and
-// returns the fixes of newer versions. It succeeds without govulncheck, and without
-// the database, which many networks cannot reach.
+// errNoDatabase means that nothing was checked: the database of vulnerabilities, which
+// many networks cannot reach, gave no answer.
+var errNoDatabase = errors.New("the database of vulnerabilities cannot be reached")
+
+// scan runs govulncheck on all packages.
+func (u *updater) scan(ctx context.Context, format string) ([]byte, error) {
+	out, stderr, err := execute(ctx, u.tool.timeout, "", u.tool.environ(), u.govulncheck, "-format", format, "./...")
+	switch {
+	case err == nil, ctx.Err() != nil:
+		return out, err
+	case errors.Is(err, exec.ErrNotFound):
+		return nil, fmt.Errorf("%s is not installed", u.govulncheck)
+	case errors.Is(err, errTimeout):
+		return nil, fmt.Errorf("%w (no answer within %v)", errNoDatabase, u.tool.timeout)
+	case bytes.Contains(stderr, []byte("fetching vulnerabilities")):
+		return nil, fmt.Errorf("%w (%s)", errNoDatabase, firstLine(stderr))
+	case len(bytes.TrimSpace(stderr)) == 0:
+		return out, err
+	}
+	return out, fmt.Errorf("%w: %s", err, firstLine(stderr))
+}
+
+// refuseVulnerable returns an error if the code that derpd calls has known
+// vulnerabilities. Without the database of vulnerabilities it succeeds, and prints
+// that nothing was checked.
+func (u *updater) refuseVulnerable(ctx context.Context) error {
+	out, err := u.scan(ctx, "text")
+	if errors.Is(err, errNoDatabase) {
+		u.say("vulnerabilities", "NOT CHECKED: %v", err)
+		return nil
+	}
+	_, _ = u.stdout.Write(out)
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.ExitCode() == foundCode {
+		return errors.New("known vulnerabilities; take the fixed versions with make upstream")
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", u.govulncheck, err)
+	}
+	return nil
+}
+
+// foundCode is the exit code of govulncheck's text format for vulnerabilities in the
+// code that is called.
+const foundCode = 3
+
+// vulnerabilities prints the known vulnerabilities in the code that derpd calls,
+// and returns those that a newer version fixes. It succeeds without govulncheck or
+// its database.
 func (u *updater) vulnerabilities(ctx context.Context) (fixes, error) {
 	const what = "vulnerabilities"
-	cmd := exec.CommandContext(ctx, u.govulncheck, "-format", "json", "./...")
-	cmd.Env = append(u.env[:len(u.env):len(u.env)], "GOTOOLCHAIN=auto", "GOWORK=off")
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
+	out, err := u.scan(ctx, "json")
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	if errors.Is(err, exec.ErrNotFound) {
-		u.say(what, "not checked: %s is not installed", u.govulncheck)
-		return nil, nil
-	}
 	if err != nil {
-		reason, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n")
-		u.say(what, "not checked: %v: %s", err, reason)
+		u.say(what, "not checked: %v", err)
 		return nil, nil
 	}
 	found, err := parseFindings(bytes.NewReader(out))
