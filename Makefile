@@ -119,11 +119,13 @@ fmt: $(GOLANGCI_LINT) ## format the code
 
 .PHONY: vuln
 vuln: $(GOVULNCHECK) ## check the code that is used for known vulnerabilities
-	$(GOVULNCHECK) ./...
+	go run ./cmd/upstream --govulncheck $(GOVULNCHECK) vuln
 
-# Releases of Tailscale and certmagic, and fixes of known vulnerabilities.
+# Releases of Tailscale and certmagic, and fixes of known vulnerabilities. Without
+# govulncheck, the output says that vulnerabilities were not checked.
 .PHONY: upstream
-upstream: $(GOVULNCHECK) ## take newer versions of what derpd is built on
+upstream: ## take newer versions of what derpd is built on
+	@test -x $(GOVULNCHECK) || $(MAKE) $(GOVULNCHECK) || true
 	go run ./cmd/upstream --write --govulncheck $(GOVULNCHECK)
 
 # Works in a clone and changes nothing here.

@@ -94,7 +94,7 @@ func (f fileSet) adopt(before, after module, fixes fixes) (fileSet, string, erro
 	updated := func(text string) string {
 		text = replaceVersion(text, strings.TrimPrefix(before.requires[tailscale], "v"), strings.TrimPrefix(after.requires[tailscale], "v"))
 		text = replaceVersion(text, before.goVersion, after.goVersion)
-		return strings.ReplaceAll(text, golang+language(before.goVersion), golang+language(after.goVersion))
+		return replaceVersion(text, golang+language(before.goVersion), golang+language(after.goVersion))
 	}
 	return fileSet{
 		dockerfile:        image,
