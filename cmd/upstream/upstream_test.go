@@ -97,6 +97,29 @@ func TestFixTargets(t *testing.T) {
 	}
 }
 
+// Errors of go mod tidy, recorded: a module is listed once, however many packages
+// import it.
+func TestNotFetched(t *testing.T) {
+	const refused = "go: derpd/healthz imports\n\ttailscale.com/feature tested by\n\ttailscale.com/feature.test imports\n\t"
+	const answer = " 403 Forbidden\n\tserver response: This module version is not available.\n"
+	got := notFetched("go: downloading github.com/tailscale/wireguard-go v0.0.0-20261106233718-9e0ab45c16ca\n" +
+		refused + "gvisor.dev/gvisor/pkg/tcpip: gvisor.dev/gvisor@v0.0.0-20260915211658-a6f909f08a72: reading https://proxy.example/gvisor.zip:" + answer +
+		refused + "gvisor.dev/gvisor/pkg/buffer: gvisor.dev/gvisor@v0.0.0-20260915211658-a6f909f08a72: reading https://proxy.example/gvisor.zip:" + answer +
+		refused + "github.com/tailscale/wireguard-go/tun: github.com/tailscale/wireguard-go@v0.0.0-20261106233718-9e0ab45c16ca: reading https://proxy.example/wireguard.zip:" + answer +
+		refused + "example.com/unavailable: cannot find module providing package example.com/unavailable: reading https://proxy.example/list: 404 Not Found\n")
+	want := []string{
+		"example.com/unavailable",
+		"github.com/tailscale/wireguard-go@v0.0.0-20261106233718-9e0ab45c16ca",
+		"gvisor.dev/gvisor@v0.0.0-20260915211658-a6f909f08a72",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := notFetched("go: downloading example.com/a v1.0.0\n"); len(got) > 0 {
+		t.Errorf("%q, want nothing", got)
+	}
+}
+
 // Each vulnerability is listed once, however many calls reach it.
 func TestFindings(t *testing.T) {
 	const finding = `{"finding":{"osv":"GO-1","fixed_version":"v1.2.1","trace":[{"module":"m","function":"F"}]}}`

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -61,7 +62,7 @@ func (u *updater) scan(ctx context.Context, format string) ([]byte, error) {
 	switch {
 	case err == nil, ctx.Err() != nil:
 		return out, err
-	case errors.Is(err, exec.ErrNotFound):
+	case errors.Is(err, exec.ErrNotFound), errors.Is(err, os.ErrNotExist):
 		return nil, fmt.Errorf("%s is not installed", u.govulncheck)
 	case errors.Is(err, errTimeout):
 		return nil, fmt.Errorf("%w (no answer within %v)", errNoDatabase, u.tool.timeout)
