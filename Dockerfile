@@ -34,7 +34,7 @@ RUN go mod download || echo "not all modules were fetched; derpd may not need th
 COPY . .
 
 # Another release of Tailscale than go.mod's, v1.104.5 for example. It may need a newer
-# GO_IMAGE, and says so. The build fetches what it compiles, and nothing else.
+# GO_IMAGE, and says so. The build then fetches only what derpd compiles.
 ARG TAILSCALE_VERSION
 RUN [ -z "${TAILSCALE_VERSION}" ] || go mod edit "-require=tailscale.com@${TAILSCALE_VERSION}"
 
