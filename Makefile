@@ -32,7 +32,7 @@ test: export DERPD_DERPER := $(DERPER)
 test: peers $(DERPER) ## run all tests, in any order, with the race detector
 	@# Fills the build cache, which the test in internal/compat uses.
 	CGO_ENABLED=0 go build -trimpath -o /dev/null ./cmd/derpd
-	go test -race -shuffle=on -timeout 5m ./...
+	go test -race -shuffle=on -timeout 10m ./...
 
 .PHONY: peers
 peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests use
