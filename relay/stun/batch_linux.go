@@ -56,8 +56,9 @@ func newBatch(s *Server, raw syscall.RawConn) *batch {
 		r.packet.Base, in.Iov, in.Name, in.Control = &r.data[0], &r.packet, &r.name[0], &r.control[0]
 		r.packet.SetLen(packetSize)
 		in.SetIovlen(1)
+		in.Namelen = unix.SizeofSockaddrInet6
+		in.SetControllen(controlSize)
 	}
-	b.reset(batchSize)
 	return b
 }
 
@@ -72,19 +73,10 @@ func (b *batch) serve(ctx context.Context) (failed error) {
 				return !errors.Is(failed, unix.EAGAIN)
 			}
 			b.send(fd, b.answer(n))
-			b.reset(n)
 		}
 		return false
 	})
 	return cmp.Or(err, failed)
-}
-
-// reset sets the lengths that the kernel has changed in the first n messages.
-func (b *batch) reset(n int) {
-	for i := range n {
-		b.in[i].Hdr.Namelen = unix.SizeofSockaddrInet6
-		b.in[i].Hdr.SetControllen(controlSize)
-	}
 }
 
 // answer returns the replies to the first n requests.
@@ -100,6 +92,8 @@ func (b *batch) answer(n int) []unix.Mmsghdr {
 			out.SetControllen(len(source))
 			replies = append(replies, unix.Mmsghdr{Hdr: out})
 		}
+		in.Hdr.Namelen = unix.SizeofSockaddrInet6 // as the kernel found it
+		in.Hdr.SetControllen(controlSize)
 	}
 	return replies
 }
