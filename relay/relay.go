@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"sync/atomic"
 
 	"github.com/rs/zerolog"
 	"tailscale.com/derp/derpserver"
@@ -73,6 +74,7 @@ type Relay struct {
 	tls      *tls.Config // nil: plain HTTP
 
 	public, plain *http.Server
+	closing       atomic.Bool // whether Close has begun
 }
 
 // New returns a relay. It has no clients before [Relay.Serve].

@@ -22,7 +22,7 @@ func (r *Relay) Serve(ln net.Listener) error {
 	if r.tls != nil {
 		ln = tls.NewListener(ln, r.tls)
 	}
-	return serve(r.public, ln)
+	return r.serve(r.public, ln)
 }
 
 // ServePlain accepts the connections of plain HTTP, normally of port 80, until
@@ -30,7 +30,7 @@ func (r *Relay) Serve(ln net.Listener) error {
 // once.
 func (r *Relay) ServePlain(ln net.Listener, handler http.Handler) error {
 	r.plain.Handler = handler
-	return serve(r.plain, r.accepted(ln))
+	return r.serve(r.plain, r.accepted(ln))
 }
 
 // accepted returns ln with the layers that both listeners share.
@@ -42,16 +42,20 @@ func (r *Relay) accepted(ln net.Listener) net.Listener {
 	return ln
 }
 
-func serve(server *http.Server, ln net.Listener) error {
-	if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return err
+// serve returns nil once Close has begun. The caller may close ln before Close
+// reaches the server.
+func (r *Relay) serve(server *http.Server, ln net.Listener) error {
+	err := server.Serve(ln)
+	if errors.Is(err, http.ErrServerClosed) || r.closing.Load() {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // Close stops both servers, closes every client's connection, and waits until
 // derpserver has removed the clients.
 func (r *Relay) Close() error {
+	r.closing.Store(true)
 	err := errors.Join(r.public.Close(), r.plain.Close())
 	r.sessions.refuse()
 	err = errors.Join(err, r.server.Close())

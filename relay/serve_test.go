@@ -377,6 +377,45 @@ func TestCloseWebSocket(t *testing.T) {
 	testkit.Receive(t, "the end of the WebSocket", ended)
 }
 
+// slowListener closes only after release is closed, and says when it begins.
+type slowListener struct {
+	net.Listener
+	closing, release chan struct{}
+	once             sync.Once
+}
+
+func (l *slowListener) Close() error {
+	l.once.Do(func() { close(l.closing) })
+	<-l.release
+	return l.Listener.Close()
+}
+
+// A listener that is closed while Close waits for another one is no error.
+func TestListenerClosedDuringClose(t *testing.T) {
+	r := newRelay(t, Config{Log: zerolog.Nop()})
+	public := &slowListener{Listener: listen(t), closing: make(chan struct{}), release: make(chan struct{})}
+	plain := listen(t)
+	publicEnded, plainEnded, closed := make(chan error, 1), make(chan error, 1), make(chan error, 1)
+	go func() { publicEnded <- r.Serve(public) }()
+	go func() { plainEnded <- r.ServePlain(plain, http.NotFoundHandler()) }()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	for _, ln := range []net.Listener{public, plain} { // both are served
+		status(t, client, "http://"+ln.Addr().String()+"/generate_204")
+	}
+	go func() { closed <- r.Close() }()
+	testkit.Receive(t, "the begin of Close", public.closing)
+	_ = plain.Close()
+	if err := testkit.Receive(t, "the end of ServePlain", plainEnded); err != nil {
+		t.Errorf("ServePlain returned %v", err)
+	}
+	close(public.release)
+	for name, ended := range map[string]chan error{"Serve": publicEnded, "Close": closed} {
+		if err := testkit.Receive(t, "the end of "+name, ended); err != nil {
+			t.Errorf("%s returned %v", name, err)
+		}
+	}
+}
+
 // A listener that fails ends Serve with its error.
 func TestServeFails(t *testing.T) {
 	r := newRelay(t, Config{Log: zerolog.Nop()})
