@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
@@ -65,7 +66,9 @@ func readEnvironment(environ []string, p *problems) *environment {
 		e.order[v.Name] = i
 	}
 	values := e.resolve(environ, known, p)
-	fill(values, known, e.structs())
+	if err := fill(values, known, e.structs()); err != nil {
+		p.add("environment", "%w", err)
+	}
 	return e
 }
 
@@ -154,7 +157,7 @@ var lending sync.Mutex
 // fill sets the fields of structs to values, or to their defaults. envconfig
 // reads the environment of the process only. So the known variables are set there
 // for the time of the call, and put back as they were.
-func fill(values map[string]string, known []Variable, structs []any) {
+func fill(values map[string]string, known []Variable, structs []any) error {
 	lending.Lock()
 	defer lending.Unlock()
 	for _, v := range known {
@@ -166,13 +169,13 @@ func fill(values map[string]string, known []Variable, structs []any) {
 		defer putBack(v.Name, old, wasSet)
 		putBack(v.Name, value, isSet)
 	}
+	var errs []error
 	for _, s := range structs {
 		// Process fails only on a value that it cannot convert, and all
 		// fields are strings.
-		if err := envconfig.Process("", s); err != nil {
-			panic(err)
-		}
+		errs = append(errs, envconfig.Process("", s))
 	}
+	return errors.Join(errs...)
 }
 
 // putBack sets a variable of the process, or removes it. Setenv fails only for
