@@ -33,8 +33,8 @@ func TestReadmeQuotesMessages(t *testing.T) {
 		if slices.Contains(messagesOfOthers, message) {
 			continue
 		}
-		// What a message leaves out or fills in is not in the source: …, numbers
-		// and what stands before a colon or a semicolon.
+		// The source has no text for … and for numbers. A colon or a semicolon
+		// joins messages of several functions.
 		for _, part := range regexp.MustCompile(`…|[:;]| \d+`).Split(message, -1) {
 			if part = strings.TrimSpace(part); !strings.Contains(source, part) && !slices.Contains(messagesOfOthers, part) {
 				t.Errorf("the READMEs quote %q, but no code has %q", message, part)

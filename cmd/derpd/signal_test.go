@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,25 +14,10 @@ import (
 	"derpd/internal/testkit"
 )
 
-// program links the test binary as derpd: under that name it runs the program
-// instead of the tests.
-func program(t *testing.T) string {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "derpd")
-	if err := os.Symlink(self, path); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 // TestSignals asserts that the signal of a container manager and the one of a
 // terminal stop the program with exit code 0.
 func TestSignals(t *testing.T) {
-	path := program(t)
+	path := testkit.LinkAsDerpd(t)
 	for _, signal := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
 		defer cancel()
@@ -87,7 +71,7 @@ func signalTwice(t *testing.T, stdout *os.File) *os.ProcessState {
 	defer cancel()
 	addr := testkit.FreeAddr(t)
 	var log testkit.Buffer
-	cmd := exec.CommandContext(ctx, program(t))
+	cmd := exec.CommandContext(ctx, testkit.LinkAsDerpd(t))
 	cmd.Env, cmd.Stdout, cmd.Stderr = testkit.LastOfEach(testkit.Environ(t, "DERP_ADMIN_ADDR="+addr)), stdout, &log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

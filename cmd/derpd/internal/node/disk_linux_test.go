@@ -95,7 +95,7 @@ func TestCertificatesCannotBeStored(t *testing.T) {
 // process certmagic's pause after a failed renewal would delay the next relay.
 func inAnotherProcess(t *testing.T, env []string, what string, holds func() bool) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), derpdBinary(t))
+	cmd := exec.CommandContext(t.Context(), testkit.LinkAsDerpd(t))
 	cmd.Env = testkit.LastOfEach(env)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

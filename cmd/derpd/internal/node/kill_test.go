@@ -31,7 +31,7 @@ const kills = 100
 // TestKilled kills relays at random moments. The next relay must be able to use
 // the data directory, and no earlier file may be changed or lost.
 func TestKilled(t *testing.T) {
-	derpd := derpdBinary(t)
+	derpd := testkit.LinkAsDerpd(t)
 	victims := []*victim{
 		// Complete files below forget are removed, so that later kills
 		// hit the relay while it makes them again.

@@ -30,7 +30,7 @@ import (
 )
 
 // TestMain runs the tests, and fails if a goroutine is left after them. Under
-// the name derpd it runs a relay instead; see derpdBinary.
+// the name derpd it runs a relay instead; see [testkit.LinkAsDerpd].
 func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == "derpd" {
 		os.Exit(runRelay())
@@ -62,21 +62,6 @@ func runRelay() int {
 		return 1
 	}
 	return 0
-}
-
-// derpdBinary links the test binary as derpd: under that name it runs a relay
-// instead of the tests.
-func derpdBinary(t *testing.T) string {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "derpd")
-	if err := os.Symlink(self, path); err != nil {
-		t.Fatal(err)
-	}
-	return path
 }
 
 // testNode is a complete relay in the test's process, on loopback and free
