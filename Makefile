@@ -21,6 +21,13 @@ PEERS     := $(TOOLS)/peers-static-tailscale-$(TAILSCALE)-headscale-$(HEADSCALE)
 UPSTREAM := $(shell sed -n 's/^\ttailscale\.com //p' go.mod)
 DERPER   := $(TOOLS)/derper-$(UPSTREAM)
 
+# A registry for the image and a reverse proxy that ends TLS. Both take minutes to
+# build. Tests that need one are skipped, and say so, when it is missing.
+REGISTRY_VERSION := v3.1.2
+REGISTRY         := $(TOOLS)/registry-$(REGISTRY_VERSION)
+CADDY_VERSION    := v2.11.9
+CADDY            := $(TOOLS)/caddy-$(CADDY_VERSION)
+
 .DEFAULT_GOAL := help
 .PHONY: help
 help: ## list the targets
@@ -28,6 +35,7 @@ help: ## list the targets
 
 test: export DERPD_PEERS := $(PEERS)
 test: export DERPD_DERPER := $(DERPER)
+test: export DERPD_CADDY := $(CADDY)
 .PHONY: test
 test: peers $(DERPER) ## run all tests, in any order, with the race detector
 	@# Fills the build cache, which the test in internal/compat uses.
@@ -36,6 +44,10 @@ test: peers $(DERPER) ## run all tests, in any order, with the race detector
 
 .PHONY: peers
 peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests use
+
+.PHONY: registry caddy
+registry: $(REGISTRY) ## build the registry that e2e pushes images to
+caddy: $(CADDY) ## build the reverse proxy that tests use
 
 # High ports and a directory here need no root. Variables of the environment win.
 run map: export DERP_ADDR ?= :8443
@@ -93,6 +105,8 @@ image: ## build the image, derpd, and print its size
 # runs one scenario.
 e2e e2e-all: export DERPD_PEERS := $(PEERS)
 e2e e2e-all: export DERPD_DERPER := $(DERPER)
+e2e e2e-all: export DERPD_REGISTRY := $(REGISTRY)
+e2e e2e-all: export DERPD_CADDY := $(CADDY)
 e2e e2e-all: export DERPD_IMAGE := $(IMAGE)
 E2E := go test -tags e2e -count=1 -v -timeout 45m ./docker/e2e
 
@@ -158,23 +172,28 @@ $(PEERS)/tailscaled $(PEERS)/tailscale $(PEERS)/containerboot:
 	mkdir -p $(@D)
 	mv $(TOOLS)/bin/$(@F) $@
 
-# Built as a requirement of an empty module. go install would need a list of
-# headscale's versions, which not every proxy has.
-$(PEERS)/headscale:
-	rm -rf $(PEERS)/module
-	mkdir -p $(PEERS)/module
-	cd $(PEERS)/module && go mod init tool && go mod edit -require=github.com/juanfont/headscale@$(HEADSCALE) && \
-		CGO_ENABLED=0 go build -mod=mod -trimpath -o headscale github.com/juanfont/headscale/cmd/headscale
-	mv $(PEERS)/module/headscale $@
-	rm -r $(PEERS)/module
-
-# Built in the same way. The replacement is needed because setec's version in
-# Tailscale's go.mod is not published.
-$(DERPER):
+# Builds a program as a requirement of an empty module, in which the modules that it
+# needs can be replaced. go install would also need a list of the module's versions,
+# which not every proxy has.
+# $(call program,MODULE@VERSION,PACKAGE,FLAGS OF GO MOD EDIT)
+define program
 	rm -rf $@.module
 	mkdir -p $@.module
-	cd $@.module && go mod init tool && go mod edit -require=tailscale.com@$(UPSTREAM) \
-		-replace=github.com/tailscale/setec=github.com/tailscale/setec@v0.0.0-20260310221408-dcd97e42f251 && \
-		CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o derper tailscale.com/cmd/derper
-	mv $@.module/derper $@
+	cd $@.module && go mod init tool && go mod edit -require=$(1) $(3) && \
+		CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o program $(2)
+	mv $@.module/program $@
 	rm -r $@.module
+endef
+
+$(PEERS)/headscale:
+	$(call program,github.com/juanfont/headscale@$(HEADSCALE),github.com/juanfont/headscale/cmd/headscale)
+
+# setec's version in Tailscale's go.mod is not published.
+$(DERPER):
+	$(call program,tailscale.com@$(UPSTREAM),tailscale.com/cmd/derper,-replace=github.com/tailscale/setec=github.com/tailscale/setec@v0.0.0-20260310221408-dcd97e42f251)
+
+$(REGISTRY):
+	$(call program,github.com/distribution/distribution/v3@$(REGISTRY_VERSION),github.com/distribution/distribution/v3/cmd/registry)
+
+$(CADDY):
+	$(call program,github.com/caddyserver/caddy/v2@$(CADDY_VERSION),github.com/caddyserver/caddy/v2/cmd/caddy)
