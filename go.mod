@@ -1,6 +1,6 @@
 module derpd
 
-go 1.27.3
+go 1.27.4
 
 require (
 	github.com/BurntSushi/toml v1.6.0
@@ -43,7 +43,7 @@ require (
 	golang.org/x/oauth2 v0.37.0
 	golang.org/x/sync v0.24.0
 	golang.org/x/sys v0.49.0
-	tailscale.com v1.104.5
+	tailscale.com v1.104.7
 	tailscale.com/client/tailscale/v2 v2.12.0
 )
 
