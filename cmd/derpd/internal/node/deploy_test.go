@@ -283,6 +283,24 @@ func TestSystemdUnit(t *testing.T) {
 	t.Log("overall" + strings.TrimSpace(score))
 }
 
+// TestSystemdUpdateUnits checks the units of the nightly update, which internal/compat
+// runs, with systemd's own tools.
+func TestSystemdUpdateUnits(t *testing.T) {
+	analyze := program(t, "systemd-analyze")
+	script, err := filepath.Abs(repository("docker", "derpd-update"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	unit := strings.ReplaceAll(contents(t, "docker", "derpd-update.service"), "ExecStart=/usr/local/sbin/derpd-update", "ExecStart="+script)
+	file("derpd-update.service", unit)(t, dir)
+	file("derpd-update.timer", contents(t, "docker", "derpd-update.timer"))(t, dir)
+	if out := output(t, dir, nil, analyze, "verify", "./derpd-update.service", "./derpd-update.timer"); strings.Contains(out, "derpd-update") {
+		t.Error(out)
+	}
+	output(t, dir, nil, analyze, "security", "--offline=true", "--threshold=55", "--no-pager", "./derpd-update.service")
+}
+
 // TestQuadlet runs podman's generator on the quadlet.
 func TestQuadlet(t *testing.T) {
 	quadlet := program(t, "/usr/libexec/podman/quadlet", "quadlet")
