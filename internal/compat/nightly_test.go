@@ -221,7 +221,8 @@ type nightly struct {
 // builder owns the sources if root runs the tests.
 const builder = 65532
 
-// makefile stands for the sources' Makefile. A build takes the file next.
+// makefile stands for the sources' Makefile. A build takes the file next, and leaves a
+// process behind, as the go command does for its telemetry.
 const makefile = `
 upstream:
 	@echo taken >>go.mod
@@ -230,6 +231,7 @@ build:
 	@(id -u; env) >$(HOME)/environment
 	@[ ! -p %[1]s ] || cat %[1]s
 	@cp next $(BINARY)
+	@sleep 20 >/dev/null 2>&1 &
 `
 
 // newNightly installs a relay and starts it.
@@ -382,6 +384,9 @@ func (n *nightly) run(t *testing.T, env ...string) night {
 		tick := time.NewTicker(10 * time.Millisecond)
 		defer tick.Stop()
 		for ctx.Err() == nil {
+			if _, err := os.Stat(n.at("install/derpd")); err != nil {
+				t.Error(err)
+			}
 			if n.ready(ctx) == nil {
 				longest, last = max(longest, time.Since(last)), time.Now()
 			}
