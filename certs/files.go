@@ -17,7 +17,7 @@ import (
 // when the files change, and keeps the old one while the new files are invalid.
 type files struct {
 	paths []string
-	load  func() (*tls.Certificate, error) // reads and validates the files
+	load  func() (loaded, error) // reads and validates the files
 	log   zerolog.Logger
 	ready chan struct{} // closed from the start
 
@@ -30,17 +30,40 @@ type files struct {
 	reloads, reloadErrors uint64 // guarded by mu
 }
 
+// loaded is the content of valid files.
+type loaded struct {
+	cert *tls.Certificate
+
+	// authority is the name of the authority that this machine does not trust,
+	// and clients must; empty for none.
+	authority string
+
+	// unsent describes the parts of the files that clients do not get.
+	unsent []string
+}
+
 // newFiles loads the files. It fails when the files are invalid.
-func newFiles(paths []string, load func() (*tls.Certificate, error), log zerolog.Logger) (*files, error) {
+func newFiles(paths []string, load func() (loaded, error), log zerolog.Logger) (*files, error) {
 	f := &files{paths: paths, load: load, log: log, ready: make(chan struct{})}
 	f.seen = filewatch.Read(paths)
-	cert, err := load()
+	found, err := load()
 	if err != nil {
 		return nil, err
 	}
-	f.current.Store(cert)
+	f.use(found)
 	close(f.ready)
 	return f, nil
+}
+
+// use serves a certificate from now on, and logs what clients may notice.
+func (f *files) use(found loaded) {
+	f.current.Store(found.cert)
+	if found.authority != "" {
+		f.log.Warn().Str("authority", found.authority).Msg("clients need the certificate of this authority installed; this machine does not trust it")
+	}
+	if len(found.unsent) > 0 {
+		f.log.Info().Strs("blocks", found.unsent).Msg("clients do not get these blocks of the certificate file, which are not part of the chain")
+	}
 }
 
 // reload loads the files if their content has changed.
@@ -52,7 +75,7 @@ func (f *files) reload() {
 		return
 	}
 	f.seen = now
-	cert, err := f.load()
+	found, err := f.load()
 	if err != nil {
 		f.reloadErrors++
 		f.err = fmt.Errorf("the new files are invalid and the old certificate is still served: %w", err)
@@ -61,8 +84,9 @@ func (f *files) reload() {
 	}
 	f.err = nil
 	f.reloads++
-	f.current.Store(cert)
-	f.log.Info().Str("names", covered(cert.Leaf)).Time("not_after", cert.Leaf.NotAfter).Msg("certificate reloaded")
+	f.use(found)
+	leaf := found.cert.Leaf
+	f.log.Info().Str("names", covered(leaf)).Time("not_after", leaf.NotAfter).Msg("certificate reloaded")
 }
 
 // Run implements [Manager].

@@ -1,7 +1,6 @@
 package certs
 
 import (
-	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -13,7 +12,7 @@ import (
 // ManualConfig names a certificate and a key that another program renews.
 type ManualConfig struct {
 	CertFile string // PEM: the leaf first, then its issuers
-	KeyFile  string // PEM
+	KeyFile  string // PEM; may be CertFile
 
 	// Names are the names that the certificate must cover.
 	Names []string
@@ -27,68 +26,41 @@ type ManualConfig struct {
 // LoadManual loads a certificate and its key. The manager reloads both when a file
 // changes.
 //
-// The key must belong to the certificate. The certificate must cover every name
-// and be valid now. The chain must end at a trusted root, or with a self-signed
-// certificate in the file.
+// It refuses files with which every client fails: the key must belong to the first
+// certificate, which must cover every name and be valid now, with its issuers. An
+// authority that this machine does not trust is logged: clients may trust it.
 func LoadManual(c ManualConfig) (Manager, error) {
 	return newFiles([]string{c.CertFile, c.KeyFile}, c.load, c.Log)
 }
 
-func (c ManualConfig) load() (*tls.Certificate, error) {
-	cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+func (c ManualConfig) load() (loaded, error) {
+	p, err := c.read()
 	if err != nil {
-		return nil, fmt.Errorf("loading %s and %s: %w", c.CertFile, c.KeyFile, err)
+		return loaded{}, err
 	}
-	leaf, now := cert.Leaf, time.Now()
+	leaf, now := p.leaf, time.Now()
 	for _, name := range c.Names {
 		if leaf.VerifyHostname(name) != nil {
-			return nil, fmt.Errorf("%s covers %s, not %s; get a certificate for every name in DERP_DOMAIN", c.CertFile, covered(leaf), name)
+			return loaded{}, c.explainName(leaf.Certificate, name)
 		}
 	}
 	if now.After(leaf.NotAfter) {
-		return nil, fmt.Errorf("%s expired on %s; renew it", c.CertFile, leaf.NotAfter.Format(time.DateOnly))
+		return loaded{}, fmt.Errorf("%s expired on %s; renew it", c.CertFile, leaf.NotAfter.Format(time.DateOnly))
 	}
 	if now.Before(leaf.NotBefore) {
-		return nil, fmt.Errorf("%s is not valid before %s; check the clock of this machine", c.CertFile, leaf.NotBefore.Format(time.DateOnly))
+		return loaded{}, fmt.Errorf("%s is not valid before %s; check the clock of this machine, which is at %s", c.CertFile, instant(leaf.NotBefore), instant(now))
 	}
-	if err := checkChain(cert.Certificate, c.Roots, now); err != nil {
-		return nil, fmt.Errorf("%s: %w", c.CertFile, err)
-	}
-	return &cert, nil
-}
-
-// checkChain reports a chain that is out of order or incomplete. Desktop browsers
-// accept an incomplete chain, and phones refuse it (tailscale/tailscale#7126).
-func checkChain(ders [][]byte, roots *x509.CertPool, now time.Time) error {
-	chain := make([]*x509.Certificate, len(ders))
-	intermediates := x509.NewCertPool()
-	for i, der := range ders {
-		c, err := x509.ParseCertificate(der)
-		if err != nil {
-			return fmt.Errorf("certificate %d: %w", i+1, err)
-		}
-		chain[i] = c
-		if i > 0 {
-			intermediates.AddCert(c)
-		}
-	}
-	for i, c := range chain[:len(chain)-1] {
-		if err := c.CheckSignatureFrom(chain[i+1]); err != nil {
-			return fmt.Errorf("certificate %d was not signed by the next one in the file (%s); put the leaf first, then each issuer", i+1, chain[i+1].Subject)
-		}
-	}
-	last := chain[len(chain)-1]
-	if selfSigned(last) {
-		return nil
-	}
-	_, err := chain[0].Verify(x509.VerifyOptions{
-		Roots: roots, Intermediates: intermediates, CurrentTime: now,
-		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	})
+	chain := p.chain()
+	authority, err := c.verify(p, chain, now)
 	if err != nil {
-		return fmt.Errorf("the chain is incomplete: the certificate of %q is missing; append it to the file", last.Issuer)
+		return loaded{}, err
 	}
-	return nil
+	cert := &tls.Certificate{PrivateKey: p.key, Leaf: leaf.Certificate}
+	for _, link := range chain {
+		cert.Certificate = append(cert.Certificate, link.Raw)
+	}
+	return loaded{cert: cert, authority: authority, unsent: p.unsent(chain)}, nil
 }
 
-func selfSigned(c *x509.Certificate) bool { return bytes.Equal(c.RawSubject, c.RawIssuer) }
+// instant formats a time for messages about clocks.
+func instant(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }

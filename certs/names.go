@@ -2,10 +2,13 @@ package certs
 
 import (
 	"crypto/x509"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
+
+	"derpd/internal/filekind"
 )
 
 // split separates DNS names from IP addresses.
@@ -58,4 +61,39 @@ func covered(leaf *x509.Certificate) string {
 		return "no name"
 	}
 	return strings.Join(names, ", ")
+}
+
+// explainName explains why a certificate does not cover a name.
+func (c ManualConfig) explainName(leaf *x509.Certificate, name string) error {
+	if cn := leaf.Subject.CommonName; len(leaf.DNSNames) == 0 && len(leaf.IPAddresses) == 0 && cn != "" {
+		command := "openssl req -x509 -days 3650 -out " + filekind.Quote(c.CertFile)
+		if !selfSigned(leaf) {
+			command = "openssl req -new -out " + filekind.Quote(c.CertFile+".csr")
+		}
+		command += fmt.Sprintf(" -key %s -subj %s -addext %s", filekind.Quote(c.KeyFile), filekind.Quote("/CN="+cn), altNames(c.Names))
+		return fmt.Errorf("%s names %s in its common name alone, which clients ignore; make it again with a subject alternative name: `%s`", c.CertFile, cn, command)
+	}
+	if net.ParseIP(name) != nil && slices.Contains(leaf.DNSNames, name) {
+		return fmt.Errorf("%s has the address %s as a DNS name, which clients ignore; make it again with %s", c.CertFile, name, altNames([]string{name}))
+	}
+	for _, covers := range leaf.DNSNames {
+		zone, wildcard := strings.CutPrefix(covers, "*")
+		if wildcard && (strings.HasSuffix(name, zone) || name == zone[1:]) {
+			return fmt.Errorf("%s covers %s, not %s: a wildcard stands for exactly one label; get a certificate for %[3]s", c.CertFile, covered(leaf), name)
+		}
+	}
+	return fmt.Errorf("%s covers %s, not %s; get a certificate for every name in DERP_DOMAIN", c.CertFile, covered(leaf), name)
+}
+
+// altNames returns names in the form of openssl's -addext.
+func altNames(names []string) string {
+	var list []string
+	for _, name := range names {
+		if net.ParseIP(name) != nil {
+			list = append(list, "IP:"+name)
+		} else {
+			list = append(list, "DNS:"+name)
+		}
+	}
+	return "subjectAltName=" + strings.Join(list, ",")
 }

@@ -54,29 +54,29 @@ func LoadPinned(c PinnedConfig) (Manager, error) {
 	return newFiles([]string{c.Path}, c.load, c.Log)
 }
 
-func (c PinnedConfig) load() (*tls.Certificate, error) {
+func (c PinnedConfig) load() (loaded, error) {
 	data, err := os.ReadFile(c.Path)
 	if errors.Is(err, fs.ErrNotExist) {
 		if pin, err := os.ReadFile(c.pinPath()); err == nil {
-			return nil, fmt.Errorf("pinned certificate %s is lost: clients expect %s; restore it from a backup, or %s", c.Path, bytes.TrimSpace(pin), rotateHint)
+			return loaded{}, fmt.Errorf("pinned certificate %s is lost: clients expect %s; restore it from a backup, or %s", c.Path, bytes.TrimSpace(pin), rotateHint)
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading pinned certificate: %w", err)
+		return loaded{}, fmt.Errorf("reading pinned certificate: %w", err)
 	}
 	cert, err := tls.X509KeyPair(data, data)
 	if err != nil {
-		return nil, fmt.Errorf("pinned certificate %s is damaged: %w; restore it from a backup, or %s", c.Path, err, rotateHint)
+		return loaded{}, fmt.Errorf("pinned certificate %s is damaged: %w; restore it from a backup, or %s", c.Path, err, rotateHint)
 	}
 	for _, name := range c.Names {
 		if net.ParseIP(name) == nil && cert.Leaf.VerifyHostname(name) != nil {
-			return nil, fmt.Errorf("pinned certificate %s covers %s, not %s; %s", c.Path, covered(cert.Leaf), name, rotateHint)
+			return loaded{}, fmt.Errorf("pinned certificate %s covers %s, not %s; %s", c.Path, covered(cert.Leaf), name, rotateHint)
 		}
 	}
 	if time.Now().After(cert.Leaf.NotAfter) {
-		return nil, fmt.Errorf("pinned certificate %s expired on %s; %s", c.Path, cert.Leaf.NotAfter.Format(time.DateOnly), rotateHint)
+		return loaded{}, fmt.Errorf("pinned certificate %s expired on %s; %s", c.Path, cert.Leaf.NotAfter.Format(time.DateOnly), rotateHint)
 	}
-	return &cert, nil
+	return loaded{cert: &cert}, nil
 }
 
 // rotateHint is a fix that needs a new map on every client, so only the operator may

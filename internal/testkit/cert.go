@@ -34,6 +34,9 @@ type Certificate struct {
 
 	// Issuer signs the certificate; nil for a self-signed one.
 	Issuer *tls.Certificate
+
+	// Change changes the template, if it is not nil.
+	Change func(template *x509.Certificate)
 }
 
 // NewCertificate creates a certificate with a new P-256 key. Leaf is set.
@@ -68,6 +71,9 @@ func NewCertificate(t testing.TB, c Certificate) *tls.Certificate {
 				template.DNSNames = append(template.DNSNames, name)
 			}
 		}
+	}
+	if c.Change != nil {
+		c.Change(template)
 	}
 	parent, signer := template, any(private)
 	if c.Issuer != nil {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
 
+	"derpd/internal/filekind"
 	"derpd/internal/filewatch"
 )
 
@@ -79,8 +79,11 @@ func (keys KeySet) ask(node key.NodePublic) error {
 
 // LoadKeys reads a key file.
 func LoadKeys(path string) (KeySet, error) {
-	text, err := os.ReadFile(path)
+	text, err := filekind.Read(path)
 	if err != nil {
+		return nil, fmt.Errorf("reading node keys: %w", err)
+	}
+	if err := filekind.Text(path, text); err != nil {
 		return nil, fmt.Errorf("reading node keys: %w", err)
 	}
 	keys, err := ParseKeys(string(text))

@@ -124,7 +124,7 @@ func TestKeyFile(t *testing.T) {
 			{"a second node", a.String() + "\n" + b.String(), "yesyes", 1, "", `"level":"info","file":"` + path + `","keys":2,"message":"node keys read again"`},
 			{"a broken line", a.String() + "\nnodekey:12", "yesyes", 1, "the last good list of 2 keys stays in force: reading node keys from " + path + ": line 2: ", `"level":"error","error":"reading node keys from `},
 			{"another line, with the same fault", b.String() + "\nnodekey:12", "yesyes", 1, "line 2: ", ""},
-			{"another fault", "", "yesyes", 1, "holds no node key", `"keys":2,"message":"node keys not read; the last good list stays in force"`},
+			{"another fault", "", "yesyes", 1, "keys is empty; write the file again", `"keys":2,"message":"node keys not read; the last good list stays in force"`},
 			{"the same list", b.String() + "," + a.String(), "yesyes", 1, "", `"keys":2,"message":"node keys read again"`},
 			{"only a comment is new", b.String() + "," + a.String() + " # phone", "yesyes", 1, "", ""},
 			{"another node alone", b.String(), "noyes", 2, "", `"keys":1,"message":"node keys read again"`},

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"derpd/certs"
+	"derpd/internal/filekind"
 )
 
 // The modes of DERP_CERT_MODE. gcp is another name of letsencrypt with Google's
@@ -126,20 +127,19 @@ func parseRoots(p *problems, env ACMEEnv) roots {
 		return roots{}
 	}
 	path := p.path("DERP_ACME_CA_ROOTS", env.Roots)
-	data, err := os.ReadFile(path)
+	list, err := filekind.Certificates(path)
 	if err != nil {
 		p.add("DERP_ACME_CA_ROOTS", "%w%s", err, readHint(err))
 		return roots{}
 	}
 	r := roots{authority: x509.NewCertPool()}
-	if !r.authority.AppendCertsFromPEM(data) {
-		p.add("DERP_ACME_CA_ROOTS", "want a file of PEM certificates, but %s holds none", path)
-		return roots{}
-	}
 	if r.mesh, err = x509.SystemCertPool(); err != nil {
 		r.mesh = x509.NewCertPool()
 	}
-	r.mesh.AppendCertsFromPEM(data)
+	for _, root := range list {
+		r.authority.AddCert(root)
+		r.mesh.AddCert(root)
+	}
 	return r
 }
 

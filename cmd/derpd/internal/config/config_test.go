@@ -52,7 +52,7 @@ var badConfigurations = []struct {
 	{env: "DERP_CERT_MODE=pinned DERP_ACME_EMAIL_FILE=$D/mail", setup: file("mail", "me@example.com"), want: []string{"DERP_ACME_EMAIL: is only used with DERP_CERT_MODE=letsencrypt, but the mode is pinned; remove one of the two"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_DESEC_TOKEN_FILE=$D/token", setup: file("token", "t"), want: []string{"DERP_DNS_DESEC_TOKEN: is only used with DERP_DNS_PROVIDER=desec, but no provider is set; set that, or remove this"}},
 	{env: "DERP_REGION_NAME_FILE=$D/none", want: []string{"DERP_REGION_NAME_FILE: open $D/none: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
-	{env: "DERP_REGION_NAME_FILE=$D", want: []string{"DERP_REGION_NAME_FILE: read $D: is a directory"}},
+	{env: "DERP_REGION_NAME_FILE=$D", want: []string{"DERP_REGION_NAME_FILE: read $D: is a directory; Docker makes a directory when the host has no such file: remove the directory, and put the file there"}},
 	{env: "DERP_REGION_NAME_FILE=$D/empty", setup: file("empty", "\n"), want: []string{"DERP_REGION_NAME_FILE: $D/empty is empty; write the value into it"}},
 
 	// DERP_DOMAIN.
@@ -127,11 +127,11 @@ var badConfigurations = []struct {
 	{env: "DERP_CERT_DIR=certs", want: []string{`DERP_CERT_DIR: want an absolute path, got "certs"; write $PWD/certs`}},
 	{env: "DERP_CERT_MODE=pinned DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/key DERP_ACME_CA_ROOTS=config.go", setup: file("key", strings.Repeat("0123456789abcdef", 4)), want: []string{
 		`DERP_ACME_CA_ROOTS: want an absolute path, got "config.go"; write $PWD/config.go`,
-		"DERP_ACME_CA_ROOTS: want a file of PEM certificates, but $PWD/config.go holds none",
+		"DERP_ACME_CA_ROOTS: $PWD/config.go has no PEM block (-----BEGIN …-----); copy the file again",
 	}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=a.crt DERP_KEY_FILE=../a.key", want: []string{
 		`DERP_CERT_FILE: want an absolute path, got "a.crt"; write $PWD/a.crt`,
-		"DERP_CERT_FILE: loading $PWD/a.crt and $UP/a.key: open $PWD/a.crt: no such file or directory; create it, or correct the path (for a container: its path inside)",
+		"DERP_CERT_FILE: open $PWD/a.crt: no such file or directory; create it, or correct the path (for a container: its path inside)",
 		`DERP_KEY_FILE: want an absolute path, got "../a.key"; write $UP/a.key`,
 	}},
 	{env: "DERP_REGION_NAME_FILE=name", want: []string{
@@ -163,7 +163,7 @@ var badConfigurations = []struct {
 	// letsencrypt.
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=letsencypt", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "letsencypt"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=http://ca.example.com/dir", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "http://ca.example.com/dir"`}},
-	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{"DERP_ACME_CA_ROOTS: want a file of PEM certificates, but $D/roots.pem holds none"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{"DERP_ACME_CA_ROOTS: $D/roots.pem has no PEM block (-----BEGIN …-----); copy the file again"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EMAIL=me", want: []string{`DERP_ACME_EMAIL: want an e-mail address, got "me"`}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KID=kid", want: []string{"DERP_ACME_EAB_KEY: want the key that belongs to DERP_ACME_EAB_KID, got nothing"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_EAB_KEY=c2VjcmV0", want: []string{"DERP_ACME_EAB_KID: want the ID that belongs to DERP_ACME_EAB_KEY, got nothing"}},
@@ -172,7 +172,7 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=google", want: []string{"DERP_ACME_EAB_KID: Google's authority needs an external account binding; make one with `gcloud publicca external-account-keys create`"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=https:///dir", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "https:///dir"`}},
 	{env: "DERP_CERT_MODE=pinned DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{
-		"DERP_ACME_CA_ROOTS: want a file of PEM certificates, but $D/roots.pem holds none",
+		"DERP_ACME_CA_ROOTS: $D/roots.pem has no PEM block (-----BEGIN …-----); copy the file again",
 		"DERP_ACME_CA_ROOTS: is only used with DERP_CERT_MODE=letsencrypt or DERP_MESH_WITH, but the mode is pinned; remove one of the two",
 	}},
 	{env: "DERP_ACME_CA=zerossl", want: []string{"DERP_ACME_CA: is only used with DERP_CERT_MODE=letsencrypt, but the mode is pinned; set that, or remove this"}},
@@ -228,7 +228,7 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_DNS_PROVIDER=namecheap DERP_DNS_NAMECHEAP_API_USER=u DERP_DNS_NAMECHEAP_API_KEY=k DERP_DNS_NAMECHEAP_CLIENT_IP=relay", want: []string{`DERP_DNS_NAMECHEAP_CLIENT_IP: want an IP address, got "relay"`}},
 
 	// manual.
-	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: open $D/a.example.com.crt: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", want: []string{"DERP_CERT_FILE: open $D/a.example.com.crt: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=$D/a.crt", want: []string{"DERP_CERT_FILE: want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them; set the other one, or remove this one"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_KEY_FILE=$D/a.key", want: []string{"DERP_CERT_FILE: want DERP_CERT_FILE and DERP_KEY_FILE together, got one of them; set the other one, or remove this one"}},
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=b.example.com DERP_CERT_FILE=$D/a.crt DERP_KEY_FILE=$D/a.key", setup: pair("a", "a.example.com", time.Now()), want: []string{"DERP_CERT_FILE: $D/a.crt covers a.example.com, not b.example.com; get a certificate for every name in DERP_DOMAIN"}},
@@ -236,11 +236,22 @@ var badConfigurations = []struct {
 	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_DIR=$D", setup: func(t *testing.T, dir string) {
 		t.Helper()
 		pair("a.example.com", "a.example.com", time.Now())(t, dir)
-		pair("other", "a.example.com", time.Now())(t, dir)
-		if err := os.Rename(filepath.Join(dir, "other.key"), filepath.Join(dir, "a.example.com.key")); err != nil {
+		file("a.example.com.key", "")(t, dir)
+	}, want: []string{"DERP_CERT_FILE: $D/a.example.com.key is empty; write the file again"}},
+	{env: "DERP_CERT_MODE=manual DERP_DOMAIN=a.example.com DERP_CERT_FILE=$D DERP_KEY_FILE=$D", want: []string{"DERP_CERT_FILE: read $D: is a directory; Docker makes a directory when the host has no such file: remove the directory, and put the file there"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "<html>login</html>"), want: []string{"DERP_ACME_CA_ROOTS: $D/roots.pem is an HTML page, perhaps of a login; download the file itself"}},
+	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA_ROOTS=$D/roots.crt", setup: func(t *testing.T, dir string) {
+		t.Helper()
+		pair("roots", "Root", time.Now())(t, dir)
+		text, err := os.ReadFile(filepath.Join(dir, "roots.crt"))
+		if err != nil {
 			t.Fatal(err)
 		}
-	}, want: []string{"DERP_CERT_FILE: loading $D/a.example.com.crt and $D/a.example.com.key: tls: private key does not match public key"}},
+		file("roots.crt", "-----BEGIN CERTIFICATE-----\nMIIB\n"+string(text))(t, dir)
+	}, want: []string{"DERP_ACME_CA_ROOTS: block 1 of $D/roots.crt (line 1) is damaged: its line -----END CERTIFICATE----- is missing; copy the file again"}},
+	{env: "DERP_ALLOW_KEYS=$D/keys", setup: file("keys", "\ufeffnodekey:"+key64), want: []string{"DERP_ALLOW_KEYS: reading node keys: $D/keys has a byte order mark; run `LC_ALL=C sed -i 's/\\xef\\xbb\\xbf//g' '$D/keys'`"}},
+	{env: "DERP_ALLOW_KEYS=$D/keys", setup: file("keys", "\xff\xfen\x00o\x00"), want: []string{"DERP_ALLOW_KEYS: reading node keys: $D/keys is in UTF-16; run `iconv -f UTF-16 -t UTF-8 '$D/keys' > '$D/keys.new' && cp '$D/keys.new' '$D/keys' && rm '$D/keys.new'`"}},
+	{env: "DERP_MESH_WITH=b.example.com DERP_MESH_KEY_FILE=$D/key", setup: file("key", "\xff\xfea\x00b\x00"), want: []string{"DERP_MESH_KEY_FILE: $D/key is in UTF-16; run `iconv -f UTF-16 -t UTF-8 $D/key > $D/key.new && cp $D/key.new $D/key && rm $D/key.new`"}},
 
 	// Admission.
 	{env: "DERP_VERIFY_CLIENTS=yes", want: []string{`DERP_VERIFY_CLIENTS: want auto, true or false, got "yes"`}},

@@ -13,6 +13,7 @@ import (
 	"github.com/kelseyhightower/envconfig"
 
 	"derpd/certs"
+	"derpd/internal/filekind"
 )
 
 // Env is every variable as text, in the order of the documentation. envconfig
@@ -137,7 +138,7 @@ func (e *environment) resolve(environ []string, known []Variable, p *problems) m
 			p.add(name, "is set, and so is %s_FILE; remove one of the two", name)
 			continue
 		}
-		data, err := os.ReadFile(path)
+		data, err := filekind.Read(path)
 		if err != nil {
 			p.add(name+"_FILE", "%w%s", err, readHint(err))
 			continue
