@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"slices"
@@ -54,10 +55,32 @@ func (n *Node) checkListeners(ctx context.Context) healthz.Result {
 
 const day = 24 * time.Hour
 
-// expiryWarning is the time before a certificate's end at which health begins to
-// warn. It has the modes whose certificates derpd does not renew. A new pinned
-// certificate needs a new map in every client.
-var expiryWarning = map[string]time.Duration{config.ModeManual: 14 * day, config.ModePinned: 90 * day}
+// renewal is what to do about an old certificate, by mode. certmagic renews when a
+// third of the lifetime is left, so an old certificate of an authority is overdue.
+var renewal = map[string]string{
+	config.ModeManual:      "renew the files",
+	config.ModePinned:      "make a new one with `derpd pin --rotate` and paste the new map",
+	config.ModeLetsEncrypt: "its renewal is overdue; the log has the cause",
+}
+
+// isOld reports whether less than a quarter of a certificate's lifetime is left, and
+// less than 30 days.
+func isOld(leaf *x509.Certificate, left time.Duration) bool {
+	return left < min(leaf.NotAfter.Sub(leaf.NotBefore)/4, 30*day)
+}
+
+// remaining prints a time in the largest unit of which there are at least two.
+func remaining(left time.Duration) string {
+	switch {
+	case left >= 2*day:
+		return fmt.Sprintf("%d days left", left/day)
+	case left >= 2*time.Hour:
+		return fmt.Sprintf("%d hours left", left/time.Hour)
+	case left >= 2*time.Minute:
+		return fmt.Sprintf("%d minutes left", left/time.Minute)
+	}
+	return fmt.Sprintf("%d seconds left", left/time.Second)
+}
 
 func (n *Node) checkCertificate(context.Context) healthz.Result {
 	mode := n.config.Certificate.Mode
@@ -70,16 +93,14 @@ func (n *Node) checkCertificate(context.Context) healthz.Result {
 		names = append(names, ip.String())
 	}
 	left := time.Until(s.Leaf.NotAfter)
-	line := fmt.Sprintf("%s, %s, %d days left", mode, strings.Join(names, " "), int(left/day))
+	line := fmt.Sprintf("%s, %s, %s", mode, strings.Join(names, " "), remaining(left))
 	switch {
 	case left <= 0:
 		return healthz.Failf("%s expired on %s", strings.Join(names, " "), s.Leaf.NotAfter.Format(time.DateOnly))
 	case s.Err != nil:
 		return healthz.Warnf("%s; %v", line, s.Err)
-	case left < expiryWarning[mode] && mode == config.ModeManual:
-		return healthz.Warnf("%s; renew the files", line)
-	case left < expiryWarning[mode]:
-		return healthz.Warnf("%s; make a new one with `derpd pin --rotate` and paste the new map", line)
+	case isOld(s.Leaf, left):
+		return healthz.Warnf("%s; %s", line, renewal[mode])
 	}
 	return healthz.Okf("%s", line)
 }

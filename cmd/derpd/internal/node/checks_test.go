@@ -35,7 +35,12 @@ func TestCheckCertificate(t *testing.T) {
 			NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: time.Now().Add(left),
 		}
 	}
-	const names = "derp.example.com 198.18.0.1"
+	lived := func(lifetime, left time.Duration) *x509.Certificate {
+		c := leaf(left)
+		c.NotBefore = c.NotAfter.Add(-lifetime)
+		return c
+	}
+	const names, sixDays = "derp.example.com 198.18.0.1", 160 * time.Hour
 	cause := errors.New("the authority is away")
 	for name, tt := range map[string]struct {
 		mode   string
@@ -47,7 +52,18 @@ func TestCheckCertificate(t *testing.T) {
 		"none yet":          {config.ModeLetsEncrypt, certs.Status{Err: cause}, healthz.Fail, "waiting for derp.example.com: the authority is away"},
 		"renewal fails":     {config.ModeLetsEncrypt, certs.Status{Leaf: leaf(49 * time.Hour), Err: cause}, healthz.Warn, "letsencrypt, " + names + ", 2 days left; the authority is away"},
 		"expired":           {config.ModeLetsEncrypt, certs.Status{Leaf: leaf(-time.Hour), Err: cause}, healthz.Fail, names + " expired on "},
-		"manual, near":      {config.ModeManual, certs.Status{Leaf: leaf(10*24*time.Hour + time.Hour)}, healthz.Warn, "manual, " + names + ", 10 days left; renew the files"},
+		"manual, near":      {config.ModeManual, certs.Status{Leaf: lived(90*day, 10*day+time.Hour)}, healthz.Warn, "manual, " + names + ", 10 days left; renew the files"},
+		"manual, fresh":     {config.ModeManual, certs.Status{Leaf: lived(90*day, 23*day)}, healthz.OK, "22 days left"},
+		"manual, old":       {config.ModeManual, certs.Status{Leaf: lived(90*day, 22*day)}, healthz.Warn, "21 days left; renew the files"},
+		"manual, a year":    {config.ModeManual, certs.Status{Leaf: lived(365*day, 31*day)}, healthz.OK, "30 days left"},
+		"manual, its end":   {config.ModeManual, certs.Status{Leaf: lived(365*day, 30*day)}, healthz.Warn, "29 days left; renew the files"},
+		"six days, new":     {config.ModeManual, certs.Status{Leaf: lived(sixDays, sixDays)}, healthz.OK, "6 days left"},
+		"six days, fresh":   {config.ModeManual, certs.Status{Leaf: lived(sixDays, 41*time.Hour)}, healthz.OK, "40 hours left"},
+		"six days, old":     {config.ModeManual, certs.Status{Leaf: lived(sixDays, 40*time.Hour)}, healthz.Warn, "39 hours left; renew the files"},
+		"minutes":           {config.ModeManual, certs.Status{Leaf: lived(sixDays, 119*time.Minute)}, healthz.Warn, "118 minutes left; renew the files"},
+		"seconds":           {config.ModeManual, certs.Status{Leaf: lived(sixDays, 100*time.Second)}, healthz.Warn, "99 seconds left; renew the files"},
+		"overdue":           {config.ModeLetsEncrypt, certs.Status{Leaf: lived(90*day, 20*day)}, healthz.Warn, "letsencrypt, " + names + ", 19 days left; its renewal is overdue; the log has the cause"},
+		"in the window":     {config.ModeLetsEncrypt, certs.Status{Leaf: lived(90*day, 29*day)}, healthz.OK, "28 days left"},
 		"manual, expired":   {config.ModeManual, certs.Status{Leaf: leaf(-time.Hour)}, healthz.Fail, names + " expired on "},
 		"manual, bad files": {config.ModeManual, certs.Status{Leaf: leaf(1000 * time.Hour), Err: cause}, healthz.Warn, "41 days left; the authority is away"},
 	} {

@@ -101,8 +101,8 @@ func TestEndIsAnnounced(t *testing.T) {
 		warn   int // days before the end at which health warns
 		remedy string
 	}{
-		{"pinned", nil, "certs/pinned.pem", 90, "days left; make a new one with `derpd pin --rotate` and paste the new map"},
-		{"manual", []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, "", 14, "days left; renew the files"},
+		{"pinned", nil, "certs/pinned.pem", 30, "days left; make a new one with `derpd pin --rotate` and paste the new map"},
+		{"manual", []string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com"}, "", 30, "days left; renew the files"},
 	} {
 		for _, left := range []int{tt.warn + 2, tt.warn - 1} {
 			env := append(testkit.Environ(t), tt.env...)
