@@ -1,8 +1,10 @@
 package node
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+	"tailscale.com/derp/derphttp"
 	"tailscale.com/types/key"
 
 	"derpd/cmd/derpd/internal/config"
@@ -149,5 +152,77 @@ func TestFromDerper(t *testing.T) {
 	}
 	if !slices.Equal(before, tree(t, certdir)) {
 		t.Error("the relay changed the certificate directory")
+	}
+}
+
+// fredliangPrivate is fredliang/derper with the certificate of a private authority,
+// which every client has installed.
+const fredliangPrivate = `
+services:
+  derper:
+    image: fredliang/derper
+    ports: ["443:443", "3478:3478/udp"]
+    volumes:
+      - ./certs:/app/certs
+    environment:
+      - DERP_DOMAIN=derp.example.com
+      - DERP_CERT_MODE=manual
+      - DERP_CERT_DIR=/app/certs
+      - DERP_ADDR=127.0.0.1:0
+      - DERP_VERIFY_CLIENTS=false
+`
+
+// TestFromFredliangPrivateAuthority starts derpd with the files of a private
+// authority that fredliang/derper serves: NAME.crt has the leaf alone, or with its
+// intermediate. Clients that trust the authority's root exchange packets by the
+// printed map, and others do not connect.
+func TestFromFredliangPrivateAuthority(t *testing.T) {
+	const name = "derp.example.com"
+	root := testkit.NewAuthority(t)
+	middle := testkit.NewCertificate(t, testkit.Certificate{Names: []string{"Test Intermediate"}, CA: true, Issuer: root})
+	leaf := func(issuer *tls.Certificate) *tls.Certificate {
+		return testkit.NewCertificate(t, testkit.Certificate{Names: []string{name}, Issuer: issuer})
+	}
+	for what, chain := range map[string][]*tls.Certificate{
+		"leaf alone":             {leaf(root)},
+		"leaf and intermediate":  {leaf(middle), middle},
+		"intermediate and root":  {leaf(middle), middle, root},
+		"root before the others": {leaf(middle), root, middle},
+	} {
+		for _, mounted := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, %t", what, mounted), func(t *testing.T) {
+				data := t.TempDir()
+				certdir := filepath.Join(data, "certs") // the target of the image's link /app/certs
+				compose := strings.ReplaceAll(fredliangPrivate, "DERP_CERT_DIR=/app/certs", "DERP_CERT_DIR="+certdir)
+				if mounted {
+					compose = strings.ReplaceAll(fredliangPrivate, "      - DERP_CERT_DIR=/app/certs\n", "")
+				}
+				if err := os.Mkdir(certdir, 0o755); err != nil {
+					t.Fatal(err)
+				}
+				path := filepath.Join(certdir, name)
+				testkit.WritePair(t, path+".crt", path+".key", chain...)
+				before := tree(t, certdir)
+
+				env := append(testkit.Environ(t, "DERP_DATA_DIR="+data), environmentOf(t, compose)...)
+				n := begin(t, env)
+				r := region(t, parsePolicy(t, n.printed))
+				if node := r.Nodes[0]; node.CertName != "" || node.InsecureForTests {
+					t.Errorf("the map has the certificate name %q, insecure: %t", node.CertName, node.InsecureForTests)
+				}
+				a, _ := exchangeOver(t, r, func(c *derphttp.Client) { c.TLSConfig = testkit.Trust(testkit.Pool(root)) })
+				if state, ok := a.TLSConnectionState(); !ok || !state.PeerCertificates[0].Equal(chain[0].Leaf) {
+					t.Error("the relay serves another certificate than the file's")
+				}
+				stranger := testkit.RegionClient(t, r, key.NewNode())
+				stranger.TLSConfig = testkit.Trust(testkit.Pool(testkit.NewAuthority(t)))
+				if err := stranger.Connect(t.Context()); err == nil || !strings.Contains(err.Error(), "certificate signed by unknown authority") {
+					t.Errorf("a client without the root: %v", err)
+				}
+				if !slices.Equal(before, tree(t, certdir)) {
+					t.Error("the relay changed the certificate directory")
+				}
+			})
+		}
 	}
 }
