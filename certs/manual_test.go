@@ -212,12 +212,18 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		{name: "issuer at a port", cert: chain(server(t, p.middle, withURL("http://vault.example.com:8200/v1/pki/ca"))), log: `"authority":"CN=Test Intermediate"`},
 
 		// The leaf.
-		{name: "issuer before the leaf", cert: chain(p.middle, p.leaf), key: key, mends: true,
-			want: "block 2 of CRT is the leaf's, and block 1 is of its issuer or another certificate (CN=Test Intermediate); put it first: `(awk '/-BEGIN /{n++} n==2' CRT; awk '/-BEGIN /{n++} n!=2' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`"},
-		{name: "leaf last", cert: chain(p.root, p.middle, p.leaf), key: key, mends: true,
-			want: "block 3 of CRT is the leaf's, and block 1 is of its issuer or another certificate (CN=Test Root); put it first: `(awk '/-BEGIN /{n++} n==3' CRT; awk '/-BEGIN /{n++} n!=3' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`"},
-		{name: "two blocks on a line", cert: join(bytes.TrimSpace(chain(p.leaf)), chain(p.middle)), key: key, mends: true,
-			want: "block 2 of CRT begins on line N, where the block before it ends; run `sed -i 's/----------BEGIN /-----\\n-----BEGIN /g' CRT`"},
+		{
+			name: "issuer before the leaf", cert: chain(p.middle, p.leaf), key: key, mends: true,
+			want: "block 2 of CRT is the leaf's, and block 1 is of its issuer or another certificate (CN=Test Intermediate); put it first: `(awk '/-BEGIN /{n++} n==2' CRT; awk '/-BEGIN /{n++} n!=2' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`",
+		},
+		{
+			name: "leaf last", cert: chain(p.root, p.middle, p.leaf), key: key, mends: true,
+			want: "block 3 of CRT is the leaf's, and block 1 is of its issuer or another certificate (CN=Test Root); put it first: `(awk '/-BEGIN /{n++} n==3' CRT; awk '/-BEGIN /{n++} n!=3' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`",
+		},
+		{
+			name: "two blocks on a line", cert: join(bytes.TrimSpace(chain(p.leaf)), chain(p.middle)), key: key, mends: true,
+			want: "block 2 of CRT begins on line N, where the block before it ends; run `sed -i 's/----------BEGIN /-----\\n-----BEGIN /g' CRT`",
+		},
 		{name: "expired", cert: chain(expired, p.middle), want: "CRT expired on " + date(ago) + "; renew it"},
 		{name: "not yet valid", cert: chain(early, p.middle), want: "CRT is not valid before " + ahead.UTC().Format("2006-01-02 15:04 UTC") + "; check the clock of this machine, which is at NOW"},
 		{name: "for clients", cert: chain(client), want: "CRT is not for servers: its extended key usage, or that of an issuer, lacks serverAuth; get a certificate of a server"},
@@ -225,26 +231,40 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 
 		// Names.
 		{name: "another name", cert: chain(p.leaf, p.middle), key: key, names: []string{relayName, "b.example.com"}, want: "CRT covers derp.example.com, not b.example.com; get a certificate for every name in DERP_DOMAIN"},
-		{name: "common name alone, self-signed", cert: chain(cnSelf), key: testkit.KeyPEM(t, cnSelf), mends: true, pin: true,
-			want: "CRT names derp.example.com in its common name alone, which clients ignore; make it again with a subject alternative name: `openssl req -x509 -days 3650 -out CRT -key KEY -subj /CN=derp.example.com -addext subjectAltName=DNS:derp.example.com`"},
-		{name: "common name alone, signed", cert: chain(cnSigned, p.middle), names: []string{relayName, "203.0.113.7"},
-			want: "CRT names derp.example.com in its common name alone, which clients ignore; make it again with a subject alternative name: `openssl req -new -out CRT.csr -key KEY -subj /CN=derp.example.com -addext subjectAltName=DNS:derp.example.com,IP:203.0.113.7`"},
+		{
+			name: "common name alone, self-signed", cert: chain(cnSelf), key: testkit.KeyPEM(t, cnSelf), mends: true, pin: true,
+			want: "CRT names derp.example.com in its common name alone, which clients ignore; make it again with a subject alternative name: `openssl req -x509 -days 3650 -out CRT -key KEY -subj /CN=derp.example.com -addext subjectAltName=DNS:derp.example.com`",
+		},
+		{
+			name: "common name alone, signed", cert: chain(cnSigned, p.middle), names: []string{relayName, "203.0.113.7"},
+			want: "CRT names derp.example.com in its common name alone, which clients ignore; make it again with a subject alternative name: `openssl req -new -out CRT.csr -key KEY -subj /CN=derp.example.com -addext subjectAltName=DNS:derp.example.com,IP:203.0.113.7`",
+		},
 		{name: "address as a DNS name", cert: chain(addressAsName), names: []string{"203.0.113.7"}, want: "CRT has the address 203.0.113.7 as a DNS name, which clients ignore; make it again with subjectAltName=IP:203.0.113.7"},
 		{name: "wildcard and two labels", cert: chain(wildcard, p.middle), names: []string{"a.derp.example.com"}, want: "CRT covers *.example.com, not a.derp.example.com: a wildcard stands for exactly one label; get a certificate for a.derp.example.com"},
 		{name: "wildcard and its zone", cert: chain(wildcard, p.middle), names: []string{"example.com"}, want: "CRT covers *.example.com, not example.com: a wildcard stands for exactly one label; get a certificate for example.com"},
 		{name: "wildcard that matches", cert: chain(wildcard, p.middle)},
 
 		// The chain.
-		{name: "missing intermediate", cert: chain(public), key: publicKey, mends: true,
-			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`"},
-		{name: "missing intermediate, and no newline at the end", cert: bytes.TrimSpace(chain(public)), key: publicKey, mends: true,
-			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`"},
-		{name: "missing intermediate, in PKCS7", cert: chain(server(t, p.middle, withURL("http://ca.example.com/x.p7c"))),
-			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL http://ca.example.com/x.p7c | openssl pkcs7 -inform DER -print_certs) >> CRT`"},
-		{name: "unrelated in place of the intermediate", cert: chain(public, other), key: publicKey, mends: true,
-			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`"},
-		{name: "another issuer of the same name", cert: chain(public, namesake), key: publicKey, mends: true,
-			want: "block 2 of CRT has the name of the issuer (CN=Test Intermediate), but another key: it did not sign CN=derp.example.com; append the right one: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`"},
+		{
+			name: "missing intermediate", cert: chain(public), key: publicKey, mends: true,
+			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`",
+		},
+		{
+			name: "missing intermediate, and no newline at the end", cert: bytes.TrimSpace(chain(public)), key: publicKey, mends: true,
+			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`",
+		},
+		{
+			name: "missing intermediate, in PKCS7", cert: chain(server(t, p.middle, withURL("http://ca.example.com/x.p7c"))),
+			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL http://ca.example.com/x.p7c | openssl pkcs7 -inform DER -print_certs) >> CRT`",
+		},
+		{
+			name: "unrelated in place of the intermediate", cert: chain(public, other), key: publicKey, mends: true,
+			want: "CRT: the chain is incomplete: the certificate of \"CN=Test Intermediate\", which signed CN=derp.example.com, is missing; append it to the file: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`",
+		},
+		{
+			name: "another issuer of the same name", cert: chain(public, namesake), key: publicKey, mends: true,
+			want: "block 2 of CRT has the name of the issuer (CN=Test Intermediate), but another key: it did not sign CN=derp.example.com; append the right one: `(echo; curl -sL " + issuerURL + " | openssl x509 -inform DER) >> CRT`",
+		},
 		{name: "damaged intermediate", cert: join(chain(public), half), key: publicKey, want: "block 2 of CRT (line N) is damaged: its line -----END CERTIFICATE----- is missing; copy the file again"},
 		{name: "expired intermediate", cert: chain(underOld, oldMiddle), want: "block 2 of CRT (CN=Test Intermediate), which signed the certificate or its issuer, expired on " + date(ago) + "; put the authority's present one in its place"},
 		{name: "intermediate not yet valid", cert: chain(underEarly, earlyMiddle), want: "block 2 of CRT (CN=Test Intermediate), which signed the certificate or its issuer, is not valid before " + ahead.UTC().Format("2006-01-02 15:04 UTC") + "; check the clock of this machine, which is at NOW"},
@@ -256,8 +276,10 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		{name: "key in both files", cert: key, key: key, want: "CRT has a private key, and no certificate; put the certificate there"},
 		{name: "certificate in both files", cert: chain(p.leaf, p.middle), key: chain(p.leaf, p.middle), want: "KEY has a certificate, and no private key; put the private key there"},
 		{name: "key in the file of the certificate alone", cert: join(key, chain(p.leaf, p.middle)), key: chain(p.leaf, p.middle), want: "KEY has no private key, but CRT has one; name that file for the key too"},
-		{name: "another key of the same kind", cert: chain(renewed, p.middle), key: key,
-			want: "KEY does not belong to CRT: its public key is " + fingerprint(p.leaf) + ", and that of the certificate is " + fingerprint(renewed) + "; copy both from the same renewal (derpd reads both again when the other one changes)"},
+		{
+			name: "another key of the same kind", cert: chain(renewed, p.middle), key: key,
+			want: "KEY does not belong to CRT: its public key is " + fingerprint(p.leaf) + ", and that of the certificate is " + fingerprint(renewed) + "; copy both from the same renewal (derpd reads both again when the other one changes)",
+		},
 		{name: "another kind of key", cert: chain(p.leaf, p.middle), key: pkcs1, want: "KEY is an RSA key, but the certificate in CRT is for an ECDSA key; put the key there with which the certificate was requested"},
 		{name: "key of the authority", cert: chain(p.leaf, p.middle), key: testkit.KeyPEM(t, p.middle), want: "KEY is the key of the authority CN=Test Intermediate (block 2 of CRT), not of the first certificate; put the key of CN=derp.example.com there"},
 		{name: "key that cannot sign", cert: chain(p.leaf), key: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: x25519}), want: "block 1 of KEY is a key that cannot sign (*ecdh.PrivateKey); want RSA, ECDSA or Ed25519"},
@@ -365,6 +387,104 @@ func TestManualTrusted(t *testing.T) {
 		testkit.WritePair(t, c.CertFile, c.KeyFile, chain...)
 		if m, err := certs.LoadManual(c); err != nil || m.Status().Pin != "" || strings.Contains(log.String(), "authority") {
 			t.Errorf("%s: %v, logged %s", name, err, log.String())
+		}
+	}
+}
+
+// derper refuses a pair that does not load, and a certificate without its host name
+// (cmd/derper/cert.go). What derper serves and derpd refuses, a client refuses that
+// trusts the authority's root.
+func TestManualServesWhatDerperServes(t *testing.T) {
+	p := newPKI(t)
+	compared := 0
+	for _, tt := range manualFiles(t, p) {
+		names := tt.names
+		if names == nil {
+			names = []string{relayName}
+		}
+		served, err := tls.X509KeyPair(tt.cert, tt.key)
+		if err != nil || served.Leaf.VerifyHostname(names[0]) != nil || tt.want == "" {
+			continue
+		}
+		intermediates := x509.NewCertPool()
+		for _, der := range served.Certificate[1:] {
+			c, err := x509.ParseCertificate(der)
+			if err != nil {
+				t.Fatal(err)
+			}
+			intermediates.AddCert(c)
+		}
+		refused := false
+		for _, name := range names {
+			_, err := served.Leaf.Verify(x509.VerifyOptions{DNSName: name, Roots: testkit.Pool(p.root), Intermediates: intermediates})
+			refused = refused || err != nil
+		}
+		if !refused {
+			t.Errorf("%s: derper serves it and clients accept it, but derpd says %s", tt.name, tt.want)
+		}
+		compared++
+	}
+	if compared < 8 {
+		t.Errorf("%d rows that derper serves and derpd refuses, want more", compared)
+	}
+}
+
+// Files of the real openssl have their messages, and its commands make them good.
+func TestManualOpenSSL(t *testing.T) {
+	p := newPKI(t)
+	chain, key := testkit.ChainPEM(p.leaf, p.middle, p.root), p.key
+	dir := t.TempDir()
+	rsaKey := openssl(t, nil, "genrsa", "-traditional", "2048")
+	write(t, filepath.Join(dir, "rsa.key"), rsaKey)
+	self := func(args ...string) []byte {
+		return openssl(t, nil, append([]string{"req", "-x509", "-key", filepath.Join(dir, "rsa.key"), "-days", "30", "-subj", "/CN=" + relayName}, args...)...)
+	}
+	const alternative = "subjectAltName=DNS:" + relayName
+	good := self("-addext", alternative)
+	request := openssl(t, nil, "req", "-new", "-key", filepath.Join(dir, "rsa.key"), "-subj", "/CN="+relayName)
+	write(t, filepath.Join(dir, "request.csr"), request)
+	write(t, filepath.Join(dir, "extensions"), []byte(alternative))
+	write(t, filepath.Join(dir, "root.crt"), testkit.ChainPEM(p.root))
+	write(t, filepath.Join(dir, "root.key"), testkit.KeyPEM(t, p.root))
+	sha1 := openssl(t, nil, "x509", "-req", "-sha1", "-in", filepath.Join(dir, "request.csr"), "-extfile", filepath.Join(dir, "extensions"),
+		"-CA", filepath.Join(dir, "root.crt"), "-CAkey", filepath.Join(dir, "root.key"), "-CAcreateserial", "-days", "1")
+	const newKey = "`openssl pkey -in KEY -out KEY.new && cp KEY.new KEY && rm KEY.new`"
+	for _, tt := range []manualFile{
+		{name: "RSA key", cert: good, key: rsaKey, pin: true, log: "-"},
+		{name: "PKCS8 passphrase", cert: chain, key: openssl(t, key, "pkey", "-aes256", "-passout", "pass:secret"), mends: true, want: "KEY has a passphrase; remove it with " + newKey},
+		{name: "traditional passphrase", cert: good, key: openssl(t, rsaKey, "rsa", "-traditional", "-aes128", "-passout", "pass:secret"), mends: true, pin: true, want: "KEY has a passphrase; remove it with " + newKey},
+		{name: "traditional EC passphrase", cert: chain, key: openssl(t, key, "ec", "-aes128", "-passout", "pass:secret"), mends: true, want: "KEY has a passphrase; remove it with " + newKey},
+		{name: "key as DER", cert: chain, key: openssl(t, key, "pkey", "-outform", "DER"), mends: true, want: "KEY is a private key in DER form; run `openssl pkey -inform DER -in KEY -out KEY.new && cp KEY.new KEY && rm KEY.new`"},
+		{name: "common name alone", cert: self(), key: rsaKey, mends: true, pin: true, want: "CRT names derp.example.com in its common name alone, which clients ignore; make it again with a subject alternative name: `openssl req -x509 -days 3650 -out CRT -key KEY -subj /CN=derp.example.com -addext subjectAltName=DNS:derp.example.com`"},
+		{name: "PKCS7", cert: openssl(t, testkit.ChainPEM(p.leaf), "crl2pkcs7", "-nocrl", "-certfile", "/dev/stdin"), key: key, mends: true, want: "CRT is PKCS#7; run `openssl pkcs7 -print_certs -in CRT -out CRT.new && cp CRT.new CRT && rm CRT.new`"},
+		{name: "trusted certificate", cert: openssl(t, good, "x509", "-trustout"), key: rsaKey, mends: true, pin: true, want: "CRT has a TRUSTED CERTIFICATE; run `openssl x509 -in CRT -out CRT.new && cp CRT.new CRT && rm CRT.new`"},
+		{name: "request", cert: request, key: rsaKey, want: "CRT is a certificate request; send it to an authority, and use the certificate that comes back"},
+		{name: "public key", cert: good, key: openssl(t, rsaKey, "rsa", "-pubout"), want: "KEY is the public key; put the private key there"},
+		{name: "with its text", cert: openssl(t, good, "x509", "-text"), key: rsaKey, pin: true, log: "-"},
+		{name: "SHA-1", cert: sha1, key: rsaKey, want: "block 1 of CRT (CN=derp.example.com) is signed with ECDSA-SHA1, which clients refuse; have it signed with SHA-256"},
+	} {
+		t.Run(tt.name, func(t *testing.T) { testManualFile(t, p, tt) })
+	}
+}
+
+// The fingerprints in a message are those that openssl prints.
+func TestManualFingerprints(t *testing.T) {
+	dir := t.TempDir()
+	c := certs.ManualConfig{CertFile: filepath.Join(dir, "tls.crt"), KeyFile: filepath.Join(dir, "tls.key"), Names: []string{relayName}}
+	one, other := testkit.SelfSigned(t, relayName), testkit.SelfSigned(t, relayName)
+	write(t, c.CertFile, testkit.ChainPEM(one))
+	write(t, c.KeyFile, testkit.KeyPEM(t, other))
+	_, err := certs.LoadManual(c)
+	if err == nil {
+		t.Fatal("the pair was loaded")
+	}
+	for words, public := range map[string][]byte{
+		"its public key is ":          openssl(t, nil, "pkey", "-in", c.KeyFile, "-pubout"),
+		"that of the certificate is ": openssl(t, nil, "x509", "-in", c.CertFile, "-noout", "-pubkey"),
+	} {
+		sum := strings.Fields(string(openssl(t, public, "sha256")))
+		if want := words + sum[len(sum)-1][:16] + "…"; !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %s", err, want)
 		}
 	}
 }

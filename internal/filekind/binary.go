@@ -29,7 +29,8 @@ func binary(path string, data []byte) error {
 			return fmt.Errorf("%s is %s; %s", path, s.kind, s.fix)
 		}
 	}
-	if data[0] == 0x30 && len(data) > 1 && data[1] >= 0x80 { // a SEQUENCE with a long length
+	// 0x30 is a SEQUENCE, and the digit 0. A length of 128 or more is no text.
+	if data[0] == 0x30 && (len(data) > 1 && data[1] >= 0x80 || kindOf(data) != unknown) {
 		return derFault(path, data)
 	}
 	if bytes.IndexByte(data, 0) >= 0 {

@@ -107,6 +107,7 @@ func TestKinds(t *testing.T) {
 		{"key in DER with a passphrase", func(t *testing.T) []byte {
 			return openssl(t, key, "pkcs8", "-topk8", "-outform", "DER", "-passout", "pass:secret")
 		}, "F is a private key in DER form; run `openssl pkey -inform DER -in F -out F.new && cp F.new F && rm F.new`", 1},
+		{"short key in DER", func(t *testing.T) []byte { return openssl(t, key, "pkey", "-traditional", "-outform", "DER") }, "F is a private key in DER form; run `openssl pkey -inform DER -in F -out F.new && cp F.new F && rm F.new`", 1},
 		{"request in DER", func(t *testing.T) []byte {
 			return openssl(t, key, "req", "-new", "-key", "/dev/stdin", "-subj", "/CN=x", "-outform", "DER")
 		}, "F is a certificate request; send it to an authority, and use the certificate that comes back", 0},
