@@ -214,11 +214,11 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		// The leaf.
 		{
 			name: "issuer before the leaf", cert: chain(p.middle, p.leaf), key: key, mends: true,
-			want: "block 2 of CRT is the leaf's, and block 1 is of its issuer or another certificate (CN=Test Intermediate); put it first: `(awk '/-BEGIN /{n++} n==2' CRT; awk '/-BEGIN /{n++} n!=2' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`",
+			want: "block 2 of CRT is the leaf's; put it first, before CN=Test Intermediate: `(awk '/-BEGIN /{n++} n==2' CRT; awk '/-BEGIN /{n++} n!=2' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`",
 		},
 		{
 			name: "leaf last", cert: chain(p.root, p.middle, p.leaf), key: key, mends: true,
-			want: "block 3 of CRT is the leaf's, and block 1 is of its issuer or another certificate (CN=Test Root); put it first: `(awk '/-BEGIN /{n++} n==3' CRT; awk '/-BEGIN /{n++} n!=3' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`",
+			want: "block 3 of CRT is the leaf's; put it first, before CN=Test Root: `(awk '/-BEGIN /{n++} n==3' CRT; awk '/-BEGIN /{n++} n!=3' CRT) > CRT.new && cp CRT.new CRT && rm CRT.new`",
 		},
 		{
 			name: "two blocks on a line", cert: join(bytes.TrimSpace(chain(p.leaf)), chain(p.middle)), key: key, mends: true,

@@ -191,8 +191,8 @@ func (c ManualConfig) explainMismatch(all []certificate, keys []crypto.Signer) e
 			}
 			file, n := filekind.Quote(c.CertFile), other.block.Number
 			split := fmt.Sprintf("(awk '/-BEGIN /{n++} n==%d' %s; awk '/-BEGIN /{n++} n!=%[1]d' %[2]s) >", n, file)
-			return fmt.Errorf("%s is the leaf's, and block %d is of its issuer or another certificate (%s); put it first: `%s`",
-				other.block, all[0].block.Number, title(all[0].Certificate), filekind.Replace(split, c.CertFile))
+			return fmt.Errorf("%s is the leaf's; put it first, before %s: `%s`",
+				other.block, title(all[0].Certificate), filekind.Replace(split, c.CertFile))
 		}
 	}
 	of, is := algorithm(all[0].PublicKey), algorithm(keys[0].Public())
