@@ -88,7 +88,7 @@ func explain(name string, err error) *explained {
 		return &explained{problem.Type, fmt.Sprintf("%s: the authority says %q (%s): %s", name, words, strings.TrimPrefix(problem.Type, acme.ProblemTypeNamespace), remedy), err}
 	}
 	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return &explained{"untrusted", fmt.Sprintf("%s: the certificate of the authority's server is not trusted: %v; if the authority is a private one, set DERP_ACME_CA_ROOTS to its roots", name, untrusted.Err), err}
+		return &explained{"untrusted", fmt.Sprintf("%s: the certificate of the authority's server is not trusted: %v; if the authority is a private one, set DERP_CA_ROOTS to its roots", name, untrusted.Err), err}
 	}
 	if _, ok := errors.AsType[net.Error](err); ok && !errors.Is(err, context.Canceled) {
 		return &explained{"unreachable", fmt.Sprintf("%s: the authority cannot be reached from here: %v; check the network and DNS of this machine; derpd tries again by itself", name, rootCause(err)), err}

@@ -2,7 +2,8 @@
 // is one file. The gate asks every source about a node. It admits the node if any
 // source does, and refuses the node if every source does. While a source is
 // unavailable, the gate also admits nodes that a source admitted within the grace
-// (memory.go). The gate checks connected nodes again (recheck.go).
+// (memory.go). The gate checks connected nodes again (recheck.go), and limits the
+// questions about nodes that it does not know (strangers.go).
 //
 // A new source is a file here with one constructor, and a file of
 // cmd/derpd/internal/config with its variables.
@@ -13,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -77,39 +77,16 @@ type Config struct {
 // Gate admits the nodes that at least one source admits. A Gate without sources
 // admits nobody. An open relay has no Gate at all.
 type Gate struct {
-	config  Config
-	memory  *memory
-	changed chan struct{}
-	probe   key.NodePublic // a key that no source lists, to ask for the state of sources
+	config    Config
+	memory    *memory
+	strangers *strangers
+	changed   chan struct{}
+	probe     key.NodePublic // a key that no source lists, to ask for the state of sources
 
 	mu          sync.Mutex
 	states      []State                     // by the index of the source; guarded by mu
 	counts      Counts                      // guarded by mu
 	refusedKeys map[key.NodePublic]struct{} // since the last summary, at most maxRefusedKeys; guarded by mu
-}
-
-// State is the state of one source at its last answer.
-type State struct {
-	Source string
-
-	// AsOf is the age of the source's last answer, zero before the first.
-	AsOf time.Time
-
-	// Err is the reason why the source is unavailable; nil if it answers.
-	Err error
-
-	// Problem is the problem to fix of a source that still answers; nil if
-	// there is none.
-	Problem error
-}
-
-// Counts are the numbers of decisions since the start.
-type Counts struct {
-	Admitted     uint64 // a source admitted the node
-	Kept         uint64 // admitted by the grace, while a source was unavailable
-	Refused      uint64 // every source refused the node
-	Unavailable  uint64 // refused while a source was unavailable
-	Disconnected uint64 // refused after it had connected
 }
 
 // NewGate returns a gate that remembers the nodes admitted before the last
@@ -118,6 +95,7 @@ func NewGate(c Config) *Gate {
 	g := &Gate{
 		config:      c,
 		memory:      loadMemory(c.Path, c.Grace, c.Log),
+		strangers:   newStrangers(),
 		changed:     make(chan struct{}, 1),
 		probe:       key.NewNode().Public(),
 		states:      make([]State, len(c.Sources)),
@@ -130,9 +108,11 @@ func NewGate(c Config) *Gate {
 }
 
 // Admit returns nil if the node may connect. Otherwise the error contains the
-// answer of every source.
+// answer of every source that was asked.
 func (g *Gate) Admit(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
-	d, err := g.decide(ctx, node, addr)
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	d, err := g.admitClient(ctx, node, addr)
 	g.count(node, d)
 	return err
 }
@@ -145,40 +125,57 @@ const (
 	kept
 	refused
 	unavailable
+	limited
 )
 
-// decide asks the sources about one node. Local sources come first: if one of
-// them admits the node, no other source is asked.
+// decide asks the sources about one node, without the limits of strangers. Local
+// sources come first: if one of them admits the node, no other source is asked.
 func (g *Gate) decide(ctx context.Context, node key.NodePublic, addr netip.Addr) (decision, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
+	answers, ok := g.askLocal(ctx, node, addr)
+	if ok {
+		return admitted, nil
+	}
+	return g.askOthers(ctx, node, addr, answers)
+}
 
-	results := make(chan Answer, len(g.config.Sources))
+// askLocal asks the local sources in turn, and reports whether one of them admits
+// the node.
+func (g *Gate) askLocal(ctx context.Context, node key.NodePublic, addr netip.Addr) (answers []Answer, ok bool) {
 	for i, s := range g.config.Sources {
 		if !s.Local {
 			continue
 		}
 		a := g.ask(ctx, i, node, addr)
 		if a.Err == nil {
-			g.memory.remember(node, a.AsOf)
-			return admitted, nil
+			g.remember(node, a.AsOf)
+			return nil, true
 		}
-		results <- a
+		answers = append(answers, a)
 	}
+	return answers, false
+}
+
+// askOthers asks the sources that are not local, all at the same time. answers are
+// those of the local sources.
+func (g *Gate) askOthers(ctx context.Context, node key.NodePublic, addr netip.Addr, answers []Answer) (decision, error) {
+	results := make(chan Answer, len(g.config.Sources))
 	for i, s := range g.config.Sources {
 		if !s.Local {
 			go func() { results <- g.ask(ctx, i, node, addr) }()
 		}
 	}
-	errs := []error{fmt.Errorf("node %s is not admitted", node.ShortString())}
-	var answers []Answer
-	for range g.config.Sources {
+	for len(answers) < len(g.config.Sources) {
 		a := <-results
 		if a.Err == nil {
-			g.memory.remember(node, a.AsOf)
+			g.remember(node, a.AsOf)
 			return admitted, nil
 		}
 		answers = append(answers, a)
+	}
+	var errs []error
+	for _, a := range answers {
 		errs = append(errs, fmt.Errorf("%s: %w", a.Source, a.Err))
 	}
 	d := g.judge(node, answers)
@@ -187,10 +184,21 @@ func (g *Gate) decide(ctx context.Context, node key.NodePublic, addr netip.Addr)
 		return kept, nil
 	case refused:
 		g.memory.forget(node)
+		g.strangers.remember(node)
 	case unavailable:
 		errs = append(errs, errUnavailable)
 	}
-	return d, errors.Join(errs...)
+	return d, notAdmitted(node, errs...)
+}
+
+// remember stores that a source admits the node.
+func (g *Gate) remember(node key.NodePublic, asOf time.Time) {
+	g.memory.remember(node, asOf)
+	g.strangers.forget(node)
+}
+
+func notAdmitted(node key.NodePublic, causes ...error) error {
+	return errors.Join(append([]error{fmt.Errorf("node %s is not admitted", node.ShortString())}, causes...)...)
 }
 
 // judge returns the decision that follows from the answers of all sources.
@@ -222,32 +230,11 @@ type Answer struct {
 func (g *Gate) ask(ctx context.Context, i int, node key.NodePublic, addr netip.Addr) Answer {
 	s := g.config.Sources[i]
 	asOf, err := s.Ask(ctx, node, addr)
-	if !errors.Is(err, context.Canceled) { // canceled: another source has admitted the node first
+	// Canceled: another source has admitted the node first. Busy: the relay did not ask.
+	if !errors.Is(err, context.Canceled) && !errors.Is(err, errBusy) {
 		g.setState(i, asOf, err)
 	}
 	return Answer{s.Name, asOf, err}
-}
-
-// setState stores the state of a source, and logs it when it changes.
-func (g *Gate) setState(i int, asOf time.Time, err error) {
-	if errors.Is(err, ErrRefused) {
-		err = nil
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	state := &g.states[i]
-	wasUnavailable := state.Err != nil
-	state.Err = err
-	if err == nil && !asOf.IsZero() {
-		state.AsOf = asOf
-	}
-	switch {
-	case err != nil && !wasUnavailable:
-		g.config.Log.Warn().Err(err).Str("source", state.Source).Dur("grace_ms", g.config.Grace).
-			Msg("admission source unavailable: unless another source admits a node, only nodes admitted within the grace may connect")
-	case err == nil && wasUnavailable:
-		g.config.Log.Info().Str("source", state.Source).Msg("admission source answers again")
-	}
 }
 
 // loopback is the address in questions about a node that is not connected.
@@ -272,71 +259,4 @@ func (g *Gate) AskAll(ctx context.Context, node key.NodePublic) ([]Answer, error
 		return answers, errUnavailable
 	}
 	return answers, nil
-}
-
-// States returns the state of every source. Local sources are asked first.
-func (g *Gate) States() []State {
-	for i, s := range g.config.Sources {
-		if s.Local {
-			g.ask(context.Background(), i, g.probe, loopback)
-		}
-	}
-	g.mu.Lock()
-	states := slices.Clone(g.states)
-	g.mu.Unlock()
-	for i, s := range g.config.Sources {
-		if s.Problem != nil {
-			states[i].Problem = s.Problem()
-		}
-	}
-	return states
-}
-
-// Counts returns the numbers of decisions since the start.
-func (g *Gate) Counts() Counts {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.counts
-}
-
-// Sources returns the names of the sources.
-func (g *Gate) Sources() []string {
-	names := make([]string, len(g.config.Sources))
-	for i, s := range g.config.Sources {
-		names[i] = s.Name
-	}
-	return names
-}
-
-// maxRefusedKeys limits the memory that refused nodes take between two
-// summaries.
-const maxRefusedKeys = 10_000
-
-func (g *Gate) count(node key.NodePublic, d decision) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	switch d {
-	case admitted:
-		g.counts.Admitted++
-		return
-	case kept:
-		g.counts.Kept++
-		return
-	case refused:
-		g.counts.Refused++
-	case unavailable:
-		g.counts.Unavailable++
-	}
-	if len(g.refusedKeys) < maxRefusedKeys {
-		g.refusedKeys[node] = struct{}{}
-	}
-}
-
-// takeRefusedKeys returns how many different nodes were refused since the last
-// call.
-func (g *Gate) takeRefusedKeys() int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	defer clear(g.refusedKeys)
-	return len(g.refusedKeys)
 }

@@ -149,6 +149,7 @@ func (g *Gate) summaryLoop(ctx context.Context) {
 		g.config.Log.Info().Int("nodes", nodes).
 			Uint64("refused", now.Refused-before.Refused).
 			Uint64("source_unavailable", now.Unavailable-before.Unavailable).
+			Uint64("too_many_questions", now.Limited-before.Limited).
 			Dur("within_ms", summaryEvery).
 			Msg("clients refused")
 		before = now

@@ -3,6 +3,7 @@ package admit
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -40,13 +41,14 @@ type TailnetConfig struct {
 	APIKey                           string
 	OAuthClientID, OAuthClientSecret string
 
-	External bool          // admit devices that were shared into the tailnet too
-	Interval time.Duration // between polls, raised to minPollInterval (15 s)
-	Grace    time.Duration // how long the last list admits while the API does not answer
-	BaseURL  *url.URL      // nil for https://api.tailscale.com
+	External bool           // admit devices that were shared into the tailnet too
+	Interval time.Duration  // between polls, raised to minPollInterval (15 s)
+	Grace    time.Duration  // how long the last list admits while the API does not answer
+	BaseURL  *url.URL       // nil for https://api.tailscale.com
+	Roots    *x509.CertPool // nil for the system's
 	Log      zerolog.Logger
 
-	transport http.RoundTripper // nil for http.DefaultTransport; set by tests
+	transport http.RoundTripper // nil for one with Roots; set by tests
 }
 
 // Tailnet returns a source that admits the devices of a tailnet, which Tailscale's

@@ -1,6 +1,7 @@
 package admit
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
 
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
@@ -21,7 +21,6 @@ import (
 const (
 	maxDevices    = 64 << 20 // size of a list of devices, in bytes; a device takes about one thousand
 	maxRetryAfter = time.Hour
-	maxCause      = 300 // length of an error message for operators, in bytes
 )
 
 // tailnetAPI lists devices through Tailscale's API. One goroutine may use it.
@@ -36,7 +35,7 @@ func newTailnetAPI(c TailnetConfig) *tailnetAPI {
 	return &tailnetAPI{
 		config: c,
 		client: &http.Client{
-			Transport: c.transport,
+			Transport: cmp.Or[http.RoundTripper](c.transport, transport(c.Roots)),
 			// Only the API may list devices: redirects are not followed.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
@@ -165,16 +164,7 @@ func (a *tailnetAPI) explain(err error) error {
 			cause = strings.ReplaceAll(cause, secret, "…")
 		}
 	}
-	cause = strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return ' '
-	}, cause)
-	if len(cause) > maxCause {
-		cause = strings.ToValidUTF8(cause[:maxCause], "") + "…"
-	}
-	return errors.New("asking Tailscale's API: " + cause + remedies[bad.status])
+	return errors.New("asking Tailscale's API: " + shortLine(cause) + remedies[bad.status] + connectionRemedy(err))
 }
 
 // remedies are the fixes that operators can make, by HTTP status.

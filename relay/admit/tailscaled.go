@@ -29,11 +29,12 @@ const maxStatusAge = time.Second
 // tailscaled does not learn which nodes were removed, so its answers then count
 // only for the grace.
 func Tailscaled(socket string, grace time.Duration) Source {
-	t := &tailscaled{client: &local.Client{Socket: socket, UseSocketOnly: true}, grace: grace}
+	t := &tailscaled{socket: socket, client: &local.Client{Dial: dialSocket(socket)}, grace: grace}
 	return Source{Name: "tailscaled " + socket, Ask: t.ask}
 }
 
 type tailscaled struct {
+	socket string // path
 	client *local.Client
 	grace  time.Duration
 
@@ -55,7 +56,7 @@ func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr)
 		// tailscale/tailscale#12617
 		return time.Time{}, tooOld(ctx, t.client)
 	}
-	return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
+	return time.Time{}, t.explainSocket("asking tailscaled", err)
 }
 
 // admit only requires that tailscaled has reached its control server. It cannot
@@ -93,7 +94,7 @@ func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time
 	case errors.Is(err, local.ErrPeerNotFound):
 		return time.Now(), ErrRefused
 	}
-	return time.Time{}, fmt.Errorf("asking tailscaled: %w", err)
+	return time.Time{}, t.explainSocket("asking tailscaled", err)
 }
 
 // updateStatus requests a status if the last one has a problem or is older than
@@ -113,7 +114,7 @@ func (t *tailscaled) updateStatus(ctx context.Context, maxAge time.Duration) {
 	}
 	switch {
 	case err != nil:
-		t.problem = fmt.Errorf("asking tailscaled for its status: %w", err)
+		t.problem = t.explainSocket("asking tailscaled for its status", err)
 	case status.BackendState == ipn.NeedsLogin.String():
 		t.problem = fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
 	case status.BackendState == ipn.Stopped.String():

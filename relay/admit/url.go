@@ -3,10 +3,10 @@ package admit
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -45,6 +45,8 @@ type URLConfig struct {
 	// FailOpen admits every node while the URL cannot be reached, like
 	// derper's --verify-client-url-fail-open.
 	FailOpen bool
+
+	Roots *x509.CertPool // roots of an https URL; nil for the system's
 }
 
 // admissionURL asks one admission URL.
@@ -59,6 +61,10 @@ type admissionURL struct {
 // errUnreachable means that no HTTP answer of any status was received.
 var errUnreachable = errors.New("admission URL cannot be reached")
 
+// errBusy means that the relay did not ask, because it waits for the answers to its
+// other questions. That is no failure of the source.
+var errBusy = errors.New("too many questions at the same time")
+
 // URL returns a source that asks an admission URL. The protocol is that of
 // derper's --verify-client-url and Headscale's /verify: a POST of
 // tailcfg.DERPAdmitClientRequest, answered with tailcfg.DERPAdmitClientResponse.
@@ -67,22 +73,18 @@ func URL(c URLConfig) Source {
 }
 
 func newAdmissionURL(c URLConfig) *admissionURL {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.MaxIdleConnsPerHost = urlAtOnce
+	t := transport(c.Roots)
+	t.MaxIdleConnsPerHost = urlAtOnce
 	return &admissionURL{
 		URLConfig: c,
-		client: &http.Client{
-			Transport: transport,
-			// Only the configured URL may admit nodes: redirects are not followed.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-		slots: make(chan struct{}, urlAtOnce),
+		client:    &http.Client{Transport: t, CheckRedirect: checkRedirect},
+		slots:     make(chan struct{}, urlAtOnce),
 		breaker: gobreaker.NewCircuitBreaker[struct{}](gobreaker.Settings{
 			Timeout:      breakFor,
 			ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
 			IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, ErrRefused) },
 			// Canceled, because another source has admitted the node first.
-			IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
+			IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) || errors.Is(err, errBusy) },
 		}),
 	}
 }
@@ -98,7 +100,7 @@ func (u *admissionURL) ask(ctx context.Context, node key.NodePublic, addr netip.
 		if last := u.last.Load(); last != nil {
 			err = fmt.Errorf("not asked for a moment after failures; the last one: %w", *last)
 		}
-	case err != nil && !errors.Is(err, ErrRefused) && !errors.Is(err, context.Canceled):
+	case err != nil && !errors.Is(err, ErrRefused) && !errors.Is(err, context.Canceled) && !errors.Is(err, errBusy):
 		u.last.Store(&err)
 	}
 	if u.FailOpen && errors.Is(err, errUnreachable) {
@@ -112,7 +114,7 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	case u.slots <- struct{}{}:
 		defer func() { <-u.slots }()
 	case <-ctx.Done():
-		return fmt.Errorf("waiting for %d other questions: %w", urlAtOnce, ctx.Err())
+		return fmt.Errorf("%w: waiting for %d others: %w", errBusy, urlAtOnce, ctx.Err())
 	}
 	body, err := json.Marshal(tailcfg.DERPAdmitClientRequest{NodePublic: node, Source: addr})
 	if err != nil {
@@ -125,32 +127,13 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	req.Header.Set("Content-Type", "application/json")
 	res, err := u.client.Do(req)
 	if err != nil {
-		if inner, ok := errors.AsType[*url.Error](err); ok {
-			err = inner.Err // the URL may hold a token
-		}
-		return fmt.Errorf("%w: %w", errUnreachable, err)
+		return fmt.Errorf("%w: %w", errUnreachable, explainConnection(err))
 	}
 	defer func() { _ = res.Body.Close() }()
 	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("admission URL answered %s", res.Status)
+		return explainStatus(res)
 	}
-	return parseAnswer(io.LimitReader(res.Body, maxAnswer))
-}
-
-// parseAnswer returns nil for Allow true and ErrRefused for Allow false. An
-// answer without Allow, such as a login page or an empty object, is an error.
-func parseAnswer(r io.Reader) error {
-	var answer struct{ Allow *bool }
-	if err := json.NewDecoder(r).Decode(&answer); err != nil {
-		return fmt.Errorf("reading admission answer: %w", err)
-	}
-	switch {
-	case answer.Allow == nil:
-		return errors.New("admission answer has no field Allow")
-	case !*answer.Allow:
-		return ErrRefused
-	}
-	return nil
+	return parseAnswer(res.Body)
 }
 
 // RedactURL returns target without the parts that may hold a secret: user,

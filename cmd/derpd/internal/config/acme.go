@@ -13,7 +13,7 @@ import (
 // ACMEEnv are the authority and the account.
 type ACMEEnv struct {
 	CA         string `envconfig:"DERP_ACME_CA" desc:"letsencrypt, letsencrypt-staging, zerossl, google, or the https URL of a directory" zh:"letsencrypt、letsencrypt-staging、zerossl、google，或 ACME 目录的 https 网址" or:"letsencrypt; google if DERP_CERT_MODE is gcp" zhor:"letsencrypt；DERP_CERT_MODE 为 gcp 时是 google"`
-	Roots      string `envconfig:"DERP_ACME_CA_ROOTS" desc:"absolute path of a file with the roots of a private authority, PEM; DERP_MESH_WITH trusts them too" zh:"私有机构根证书文件的绝对路径，PEM；DERP_MESH_WITH 也信任它们"`
+	OldRoots   string `envconfig:"DERP_ACME_CA_ROOTS" desc:"old name of DERP_CA_ROOTS; the authority is verified by these roots alone" zh:"DERP_CA_ROOTS 的旧名；验证 ACME 机构时只用这些根证书"`
 	Email      string `envconfig:"DERP_ACME_EMAIL" desc:"address for the authority's notices" zh:"接收机构通知的邮箱"`
 	KeyID      string `envconfig:"DERP_ACME_EAB_KID" desc:"external account binding: key ID" zh:"外部账户绑定：密钥 ID"`
 	Key        string `envconfig:"DERP_ACME_EAB_KEY" secret:"true" desc:"external account binding: MAC key, base64" zh:"外部账户绑定：MAC 密钥，base64"`

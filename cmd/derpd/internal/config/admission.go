@@ -2,6 +2,7 @@ package config
 
 import (
 	"cmp"
+	"crypto/x509"
 	"slices"
 	"strings"
 	"time"
@@ -59,6 +60,8 @@ type sourceEnv interface {
 type sharedByAll struct {
 	grace, interval time.Duration
 	files           map[string]string // path of each variable that was given as NAME_FILE
+	given           map[string]bool   // variables that the operator has set
+	roots           *x509.CertPool    // of servers; nil for the system's
 }
 
 // parsedSources are the sources of one kind.
@@ -100,7 +103,7 @@ func HowToClose() string {
 
 // parseAdmission returns the sources, in the order in which they are asked, and
 // warnings.
-func parseAdmission(p *problems, e *environment) (Admission, []Source, []string) {
+func parseAdmission(p *problems, e *environment, roots roots) (Admission, []Source, []string) {
 	a := Admission{
 		Grace:        p.duration("DERP_VERIFY_GRACE", e.Grace, durationExamples, 0),
 		Interval:     p.duration("DERP_VERIFY_INTERVAL", e.Interval, durationExamples, time.Second),
@@ -109,7 +112,7 @@ func parseAdmission(p *problems, e *environment) (Admission, []Source, []string)
 	var sources []Source
 	var warnings []string
 	for _, env := range e.sources {
-		parsed := env.parse(p, sharedByAll{grace: a.Grace, interval: a.Interval, files: e.files})
+		parsed := env.parse(p, sharedByAll{grace: a.Grace, interval: a.Interval, files: e.files, given: e.given, roots: roots.others})
 		sources = append(sources, parsed.list...)
 		warnings = append(warnings, parsed.warnings...)
 		a.OpenOnOrder = a.OpenOnOrder || parsed.open

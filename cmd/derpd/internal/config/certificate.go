@@ -1,7 +1,6 @@
 package config
 
 import (
-	"crypto/x509"
 	"errors"
 	"io/fs"
 	"net"
@@ -11,7 +10,6 @@ import (
 	"strings"
 
 	"derpd/certs"
-	"derpd/internal/filekind"
 )
 
 // The modes of DERP_CERT_MODE. gcp is another name of letsencrypt with Google's
@@ -116,33 +114,6 @@ func refuseNoDomain(p *problems, mode string) {
 	}
 }
 
-// roots are the certificates of DERP_ACME_CA_ROOTS.
-type roots struct {
-	authority *x509.CertPool // for the authority's server; nil for the system's
-	mesh      *x509.CertPool // for the other nodes, with the system's; nil for the system's alone
-}
-
-func parseRoots(p *problems, env ACMEEnv) roots {
-	if env.Roots == "" {
-		return roots{}
-	}
-	path := p.path("DERP_ACME_CA_ROOTS", env.Roots)
-	list, err := filekind.Certificates(path)
-	if err != nil {
-		p.add("DERP_ACME_CA_ROOTS", "%w%s", err, readHint(err))
-		return roots{}
-	}
-	r := roots{authority: x509.NewCertPool()}
-	if r.mesh, err = x509.SystemCertPool(); err != nil {
-		r.mesh = x509.NewCertPool()
-	}
-	for _, root := range list {
-		r.authority.AddCert(root)
-		r.mesh.AddCert(root)
-	}
-	return r
-}
-
 // refuseUnused refuses variables that the mode does not use: the operator expects
 // another mode.
 func refuseUnused(p *problems, e *environment, mode string) {
@@ -166,11 +137,8 @@ func refuseUnused(p *problems, e *environment, mode string) {
 	if mode == ModeLetsEncrypt {
 		return
 	}
-	if e.MeshWith == "" {
-		refuse([]string{"DERP_ACME_CA_ROOTS"}, "DERP_CERT_MODE=letsencrypt or DERP_MESH_WITH")
-	}
 	for name := range e.given {
-		if name != "DERP_ACME_CA_ROOTS" && (strings.HasPrefix(name, "DERP_ACME_") || strings.HasPrefix(name, "DERP_DNS_")) {
+		if name != oldRoots && (strings.HasPrefix(name, "DERP_ACME_") || strings.HasPrefix(name, "DERP_DNS_")) {
 			refuse([]string{name}, "DERP_CERT_MODE=letsencrypt")
 		}
 	}

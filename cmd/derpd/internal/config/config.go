@@ -10,6 +10,7 @@
 //	certificate.go  DERP_CERT_MODE and certificates from files
 //	acme.go         ACME
 //	dns.go          DNS-01; each DNS provider is a file of package certs
+//	roots.go        roots of private authorities
 //	admission.go    what all sources of admission share, and the list of sources
 //	keys.go         the sources, one file each: keys.go, tailnet.go,
 //	                tailscaled.go and url.go
@@ -121,14 +122,14 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	c.Storage = parseStorage(p, e.StorageEnv)
 	var fallback string
 	c.Certificate, fallback = parseCertificate(p, e.CertificateEnv, c.Domains, c.Storage)
-	roots := parseRoots(p, e.ACMEEnv)
+	roots := parseRoots(p, e)
 	if c.Certificate.Mode == ModeLetsEncrypt {
 		c.Certificate.ACME, c.Certificate.Challenges = parseACME(p, e, c.Domains, c.Listen, c.Storage, roots)
 	}
 	refuseUnused(p, e, c.Certificate.Mode)
 	storageWarnings := checkStorage(p, c.Storage, c.Certificate, e.CertDir != "", checkPin)
 	var admissionWarnings []string
-	c.Admission, c.Sources, admissionWarnings = parseAdmission(p, e)
+	c.Admission, c.Sources, admissionWarnings = parseAdmission(p, e, roots)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string

@@ -26,6 +26,7 @@ type Env struct {
 	CertificateEnv
 	ACMEEnv
 	DNSEnv
+	RootsEnv
 	AdmissionEnv
 	RegionEnv
 	MeshEnv

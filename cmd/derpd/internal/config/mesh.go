@@ -35,7 +35,7 @@ func (s self) is(n relay.MeshNode) bool {
 // parseMesh returns the other nodes and the key. Without DERP_MESH_WITH there is
 // no mesh.
 func parseMesh(p *problems, env MeshEnv, self self, roots roots) relay.MeshConfig {
-	c := relay.MeshConfig{Nodes: parseMeshNodes(p, env.MeshWith, self), Roots: roots.mesh}
+	c := relay.MeshConfig{Nodes: parseMeshNodes(p, env.MeshWith, self), Roots: roots.others}
 	switch {
 	case env.MeshWith != "" && env.MeshKey == "" && !p.has("DERP_MESH_KEY"):
 		p.add("DERP_MESH_KEY", "want the secret that the nodes of DERP_MESH_WITH share (openssl rand -hex 32), got nothing")

@@ -63,6 +63,7 @@ func (env *TailnetEnv) tailnets(p *problems, shared sharedByAll) []admit.Tailnet
 		list[i].External = external
 		list[i].Interval = shared.interval // admit.Tailnet raises it to what the API allows
 		list[i].Grace = shared.grace
+		list[i].Roots = shared.roots
 	}
 	return list
 }

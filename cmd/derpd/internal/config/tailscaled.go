@@ -1,9 +1,9 @@
 package config
 
 import (
+	"errors"
 	"io/fs"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -20,7 +20,9 @@ type TailscaledEnv struct {
 	Sockets string `envconfig:"DERP_TAILSCALED_SOCKET" default:"/var/run/tailscale/tailscaled.sock" desc:"absolute paths of tailscaled sockets, one for each tailnet, comma-separated" zh:"tailscaled 的 socket 的绝对路径，每个 tailnet 一个，逗号分隔"`
 }
 
-// parse returns the sockets. auto leaves out those that do not exist.
+// parse returns the sockets. auto leaves out those that are not there. Anything else
+// in the place of a socket is an error with auto too: the operator meant to close the
+// relay, and it would be open.
 func (env *TailscaledEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	sockets := p.list("DERP_TAILSCALED_SOCKET", env.Sockets)
 	for i, socket := range sockets {
@@ -28,17 +30,28 @@ func (env *TailscaledEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	}
 	verify := strings.ToLower(env.Verify)
 	use, err := strconv.ParseBool(verify)
+	auto := verify == "auto"
 	switch {
-	case verify == "auto":
-		sockets = slices.DeleteFunc(sockets, func(socket string) bool { return !isSocket(socket) })
-	case err != nil:
+	case err != nil && !auto:
 		p.add("DERP_VERIFY_CLIENTS", "want auto, true or false, got %q", env.Verify)
 		return parsedSources{}
-	case !use:
+	case !use && !auto:
 		return parsedSources{open: true}
 	}
 	var parsed parsedSources
 	for _, socket := range sockets {
+		switch err := admit.CheckSocket(socket); {
+		case socket == "": // reported
+			continue
+		case auto && isMissing(socket):
+			if shared.given["DERP_TAILSCALED_SOCKET"] {
+				parsed.warnings = append(parsed.warnings, "DERP_TAILSCALED_SOCKET: "+socket+" is not there, and is not used since DERP_VERIFY_CLIENTS is auto; set that to true to refuse clients until the socket is there")
+			}
+			continue
+		case err != nil && (auto || !errors.Is(err, fs.ErrNotExist)):
+			p.add("DERP_TAILSCALED_SOCKET", "%s: %w; or set DERP_VERIFY_CLIENTS=false to use no tailscaled", socket, err)
+			continue
+		}
 		parsed.list = append(parsed.list, Source{
 			Name:     "tailscaled",
 			Variable: "DERP_TAILSCALED_SOCKET",
@@ -49,7 +62,8 @@ func (env *TailscaledEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	return parsed
 }
 
-func isSocket(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && info.Mode().Type() == fs.ModeSocket
+// isMissing reports whether nothing is at a path, not even a link.
+func isMissing(path string) bool {
+	_, err := os.Lstat(path)
+	return errors.Is(err, fs.ErrNotExist)
 }

@@ -14,7 +14,7 @@ type URLEnv struct {
 	FailOpen string `envconfig:"DERP_VERIFY_CLIENT_URL_FAIL_OPEN" default:"false" desc:"true: anybody may connect while an admission URL cannot be reached, as derper does by default" zh:"true：准入网址无法访问时任何人都可以连接（derper 的默认行为）"`
 }
 
-func (env *URLEnv) parse(p *problems, _ sharedByAll) parsedSources {
+func (env *URLEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	var parsed parsedSources
 	failOpen := p.boolean("DERP_VERIFY_CLIENT_URL_FAIL_OPEN", env.FailOpen)
 	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", env.URLs) {
@@ -26,7 +26,7 @@ func (env *URLEnv) parse(p *problems, _ sharedByAll) parsedSources {
 			Name:     "url",
 			Variable: "DERP_VERIFY_CLIENT_URL",
 			Target:   admit.RedactURL(target),
-			New:      opened(admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen})),
+			New:      opened(admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen, Roots: shared.roots})),
 		})
 	}
 	switch {

@@ -146,14 +146,14 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 		case s.Problem != nil:
 			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Problem))
 		case s.AsOf.IsZero():
-			good = append(good, s.Source+", not asked yet")
+			good = append(good, s.Source+", no answer yet")
 		default:
 			good = append(good, fmt.Sprintf("%s, as of %s ago", s.Source, age(s.AsOf)))
 		}
 	}
 	counts := n.gate.Counts()
 	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
-		counts.Admitted, counts.Refused+counts.Unavailable, counts.Kept, counts.Disconnected)
+		counts.Admitted, counts.Refused+counts.Unavailable+counts.Limited, counts.Kept, counts.Disconnected)
 	if len(bad) > 0 {
 		return healthz.Warnf("%d of %d sources need attention: %s; %s", len(bad), len(bad)+len(good), strings.Join(bad, "; "), done)
 	}

@@ -51,7 +51,7 @@ func (n *Node) admissionMetrics() []expvar.KeyValue {
 	decisions := &metrics.MultiLabelMap[decisionLabel]{Type: "counter", Help: "Decisions about nodes since the start. Disconnected nodes had been admitted before."}
 	for decision, count := range map[string]uint64{
 		"admitted": counts.Admitted, "kept": counts.Kept, "refused": counts.Refused,
-		"unavailable": counts.Unavailable, "disconnected": counts.Disconnected,
+		"unavailable": counts.Unavailable, "limited": counts.Limited, "disconnected": counts.Disconnected,
 	} {
 		decisions.Set(decisionLabel{decision}, number(int64(count)))
 	}
