@@ -60,7 +60,6 @@ type sourceEnv interface {
 type sharedByAll struct {
 	grace, interval time.Duration
 	files           map[string]string // path of each variable that was given as NAME_FILE
-	given           map[string]bool   // variables that the operator has set
 	roots           *x509.CertPool    // of servers; nil for the system's
 }
 
@@ -112,7 +111,7 @@ func parseAdmission(p *problems, e *environment, roots roots) (Admission, []Sour
 	var sources []Source
 	var warnings []string
 	for _, env := range e.sources {
-		parsed := env.parse(p, sharedByAll{grace: a.Grace, interval: a.Interval, files: e.files, given: e.given, roots: roots.others})
+		parsed := env.parse(p, sharedByAll{grace: a.Grace, interval: a.Interval, files: e.files, roots: roots.others})
 		sources = append(sources, parsed.list...)
 		warnings = append(warnings, parsed.warnings...)
 		a.OpenOnOrder = a.OpenOnOrder || parsed.open

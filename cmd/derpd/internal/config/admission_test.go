@@ -2,10 +2,14 @@ package config
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -53,11 +57,33 @@ func socketFile(t *testing.T) string {
 	return path
 }
 
+// link is the setup of a symbolic link.
+func link(target, name string) setup {
+	return func(t *testing.T, dir string) {
+		t.Helper()
+		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// emptyDir is the setup of a directory.
+func emptyDir(name string) setup {
+	return func(t *testing.T, dir string) {
+		t.Helper()
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestSources(t *testing.T) {
 	dir := t.TempDir()
 	file("keys", "nodekey:"+key64)(t, dir)
 	file("regular", "")(t, dir)
 	socket := socketFile(t)
+	link(socket, "live-link")(t, dir)
+	link("/nonexistent", "dead-link")(t, dir)
 	for _, tt := range []struct {
 		env     string
 		want    []string
@@ -68,7 +94,10 @@ func TestSources(t *testing.T) {
 		{env: "DERP_VERIFY_CLIENTS=FALSE DERP_TAILSCALED_SOCKET=" + socket, onOrder: true},
 		{env: "DERP_VERIFY_CLIENTS=false DERP_ALLOW_KEYS=nodekey:" + key64, want: []string{"keys DERP_ALLOW_KEYS "}},
 		{env: "DERP_TAILSCALED_SOCKET=" + socket, want: []string{"tailscaled DERP_TAILSCALED_SOCKET " + socket}},
-		{env: "DERP_VERIFY_CLIENTS=Auto DERP_TAILSCALED_SOCKET=" + dir + "/none," + socket + "," + dir + "/regular", want: []string{"tailscaled DERP_TAILSCALED_SOCKET " + socket}},
+		{env: "DERP_VERIFY_CLIENTS=Auto DERP_TAILSCALED_SOCKET=" + dir + "/none," + socket + "," + dir + "/none/either", want: []string{"tailscaled DERP_TAILSCALED_SOCKET " + socket}},
+		{env: "DERP_TAILSCALED_SOCKET=" + dir + "/live-link", want: []string{"tailscaled DERP_TAILSCALED_SOCKET " + dir + "/live-link"}},
+		{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=" + dir + "/dead-link", want: []string{"tailscaled DERP_TAILSCALED_SOCKET " + dir + "/dead-link"}},
+		{env: "DERP_VERIFY_CLIENTS=false DERP_TAILSCALED_SOCKET=" + dir + "/regular," + dir, onOrder: true},
 		{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=/a,/b", want: []string{"tailscaled DERP_TAILSCALED_SOCKET /a", "tailscaled DERP_TAILSCALED_SOCKET /b"}},
 		{env: "DERP_VERIFY_CLIENT_URL=https://u:p@a/verify?t=1,http://b/", want: []string{"url DERP_VERIFY_CLIENT_URL https://a/verify", "url DERP_VERIFY_CLIENT_URL http://b/"}},
 		{env: "DERP_ALLOW_KEYS=" + dir + "/keys", want: []string{"keys DERP_ALLOW_KEYS " + dir + "/keys"}},
@@ -141,6 +170,33 @@ func TestSourcesAnswer(t *testing.T) {
 	}
 }
 
+// DERP_CA_ROOTS verify admission URLs in every mode. The error about an unknown
+// authority names the variable.
+func TestSourcesTrustRoots(t *testing.T) {
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_ = json.NewEncoder(w).Encode(tailcfg.DERPAdmitClientResponse{Allow: true})
+	}))
+	server.Config.ErrorLog = log.New(io.Discard, "", 0) // refused handshakes
+	t.Cleanup(server.Close)
+	dir := t.TempDir()
+	file("roots.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})))(t, dir)
+	for env, want := range map[string]string{
+		"DERP_CA_ROOTS=" + dir + "/roots.pem":                                              "<nil>",
+		"DERP_ACME_CA_ROOTS=" + dir + "/roots.pem":                                         "<nil>",
+		"DERP_CA_ROOTS=" + dir + "/roots.pem DERP_DOMAIN=a.example.com":                    "<nil>",
+		"DERP_CA_ROOTS=" + dir + "/roots.pem DERP_DOMAIN=a.example.com DERP_CERT_MODE=off": "<nil>",
+		"DERP_LOG_LEVEL=info": "admission URL cannot be reached: tls: failed to verify certificate: x509: certificate signed by unknown authority; if the authority is a private one, set DERP_CA_ROOTS to its roots",
+	} {
+		c := good(t, append(strings.Fields(env), "DERP_VERIFY_CLIENT_URL="+server.URL)...)
+		source, err := c.Sources[0].New(zerolog.Nop())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = source.Ask(t.Context(), key.NewNode().Public(), netip.MustParseAddr("192.0.2.1"))
+		equal(t, env, fmt.Sprint(err), want)
+	}
+}
+
 // A file of keys that is gone by the time of the start is an error, and the source has the name of its variable.
 func TestKeyFileLost(t *testing.T) {
 	for _, name := range []string{"DERP_ALLOW_KEYS", "DERP_ALLOW_KEYS_FILE"} {
@@ -158,12 +214,15 @@ func TestKeyFileLost(t *testing.T) {
 
 // The settings of admission reach Tailscale's API.
 func TestTailnets(t *testing.T) {
-	p := new(problems)
+	p, extra := new(problems), x509.NewCertPool()
 	env := &TailnetEnv{APIKey: "tskey-api-1, tskey-api-2", ClientID: "id", ClientSecret: "secret", Tailnet: "a,b,c", APIURL: "https://api.example.com", External: "true"}
-	list := env.tailnets(p, sharedByAll{grace: time.Hour, interval: 2 * time.Minute})
+	list := env.tailnets(p, sharedByAll{grace: time.Hour, interval: 2 * time.Minute, roots: extra})
 	var got []string
 	for _, c := range list {
 		got = append(got, fmt.Sprint(c.Tailnet, " ", c.APIKey, " ", c.OAuthClientID, " ", c.OAuthClientSecret, " ", c.External, " ", c.Interval, " ", c.Grace, " ", c.BaseURL))
+		if c.Roots != extra {
+			t.Errorf("%s: other roots", c.Tailnet)
+		}
 	}
 	want := []string{
 		"a tskey-api-1   true 2m0s 1h0m0s https://api.example.com",
@@ -221,17 +280,20 @@ func TestSourcesShare(t *testing.T) {
 	first := &recordingEnv{parsed: parsedSources{list: []Source{{Name: "a"}}, warnings: []string{"w1"}, open: true}}
 	second := &recordingEnv{parsed: parsedSources{list: []Source{{Name: "b"}}, warnings: []string{"w2"}}}
 	e.sources = []sourceEnv{first, second}
-	a, sources, warnings := parseAdmission(p, e)
+	extra := x509.NewCertPool()
+	a, sources, warnings := parseAdmission(p, e, roots{others: extra})
 	for _, env := range []*recordingEnv{first, second} {
-		equal(t, "shared", env.got, sharedByAll{grace: 2 * time.Hour, interval: 3 * time.Second, files: map[string]string{"DERP_REGION_NAME": dir + "/name"}})
+		equal(t, "shared", env.got, sharedByAll{
+			grace: 2 * time.Hour, interval: 3 * time.Second, files: map[string]string{"DERP_REGION_NAME": dir + "/name"}, roots: extra,
+		})
 	}
 	equal(t, "sources", sources, []Source{{Name: "a"}, {Name: "b"}})
 	equal(t, "warnings", warnings, []string{"w1", "w2"})
 	equal(t, "open on order", a.OpenOnOrder, false)
 	first.parsed.list, second.parsed.list = nil, nil
-	a, _, _ = parseAdmission(p, e)
+	a, _, _ = parseAdmission(p, e, roots{})
 	equal(t, "open on order", a.OpenOnOrder, true)
 	first.parsed.open = false
-	a, _, _ = parseAdmission(p, e)
+	a, _, _ = parseAdmission(p, e, roots{})
 	equal(t, "open on order", a.OpenOnOrder, false)
 }

@@ -173,7 +173,15 @@ var badConfigurations = []struct {
 	{env: "DERP_DOMAIN=a.example.com DERP_ACME_CA=https:///dir", want: []string{`DERP_ACME_CA: want letsencrypt, letsencrypt-staging, zerossl, google or the https URL of an ACME directory, got "https:///dir"`}},
 	{env: "DERP_CERT_MODE=pinned DERP_ACME_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{
 		"DERP_ACME_CA_ROOTS: $D/roots.pem has no PEM block (-----BEGIN …-----); copy the file again",
-		"DERP_ACME_CA_ROOTS: is only used with DERP_CERT_MODE=letsencrypt or DERP_MESH_WITH, but the mode is pinned; remove one of the two",
+	}},
+	{env: "DERP_CA_ROOTS=$D/roots.pem", setup: file("roots.pem", "nonsense"), want: []string{"DERP_CA_ROOTS: $D/roots.pem has no PEM block (-----BEGIN …-----); copy the file again"}},
+	{env: "DERP_CA_ROOTS=$D/roots.pem", want: []string{"DERP_CA_ROOTS: open $D/roots.pem: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
+	{env: "DERP_CA_ROOTS=config.go", want: []string{
+		`DERP_CA_ROOTS: want an absolute path, got "config.go"; write $PWD/config.go`,
+		"DERP_CA_ROOTS: $PWD/config.go has no PEM block (-----BEGIN …-----); copy the file again",
+	}},
+	{env: "DERP_CA_ROOTS=$D/a.crt DERP_ACME_CA_ROOTS=$D/a.crt", setup: pair("a", "a.example.com", time.Now()), want: []string{
+		"DERP_ACME_CA_ROOTS: is the old name of DERP_CA_ROOTS, which is set too; remove DERP_ACME_CA_ROOTS, and put all roots into one file",
 	}},
 	{env: "DERP_ACME_CA=zerossl", want: []string{"DERP_ACME_CA: is only used with DERP_CERT_MODE=letsencrypt, but the mode is pinned; set that, or remove this"}},
 	{env: "DERP_CERT_MODE=letsencrypt DERP_DOMAIN=a.example.com DERP_KEY_FILE=/a.key", want: []string{"DERP_KEY_FILE: is only used with DERP_CERT_MODE=manual, but the mode is letsencrypt; remove one of the two"}},
@@ -256,6 +264,18 @@ var badConfigurations = []struct {
 	// Admission.
 	{env: "DERP_VERIFY_CLIENTS=yes", want: []string{`DERP_VERIFY_CLIENTS: want auto, true or false, got "yes"`}},
 	{env: "DERP_TAILSCALED_SOCKET=tailscaled.sock", want: []string{`DERP_TAILSCALED_SOCKET: want an absolute path, got "tailscaled.sock"; write $PWD/tailscaled.sock`}},
+	{env: "DERP_TAILSCALED_SOCKET=$D/s", setup: emptyDir("s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: is a directory, not a socket: Docker makes a directory when the host has no such socket; remove it, start tailscaled, and mount the directory, as compose.yaml does ($D:$D:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_TAILSCALED_SOCKET=$D/s", setup: file("s", ""), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: is a file, not a socket; remove it, start tailscaled, and mount the directory, as compose.yaml does ($D:$D:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_TAILSCALED_SOCKET=$D/s", setup: link("/dev/null", "s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: is a file, not a socket; remove it, start tailscaled, and mount the directory, as compose.yaml does ($D:$D:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_TAILSCALED_SOCKET=$D/tailscale/s", setup: file("tailscale", ""), want: []string{"DERP_TAILSCALED_SOCKET: $D/tailscale/s: a part of the path is a file, not a directory; mount the directory, as compose.yaml does ($D/tailscale:$D/tailscale:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_TAILSCALED_SOCKET=$D/s", setup: link("s", "s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: too many levels of symbolic links; correct the path; or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=$D/s", setup: emptyDir("s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: is a directory, not a socket: Docker makes a directory when the host has no such socket; remove it, start tailscaled, and mount the directory, as compose.yaml does ($D:$D:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=$D/s", setup: file("s", ""), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: is a file, not a socket; remove it, start tailscaled, and mount the directory, as compose.yaml does ($D:$D:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=$D/s", setup: link("/dev/null", "s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: is a file, not a socket; remove it, start tailscaled, and mount the directory, as compose.yaml does ($D:$D:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=$D/tailscale/s", setup: file("tailscale", ""), want: []string{"DERP_TAILSCALED_SOCKET: $D/tailscale/s: a part of the path is a file, not a directory; mount the directory, as compose.yaml does ($D/tailscale:$D/tailscale:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=$D/s", setup: link("s", "s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: too many levels of symbolic links; correct the path; or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_TAILSCALED_SOCKET=$D/s", setup: link("/nonexistent/s", "s"), want: []string{"DERP_TAILSCALED_SOCKET: $D/s: the link leads to /nonexistent/s: no such file or directory; mount the directory that it leads to, or correct the path; or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
+	{env: "DERP_TAILSCALED_SOCKET=/nonexistent/s,/etc", want: []string{"DERP_TAILSCALED_SOCKET: /etc: is a directory, not a socket: Docker makes a directory when the host has no such socket; remove it, start tailscaled, and mount the directory, as compose.yaml does (/:/:ro); or set DERP_VERIFY_CLIENTS=false to use no tailscaled"}},
 	{env: "DERP_VERIFY_CLIENT_URL=headscale.example.com/verify", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "headscale.example.com/verify"`}},
 	{env: "DERP_VERIFY_CLIENT_URL=ftp://me:secret@example.com/", want: []string{`DERP_VERIFY_CLIENT_URL: want http or https URLs, got "ftp://example.com/"`}},
 	{env: "DERP_ALLOW_KEYS=nodekey:12", want: []string{`DERP_ALLOW_KEYS: line 1: want nodekey: and 64 hex digits, got "nodekey:12"; write node keys, or the absolute path of a file of them`}},
@@ -380,6 +400,10 @@ func tree(t *testing.T, dir string) []string {
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
+		}
+		if target, err := os.Readlink(path); err == nil {
+			list = append(list, path+" -> "+target)
+			return nil
 		}
 		data, err := os.ReadFile(path)
 		list = append(list, path+": "+string(data))

@@ -44,9 +44,6 @@ func (env *TailscaledEnv) parse(p *problems, shared sharedByAll) parsedSources {
 		case socket == "": // reported
 			continue
 		case auto && isMissing(socket):
-			if shared.given["DERP_TAILSCALED_SOCKET"] {
-				parsed.warnings = append(parsed.warnings, "DERP_TAILSCALED_SOCKET: "+socket+" is not there, and is not used since DERP_VERIFY_CLIENTS is auto; set that to true to refuse clients until the socket is there")
-			}
 			continue
 		case err != nil && (auto || !errors.Is(err, fs.ErrNotExist)):
 			p.add("DERP_TAILSCALED_SOCKET", "%s: %w; or set DERP_VERIFY_CLIENTS=false to use no tailscaled", socket, err)

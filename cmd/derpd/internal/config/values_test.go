@@ -137,8 +137,9 @@ func TestACME(t *testing.T) {
 	}
 }
 
-// The roots of a private authority are for its own server, and with those of the
-// system for the other nodes.
+// DERP_CA_ROOTS are for all servers that the relay asks, in every mode, beside the
+// system's roots. With the old name, the authority's server has the roots of the file
+// alone.
 func TestRoots(t *testing.T) {
 	dir := t.TempDir()
 	pair("a", "a.example.com", time.Now())(t, dir)
@@ -151,34 +152,30 @@ func TestRoots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, env := range [][]string{
-		{"DERP_DOMAIN=b.example.com"},
-		{"DERP_DOMAIN=203.0.113.7", "DERP_MESH_WITH=b.example.com", "DERP_MESH_KEY=" + strings.Repeat("0123456789abcdef", 4)},
-	} {
-		c := good(t, append(env, "DERP_ACME_CA_ROOTS="+path)...)
-		pools := []*x509.CertPool{c.Mesh.Roots}
-		if c.Certificate.Mode == ModeLetsEncrypt {
-			pools = append(pools, c.Certificate.ACME.Roots)
-		}
-		for _, pool := range pools {
-			if _, err := certificate.Leaf.Verify(x509.VerifyOptions{Roots: pool, DNSName: "a.example.com"}); err != nil {
-				t.Errorf("%q: %v", env, err)
+	system, err := x509.SystemCertPool()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, own := system.Clone(), x509.NewCertPool()
+	all.AddCert(certificate.Leaf)
+	own.AddCert(certificate.Leaf)
+	for variable, authority := range map[string]*x509.CertPool{"DERP_CA_ROOTS": all, "DERP_ACME_CA_ROOTS": own} {
+		for _, env := range []string{
+			"DERP_DOMAIN=b.example.com",
+			"DERP_DOMAIN=203.0.113.7 DERP_MESH_WITH=b.example.com DERP_MESH_KEY=" + strings.Repeat("0123456789abcdef", 4),
+			"DERP_CERT_MODE=off DERP_DOMAIN=b.example.com",
+		} {
+			c := good(t, append(strings.Fields(env), variable+"="+path)...)
+			if !c.Mesh.Roots.Equal(all) {
+				t.Errorf("%s, %s: other roots for the other nodes", env, variable)
+			}
+			if c.Certificate.Mode == ModeLetsEncrypt && !c.Certificate.ACME.Roots.Equal(authority) {
+				t.Errorf("%s, %s: other roots for the authority's server", env, variable)
 			}
 		}
-		if own := x509.NewCertPool(); c.Certificate.Mode == ModeLetsEncrypt {
-			own.AddCert(certificate.Leaf)
-			if !c.Certificate.ACME.Roots.Equal(own) {
-				t.Error("the authority's server is verified by other roots too")
-			}
-		}
-		system, err := x509.SystemCertPool()
-		if err != nil {
-			t.Fatal(err)
-		}
-		system.AddCert(certificate.Leaf)
-		if !c.Mesh.Roots.Equal(system) {
-			t.Errorf("%q: the other nodes are not verified by the system's roots", env)
-		}
+	}
+	if c := good(t, "DERP_DOMAIN=b.example.com"); c.Mesh.Roots != nil || c.Certificate.ACME.Roots != nil {
+		t.Error("roots without the variable")
 	}
 }
 
