@@ -76,6 +76,7 @@ func testGrace(t *testing.T, local bool) {
 		ask(g, removed, true, "while the source admits")
 		s.set(ErrRefused)
 		ask(g, removed, false, "when the source refuses")
+		<-time.After(refusedFor)
 		s.set(errBroken)
 		ask(g, member, true, "the source is down")
 		ask(g, newNode(), false, "another node, the source is down")

@@ -313,14 +313,14 @@ func TestSummary(t *testing.T) {
 				t.Errorf("%s: logged %swant %s", when, got, line)
 			}
 		}
-		line := `{"level":"info","nodes":%d,"refused":%d,"source_unavailable":%d,"within_ms":600000,"message":"clients refused"}` + "\n"
+		line := `{"level":"info","nodes":%d,"refused":%d,"source_unavailable":%d,"too_many_questions":%d,"within_ms":600000,"message":"clients refused"}` + "\n"
 		ask(3, 100, ErrRefused)
 		ask(5, 1, nil)
-		want("at first", fmt.Sprintf(line, 3, 300, 0))
+		want("at first", fmt.Sprintf(line, 3, 300, 0, 0))
 		want("without a refusal", "")
 		ask(1, 2, ErrRefused)
 		ask(2, 3, errBroken)
-		want("again", fmt.Sprintf(line, 3, 2, 6))
+		want("again", fmt.Sprintf(line, 3, 2, 6, 0))
 		stop()
 	})
 }

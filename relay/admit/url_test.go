@@ -2,14 +2,18 @@ package admit
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,14 +74,28 @@ func TestURLUnavailable(t *testing.T) {
 		handler http.HandlerFunc
 		want    string
 	}{
-		{"502 with an answer", always(http.StatusBadGateway, `{"Allow":true}`), "admission URL answered 502 Bad Gateway"},
-		{"201 with an answer", always(http.StatusCreated, `{"Allow":true}`), "admission URL answered 201 Created"},
-		{"403", always(http.StatusForbidden, `{"Allow":false}`), "admission URL answered 403 Forbidden"},
-		{"login page", always(http.StatusOK, `<html>`), "reading admission answer: "},
-		{"nothing", always(http.StatusOK, ``), "reading admission answer: EOF"},
-		{"empty object", always(http.StatusOK, `{}`), "has no field Allow"},
-		{"null", always(http.StatusOK, `{"Allow":null}`), "has no field Allow"},
-		{"too long", always(http.StatusOK, `{"x":"`+strings.Repeat("x", 4<<10)+`","Allow":true}`), "unexpected EOF"},
+		{"200 and no more", always(http.StatusOK, `{"Allow":tr`), "admission answer is no JSON object: unexpected EOF; is this Headscale's /verify?"},
+		{"201 with an answer", always(http.StatusCreated, `{"Allow":true}`), "admission URL answered 201 Created; is this Headscale's /verify?"},
+		{"300 without a target", always(http.StatusMultipleChoices, ``), "admission URL answered 300 Multiple Choices; is this Headscale's /verify?"},
+		{"400", always(http.StatusBadRequest, ``), "admission URL answered 400 Bad Request; check http and https in the URL; is this Headscale's /verify?"},
+		{"401", always(http.StatusUnauthorized, ``), "admission URL answered 401 Unauthorized; the server or a proxy wants credentials: write them into the URL (https://USER:PASSWORD@…), or let POST /verify pass without"},
+		{"403", always(http.StatusForbidden, `{"Allow":false}`), "admission URL answered 403 Forbidden; a proxy or a firewall refuses this relay: let POST /verify from this relay's address pass"},
+		{"404", always(http.StatusNotFound, ``), "admission URL answered 404 Not Found; the path is wrong, or Headscale is older than 0.24; is this Headscale's /verify?"},
+		{"405", always(http.StatusMethodNotAllowed, ``), "admission URL answered 405 Method Not Allowed; the path is wrong; is this Headscale's /verify?"},
+		{"429", always(http.StatusTooManyRequests, ``), "admission URL answered 429 Too Many Requests; the server or a proxy limits this relay: exempt POST /verify from the limit"},
+		{"500", always(http.StatusInternalServerError, ``), "admission URL answered 500 Internal Server Error; the server or a proxy in front of it fails: see its log"},
+		{"502 with an answer", always(http.StatusBadGateway, `{"Allow":true}`), "admission URL answered 502 Bad Gateway; the proxy in front of the server does not reach it: check that the server runs"},
+		{"503", always(http.StatusServiceUnavailable, ``), "admission URL answered 503 Service Unavailable; the proxy in front of the server does not reach it: check that the server runs"},
+		{"504", always(http.StatusGatewayTimeout, ``), "admission URL answered 504 Gateway Timeout; the proxy in front of the server does not reach it: check that the server runs"},
+		{"522", always(522, ``), "admission URL answered 522 ; the server or a proxy in front of it fails: see its log"},
+		{"login page", always(http.StatusOK, "\n<!DOCTYPE html>"), "admission answer is a web page; is this Headscale's /verify?"},
+		{"text", always(http.StatusOK, `OK`), "admission answer is no JSON object: invalid character 'O' looking for beginning of value; is this Headscale's /verify?"},
+		{"another type", always(http.StatusOK, `"Allow"`), "admission answer is no JSON object: json: cannot unmarshal string into Go value of type struct { Allow *bool }; is this Headscale's /verify?"},
+		{"nothing", always(http.StatusOK, ``), "admission answer is empty; is this Headscale's /verify?"},
+		{"blanks", always(http.StatusOK, " \r\n"), "admission answer is empty; is this Headscale's /verify?"},
+		{"empty object", always(http.StatusOK, `{}`), "admission answer has no field Allow; is this Headscale's /verify?"},
+		{"null", always(http.StatusOK, `{"Allow":null}`), "admission answer has no field Allow; is this Headscale's /verify?"},
+		{"too long", always(http.StatusOK, `{"x":"`+strings.Repeat("x", 4<<10)+`","Allow":true}`), "admission answer is no JSON object: unexpected EOF; is this Headscale's /verify?"},
 		{"hung up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "admission URL cannot be reached: EOF"},
 		{"slow", func(_ http.ResponseWriter, r *http.Request) {
 			_, _ = io.Copy(io.Discard, r.Body) // the end of a connection is noticed only after the body
@@ -89,8 +107,8 @@ func TestURLUnavailable(t *testing.T) {
 				u := testURL(t, URLConfig{}, tt.handler)
 				began := time.Now()
 				err := u.answer(t)
-				if err == nil || errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), tt.want) {
-					t.Errorf("%v, want %q in it", err, tt.want)
+				if err == nil || errors.Is(err, ErrRefused) || err.Error() != tt.want {
+					t.Errorf("got  %v\nwant %s", err, tt.want)
 				}
 				if err != nil && strings.Contains(err.Error(), "5ecfe7") {
 					t.Errorf("the message shows the token: %v", err)
@@ -103,21 +121,129 @@ func TestURLUnavailable(t *testing.T) {
 	}
 }
 
-// Redirects are not followed, whatever their target would answer.
+// redirect answers with a redirect to a target.
+func redirect(status int, target *string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", *target)
+		w.WriteHeader(status)
+	}
+}
+
+// 307 and 308 are followed, with the POST and its body, on the same server and from
+// http to https. No other redirect is followed, and the error names its target without
+// secrets.
 func TestURLRedirect(t *testing.T) {
-	for _, status := range []int{http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect} {
+	var target string
+	var mu sync.Mutex
+	var asked []string // what the servers got at other paths than /verify
+	handler := func(status int) http.Handler {
 		mux := http.NewServeMux()
-		mux.Handle("/verify", http.RedirectHandler("/elsewhere", status))
-		mux.HandleFunc("/elsewhere", func(w http.ResponseWriter, _ *http.Request) {
-			t.Errorf("%d: the redirect was followed", status)
-			_, _ = io.WriteString(w, `{"Allow":true}`)
+		mux.Handle("/verify", redirect(status, &target))
+		mux.Handle("/loop", redirect(status, &target))
+		mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+			body, _ := io.ReadAll(r.Body)
+			user, password, _ := r.BasicAuth()
+			mu.Lock()
+			defer mu.Unlock()
+			asked = append(asked, fmt.Sprintf("%s %s as %s:%s, %t", r.Method, r.URL, user, password, strings.Contains(string(body), "nodekey:")))
+			answer(w, http.StatusOK, `{"Allow":true}`)
 		})
-		server := httptest.NewServer(mux)
-		t.Cleanup(server.Close)
-		s := URL(URLConfig{Target: server.URL + "/verify"})
-		_, err := s.Ask(t.Context(), newNode(), netip.Addr{})
-		if want := fmt.Sprintf("admission URL answered %d", status); err == nil || !strings.HasPrefix(err.Error(), want) {
-			t.Errorf("%d: %v, want %s…", status, err, want)
+		return mux
+	}
+	type servers struct{ plain, secure, other *httptest.Server }
+	for _, tt := range []struct {
+		name   string
+		status int
+		from   string // scheme of the URL that is set
+		target string // {plain}, {secure} and {other} stand for servers on three ports of 127.0.0.1
+		want   string // error; empty if the redirect is followed
+		asked  string
+	}{
+		{"307, path", 307, "http", "/elsewhere?x=1", "", "POST /elsewhere?x=1 as u:p, true"},
+		{"308, path", 308, "http", "/elsewhere", "", "POST /elsewhere as u:p, true"},
+		{"308, URL", 308, "http", "{plain}/elsewhere", "", "POST /elsewhere as u:p, true"},
+		{"308, to https", 308, "http", "{secure}/elsewhere", "", "POST /elsewhere as u:p, true"},
+		{"307, https", 307, "https", "/elsewhere", "", "POST /elsewhere as u:p, true"},
+		{"307, other credentials", 307, "http", "http://a:b@{plain host}/elsewhere", "", "POST /elsewhere as a:b, true"},
+		{"301, path", 301, "http", "/elsewhere?x=5ecfe7", "admission URL answered 301 Moved Permanently and leads to {plain}/elsewhere; set DERP_VERIFY_CLIENT_URL to that URL", ""},
+		{"302, path", 302, "http", "/elsewhere", "admission URL answered 302 Found and leads to {plain}/elsewhere; set DERP_VERIFY_CLIENT_URL to that URL", ""},
+		{"303, path", 303, "http", "/elsewhere", "admission URL answered 303 See Other and leads to {plain}/elsewhere; set DERP_VERIFY_CLIENT_URL to that URL", ""},
+		{"301, to https", 301, "http", "{secure}/verify", "admission URL answered 301 Moved Permanently and leads to {secure}/verify; set DERP_VERIFY_CLIENT_URL to that URL", ""},
+		{"302, another host", 302, "http", "https://a:5ecfe7@login.example.com/?next=5ecfe7#5ecfe7", "admission URL answered 302 Found and leads to https://login.example.com/; a redirect to another server is not followed; set DERP_VERIFY_CLIENT_URL to that URL if it is Headscale's /verify", ""},
+		{"307, another host", 307, "http", "http://localhost:{plain port}/elsewhere", "admission URL answered 307 Temporary Redirect and leads to http://localhost:{plain port}/elsewhere; a redirect to another server is not followed; set DERP_VERIFY_CLIENT_URL to that URL if it is Headscale's /verify", ""},
+		{"308, another port", 308, "http", "{other}/elsewhere", "admission URL answered 308 Permanent Redirect and leads to {other}/elsewhere; a redirect to another server is not followed; set DERP_VERIFY_CLIENT_URL to that URL if it is Headscale's /verify", ""},
+		{"308, from https to http", 308, "https", "{plain}/elsewhere", "admission URL answered 308 Permanent Redirect and leads to {plain}/elsewhere; a redirect from https to http is not followed; correct it in the server or the proxy", ""},
+		{"307, another scheme", 307, "http", "derpd-admission://127.0.0.1/", "admission URL answered 307 Temporary Redirect and leads to derpd-admission://127.0.0.1/; a redirect to another server is not followed; set DERP_VERIFY_CLIENT_URL to that URL if it is Headscale's /verify", ""},
+		{"307, in a circle", 307, "http", "/loop", "admission URL answered 307 Temporary Redirect and leads to {plain}/loop; that is redirect 6; set DERP_VERIFY_CLIENT_URL to the URL that answers", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := servers{httptest.NewServer(handler(tt.status)), httptest.NewTLSServer(handler(tt.status)), httptest.NewServer(handler(tt.status))}
+			for _, server := range []*httptest.Server{s.plain, s.secure, s.other} {
+				t.Cleanup(server.Close)
+			}
+			host := strings.TrimPrefix(s.plain.URL, "http://")
+			_, port, _ := strings.Cut(host, ":")
+			fill := strings.NewReplacer("{plain}", s.plain.URL, "{secure}", s.secure.URL, "{other}", s.other.URL, "{plain host}", host, "{plain port}", port)
+			target, asked = fill.Replace(tt.target), nil
+			set := map[string]string{"http": s.plain.URL, "https": s.secure.URL}[tt.from]
+			roots := x509.NewCertPool()
+			roots.AddCert(s.secure.Certificate())
+			// FailOpen: a redirect is not a URL that cannot be reached.
+			source := URL(URLConfig{Target: strings.Replace(set, "://", "://u:p@", 1) + "/verify", Roots: roots, FailOpen: true})
+			_, err := source.Ask(t.Context(), newNode(), netip.Addr{})
+			if got, want := fmt.Sprint(err), cmp.Or(fill.Replace(tt.want), "<nil>"); got != want {
+				t.Errorf("got  %s\nwant %s", got, want)
+			}
+			if got := strings.Join(asked, "; "); got != tt.asked {
+				t.Errorf("asked %q, want %q", got, tt.asked)
+			}
+		})
+	}
+}
+
+// The ports of a redirect may be left out.
+func TestSameServer(t *testing.T) {
+	for pair, want := range map[[2]string]bool{
+		{"http://h/", "http://h:80/a"}:          true,
+		{"https://h/", "https://H:443/"}:        true,
+		{"http://h/", "https://h/"}:             true,
+		{"http://h:8080/", "https://h:8443/"}:   true,
+		{"https://h/", "http://h/"}:             false,
+		{"https://h:80/", "http://h/"}:          false,
+		{"http://h/", "http://h:8080/"}:         false,
+		{"https://h:8443/", "https://h/"}:       false,
+		{"https://h/", "https://a.h/"}:          false,
+		{"http://h/", "https://h.example.com/"}: false,
+		{"http://[::1]/", "http://[::1]:80/"}:   true,
+		{"http://h/", "http://h@other/"}:        false,
+		{"http://h/", "ftp://h/"}:               false,
+	} {
+		from, err := url.Parse(pair[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		to, err := url.Parse(pair[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := sameServer(from, to); got != want {
+			t.Errorf("%s: %t", pair, got)
+		}
+	}
+}
+
+// A URL with the wrong scheme is answered with the fix.
+func TestURLScheme(t *testing.T) {
+	plain, secure := httptest.NewServer(always(http.StatusOK, `{"Allow":true}`)), httptest.NewTLSServer(always(http.StatusOK, `{"Allow":true}`))
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	t.Cleanup(plain.Close)
+	t.Cleanup(secure.Close)
+	for target, want := range map[string]string{
+		strings.Replace(plain.URL, "http:", "https:", 1):  "admission URL cannot be reached: http: server gave HTTP response to HTTPS client; write http:// in place of https://",
+		strings.Replace(secure.URL, "https:", "http:", 1): "admission URL answered 400 Bad Request; check http and https in the URL; is this Headscale's /verify?",
+	} {
+		if _, err := URL(URLConfig{Target: target}).Ask(t.Context(), newNode(), netip.Addr{}); fmt.Sprint(err) != want {
+			t.Errorf("got  %v\nwant %s", err, want)
 		}
 	}
 }
@@ -201,7 +327,7 @@ func TestURLAtOnce(t *testing.T) {
 		for range urlAtOnce {
 			u.slots <- struct{}{}
 		}
-		if err := u.answer(t); err == nil || !strings.HasPrefix(err.Error(), "waiting for 32 other questions") || errors.Is(err, errUnreachable) {
+		if err := u.answer(t); err == nil || !strings.HasPrefix(err.Error(), "too many questions at the same time: waiting for 32 others: ") || errors.Is(err, errUnreachable) {
 			t.Error(err)
 		}
 	})
