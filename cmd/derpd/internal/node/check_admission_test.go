@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"tailscale.com/tsweb/varz"
 	"tailscale.com/types/key"
 
+	"derpd/cmd/derpd/internal/config"
 	"derpd/healthz"
 	"derpd/internal/testkit"
 	"derpd/relay"
@@ -89,7 +91,7 @@ func TestCheckAdmission(t *testing.T) {
 	for _, want := range []string{
 		`derpd_admission_decisions_total{decision="admitted"} 1`, `derpd_admission_decisions_total{decision="kept"} 1`,
 		`derpd_admission_decisions_total{decision="refused"} 0`, `derpd_admission_decisions_total{decision="unavailable"} 3`,
-		`derpd_admission_decisions_total{decision="disconnected"} 0`,
+		`derpd_admission_decisions_total{decision="disconnected"} 0`, `derpd_admission_decisions_total{decision="limited"} 0`,
 		`derpd_admission_source_up{source="list"} 1`, `derpd_admission_source_up{source="old"} 0`,
 		`derpd_admission_source_up{source="never"} 0`, `derpd_admission_source_up{source="odd"} 0`,
 		fmt.Sprintf(`derpd_admission_source_timestamp_seconds{source="list"} %d`, now.Add(-90*time.Second).Unix()),
@@ -100,6 +102,54 @@ func TestCheckAdmission(t *testing.T) {
 	}
 	if never := `derpd_admission_source_timestamp_seconds{source="never"}`; strings.Contains(text.String(), never) {
 		t.Errorf("a source that never answered has a time:\n%s", text.String())
+	}
+}
+
+// TestCheckAdmissionAtTheStart asserts that health and log report a source that does
+// not answer before the first client connects, with the fix.
+func TestCheckAdmissionAtTheStart(t *testing.T) {
+	dir := t.TempDir()
+	closed := testkit.FreeAddr(t)
+	for name, tt := range map[string]struct{ env, want string }{
+		"tailscaled": {
+			"DERP_VERIFY_CLIENTS=true DERP_TAILSCALED_SOCKET=" + dir + "/s",
+			"tailscaled " + dir + "/s: asking tailscaled: no such file or directory; start tailscaled; in a container, mount the directory, as compose.yaml does (" + dir + ":" + dir + ":ro); RuntimeDirectoryPreserve=yes in tailscaled.service keeps that mount valid over restarts",
+		},
+		"url": {
+			"DERP_VERIFY_CLIENT_URL=http://u:p@" + closed + "/verify?token=5ecfe7",
+			"url http://" + closed + "/verify: admission URL cannot be reached: dial tcp " + closed + ": connect: connection refused",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var log testkit.Buffer
+			c, err := config.Load(testkit.LastOfEach(testkit.Environ(t, strings.Fields(tt.env)...)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			n, err := New(ctx, c, Options{Start: time.Now(), Map: io.Discard, Log: zerolog.New(&log)})
+			if err != nil {
+				cancel()
+				t.Fatal(err)
+			}
+			began, done := time.Now(), make(chan error, 1)
+			go func() { done <- n.Run(ctx) }()
+			want := "1 of 1 sources need attention: " + tt.want + "; admitted 0, refused 0, kept by grace 0, disconnected 0"
+			testkit.Until(t, "health reports the source", func() bool { return n.checkAdmission(t.Context()).Level == healthz.Warn })
+			if took := time.Since(began); took > time.Second {
+				t.Errorf("health reports the source after %s", took)
+			}
+			if got := n.checkAdmission(t.Context()).Detail; got != want {
+				t.Errorf("got  %s\nwant %s", got, want)
+			}
+			if text := log.String(); strings.Count(text, "admission source unavailable") != 1 || strings.Contains(text, "5ecfe7") {
+				t.Errorf("the log has:\n%s", text)
+			}
+			cancel()
+			if err := testkit.Receive(t, "the end of the relay", done); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

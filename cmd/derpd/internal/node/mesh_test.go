@@ -384,7 +384,7 @@ func TestMeshVerifies(t *testing.T) {
 		want  string
 	}{
 		"signed":       {entry, true, ""},
-		"untrusted":    {entry, false, "x509: certificate signed by unknown authority"},
+		"untrusted":    {entry, false, "x509: certificate signed by unknown authority; if the authority is a private one, set DERP_CA_ROOTS to its roots"},
 		"another name": {"a." + entry, true, "remote error: tls: "},
 		"another hash": {entry + "=" + list[0].pin, true, "cert hash does not match expected cert hash"},
 	} {

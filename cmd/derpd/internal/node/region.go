@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -54,8 +55,11 @@ func (n *Node) public(ctx context.Context) (derpmap.Node, []string, error) {
 }
 
 // shortNetError leaves out the addresses of a connection. Messages name the node
-// already.
+// already. It adds the fix for the certificate of an unknown authority.
 func shortNetError(err error) error {
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return fmt.Errorf("%w; if the authority is a private one, set DERP_CA_ROOTS to its roots", err)
+	}
 	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op != "remote error" {
 		return e.Err
 	}
