@@ -44,16 +44,26 @@ func TestTailscaledSocket(t *testing.T) {
 		setup func(t *testing.T, path string) error
 		want  string
 	}{
-		{"nothing there", func(*testing.T, string) error { return nil },
-			"asking tailscaled: no such file or directory; start tailscaled; in a container, " + mount + "; " + stale},
-		{"a link to nothing", func(_ *testing.T, path string) error { return os.Symlink("/nonexistent/socket", path) },
-			"asking tailscaled: the link leads to /nonexistent/socket: no such file or directory; mount the directory that it leads to, or correct the path; start tailscaled; in a container, " + mount + "; " + stale},
-		{"a socket without a listener", func(t *testing.T, path string) error { leaveSocket(t, path); return nil },
-			"asking tailscaled: connection refused; start tailscaled; in a container, " + mount + ", not the socket, which tailscaled replaces; " + stale},
-		{"a directory", func(_ *testing.T, path string) error { return os.Mkdir(path, 0o700) },
-			"asking tailscaled: is a directory, not a socket: Docker makes a directory when the host has no such socket; remove it, start tailscaled, and " + mount},
-		{"a file", func(_ *testing.T, path string) error { return os.WriteFile(path, nil, 0o600) },
-			"asking tailscaled: is a file, not a socket; remove it, start tailscaled, and " + mount},
+		{
+			"nothing there", func(*testing.T, string) error { return nil },
+			"asking tailscaled: no such file or directory; start tailscaled; in a container, " + mount + "; " + stale,
+		},
+		{
+			"a link to nothing", func(_ *testing.T, path string) error { return os.Symlink("/nonexistent/socket", path) },
+			"asking tailscaled: the link leads to /nonexistent/socket: no such file or directory; mount the directory that it leads to, or correct the path; start tailscaled; in a container, " + mount + "; " + stale,
+		},
+		{
+			"a socket without a listener", func(t *testing.T, path string) error { leaveSocket(t, path); return nil },
+			"asking tailscaled: connection refused; start tailscaled; in a container, " + mount + ", not the socket, which tailscaled replaces; " + stale,
+		},
+		{
+			"a directory", func(_ *testing.T, path string) error { return os.Mkdir(path, 0o700) },
+			"asking tailscaled: is a directory, not a socket: Docker makes a directory when the host has no such socket; remove it, start tailscaled, and " + mount,
+		},
+		{
+			"a file", func(_ *testing.T, path string) error { return os.WriteFile(path, nil, 0o600) },
+			"asking tailscaled: is a file, not a socket; remove it, start tailscaled, and " + mount,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := shortDir(t)

@@ -115,7 +115,7 @@ func newNodes(n int) []key.NodePublic {
 func TestRefusalIsRemembered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var remote counting
-		listedNow := error(ErrRefused)
+		listedNow := ErrRefused
 		near := Source{Name: "near", Local: true, Ask: func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) {
 			return time.Now(), listedNow
 		}}
@@ -290,8 +290,11 @@ func TestStrangersLeaveSlots(t *testing.T) {
 		g.memory.remember(member, time.Now())
 		stop := retry(t, g, newNodes(100), 50*time.Millisecond)
 		<-time.After(5 * time.Second)
-		if remote.most != QuestionsRunning {
-			t.Errorf("%d concurrent questions, want %d", remote.most, QuestionsRunning)
+		remote.mu.Lock()
+		most := remote.most
+		remote.mu.Unlock()
+		if most != QuestionsRunning {
+			t.Errorf("%d concurrent questions, want %d", most, QuestionsRunning)
 		}
 		began := time.Now()
 		if err := g.Admit(t.Context(), member, netip.Addr{}); err != nil || time.Since(began) != remote.took {

@@ -8,7 +8,7 @@ import (
 
 // RootsEnv are the roots of servers that the relay asks.
 type RootsEnv struct {
-	Roots string `envconfig:"DERP_CA_ROOTS" desc:"absolute path of a file with roots of private authorities, PEM. derpd trusts them beside the system's roots for the ACME authority, DERP_MESH_WITH, admission URLs and Tailscale's API" zh:"私有机构根证书文件的绝对路径，PEM。访问 ACME 机构、DERP_MESH_WITH、准入网址和 Tailscale API 时，derpd 除系统的根证书外也信任它们"`
+	CARoots string `envconfig:"DERP_CA_ROOTS" desc:"absolute path of a file with roots of private authorities, PEM. derpd trusts them beside the system's roots for the ACME authority, DERP_MESH_WITH, admission URLs and Tailscale's API" zh:"私有机构根证书文件的绝对路径，PEM。访问 ACME 机构、DERP_MESH_WITH、准入网址和 Tailscale API 时，derpd 除系统的根证书外也信任它们"`
 }
 
 // oldRoots is the old name of DERP_CA_ROOTS.
@@ -24,7 +24,7 @@ type roots struct {
 // parseRoots reads the file. With the old name, the ACME authority is verified by the
 // roots of the file alone.
 func parseRoots(p *problems, e *environment) roots {
-	variable, path := "DERP_CA_ROOTS", e.RootsEnv.Roots
+	variable, path := "DERP_CA_ROOTS", e.CARoots
 	switch {
 	case path != "" && e.OldRoots != "":
 		p.add(oldRoots, "is the old name of DERP_CA_ROOTS, which is set too; remove %s, and put all roots into one file", oldRoots)
