@@ -23,6 +23,7 @@ const proxyHeaderTimeout = 5 * time.Second
 type proxyListener struct {
 	net.Listener
 	trusted []netip.Prefix
+	first   firstFunc // called with the bytes after the header
 	log     zerolog.Logger
 }
 
@@ -37,8 +38,9 @@ func (l *proxyListener) Accept() (net.Conn, error) {
 		policy = proxyproto.USE
 	}
 	return &proxiedConn{
-		Conn: proxyproto.NewConn(conn, proxyproto.WithPolicy(policy), proxyproto.SetReadHeaderTimeout(proxyHeaderTimeout)),
-		log:  l.log,
+		Conn:  proxyproto.NewConn(conn, proxyproto.WithPolicy(policy), proxyproto.SetReadHeaderTimeout(proxyHeaderTimeout)),
+		first: l.first,
+		log:   l.log,
 	}, nil
 }
 
@@ -46,8 +48,9 @@ func (l *proxyListener) Accept() (net.Conn, error) {
 // method that depends on the header reads it.
 type proxiedConn struct {
 	*proxyproto.Conn
-	log  zerolog.Logger
-	once sync.Once
+	first firstFunc // nil after the first Read; owned by the reader
+	log   zerolog.Logger
+	once  sync.Once
 }
 
 // readHeader reads the header and nothing else. After an error every Read
@@ -64,7 +67,12 @@ func (c *proxiedConn) readHeader() {
 // Read implements [net.Conn].
 func (c *proxiedConn) Read(b []byte) (int, error) {
 	c.readHeader()
-	return c.Conn.Read(b)
+	n, err := c.Conn.Read(b)
+	if first := c.first; first != nil && n > 0 {
+		c.first = nil
+		first(b[:n], c.NetConn().RemoteAddr())
+	}
+	return n, err
 }
 
 // RemoteAddr returns the client's address in the header, or else the peer's.

@@ -33,6 +33,12 @@ type Config struct {
 	// Admit decides about each client. Nil admits every client.
 	Admit AdmitFunc
 
+	// Names are the DNS names and addresses that clients dial. None is an
+	// address. Clients that send no server name have dialed an address. Only
+	// clients of these names, or of a name of the certificate, get derpserver's
+	// meta certificate.
+	Names []string
+
 	// DisallowApps are the app names, as clients advertise them, that are
 	// refused (derper's --disallow-apps).
 	DisallowApps []string
@@ -57,6 +63,10 @@ type Config struct {
 	// the client's header unchanged.
 	ProxyProtocol bool
 
+	// Misdirected is called when clients begin to arrive in a way that cannot
+	// work, and not again before that has ended. It may be nil.
+	Misdirected func(Misdirection)
+
 	// GetCertificate returns the certificates of the public listener. Nil is
 	// plain HTTP, for a proxy in front that terminates TLS.
 	GetCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
@@ -71,8 +81,10 @@ type Relay struct {
 	sessions *sessions
 	clients  *clients
 	mesh     *Mesh
+	names    names
 	tls      *tls.Config // nil: plain HTTP
 
+	misdirected   *misdirections
 	public, plain *http.Server
 	closing       atomic.Bool // whether Close has begun
 }
@@ -99,9 +111,12 @@ func New(c Config) (*Relay, error) {
 		sessions: newSessions(c.Log),
 		clients:  &clients{server: server, log: c.Log},
 		mesh:     newMesh(c, server),
+		names:    c.Names,
+
+		misdirected: newMisdirections(c.Log, c.Misdirected),
 	}
 	if c.GetCertificate != nil {
-		r.tls = tlsConfig(server, c.GetCertificate)
+		r.tls = tlsConfig(server, r.names, c.GetCertificate)
 	}
 	r.public = httpserver.New(r.handler(), c.Log)
 	r.plain = httpserver.New(nil, c.Log)

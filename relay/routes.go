@@ -12,21 +12,47 @@ import (
 // handler returns the handler of the public listener.
 func (r *Relay) handler() http.Handler {
 	mux := http.NewServeMux()
+	home := readOnly(r.config.Home)
 	// The connection of a WebSocket is no session, because it has WebSocket frames.
-	mux.Handle("/derp", derpserver.AddWebSocketSupport(r.server, r.sessions.handler(derpserver.Handler(r.server))))
+	mux.Handle("/derp", r.upgraded(derpserver.AddWebSocketSupport(r.server, r.sessions.handler(derpserver.Handler(r.server))), home))
 	// Old and new clients request different paths.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
 	mux.HandleFunc("/generate_204", derpserver.ServeNoContent)
 	mux.Handle("/bootstrap-dns", browserHeaders(r.config.BootstrapDNS))
 	mux.HandleFunc("/robots.txt", serveRobots)
-	home := readOnly(r.config.Home)
 	mux.Handle("/", home)
 	mux.Handle(meshPath, r.mesh.serveNode(home))
 	if r.config.ProxyProtocol {
 		return mux
 	}
 	return forwarded(r.config.TrustedProxies, mux)
+}
+
+// upgraded passes requests with an upgrade to DERP or WebSocket to derp, and all
+// others to home, as requests of an unknown path. A client's request without an
+// upgrade has lost it in a proxy.
+func (r *Relay) upgraded(derp, home http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		switch strings.ToLower(req.Header.Get("Upgrade")) {
+		case "derp", "websocket":
+			derp.ServeHTTP(w, req)
+		default:
+			r.misdirected.note(NoUpgrade, isDERP(req) && isProxied(req), req.RemoteAddr)
+			home.ServeHTTP(w, req)
+		}
+	})
+}
+
+// withoutDERP wraps the handler of the plain HTTP listener. A proxy that sends DERP
+// there has the wrong port.
+func (r *Relay) withoutDERP(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if req.URL.Path == "/derp" {
+			r.misdirected.note(DERPOnPlainPort, isDERP(req), req.RemoteAddr)
+		}
+		next.ServeHTTP(w, req)
+	})
 }
 
 // RedirectHandler returns the handler of the plain HTTP listener: the captive

@@ -28,7 +28,7 @@ func TestRoutes(t *testing.T) {
 		{handler: "public", method: "OPTIONS", path: "/", status: 405, want: map[string]string{"Allow": "GET, HEAD"}, body: "method not allowed\n"},
 		{handler: "public", method: "CONNECT", path: "/", status: 405, want: map[string]string{"Allow": "GET, HEAD"}, body: "method not allowed\n"},
 		{handler: "public", method: "GET", path: "/robots.txt", status: 200, want: map[string]string{"Content-Security-Policy": ""}, body: "User-agent: *\nDisallow: /\n"},
-		{handler: "public", method: "GET", path: "/derp", status: 426, body: "DERP requires connection upgrade\n"},
+		{handler: "public", method: "GET", path: "/derp", status: 200},
 		{handler: "public", method: "GET", path: "/derp/mesh", status: 200},
 		{handler: "public", method: "POST", path: "/derp/mesh", status: 405, body: "method not allowed\n"},
 		{handler: "public", method: "GET", path: "/derp/probe", status: 200, want: map[string]string{"Access-Control-Allow-Origin": "*"}},

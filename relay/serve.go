@@ -11,6 +11,7 @@ import (
 // returns nil. It closes ln. Each connection passes these layers:
 //
 //	socket.go     the TCP connection, read ahead
+//	arrival.go    the first bytes, to see what cannot work
 //	proxy.go      the PROXY header, with Config.ProxyProtocol
 //	tls.go        TLS, with Config.GetCertificate
 //	forwarded.go  X-Forwarded-For, on each HTTP request
@@ -18,26 +19,26 @@ import (
 //	hijack.go     the upgrade from HTTP to DERP
 //	session.go    the connection that derpserver reads and writes
 func (r *Relay) Serve(ln net.Listener) error {
-	ln = r.accepted(ln)
-	if r.tls != nil {
-		ln = tls.NewListener(ln, r.tls)
+	if r.tls == nil {
+		return r.serve(r.public, r.accepted(ln, relayPort))
 	}
-	return r.serve(r.public, ln)
+	return r.serve(r.public, tls.NewListener(r.accepted(ln, tlsPort), r.tls))
 }
 
 // ServePlain accepts the connections of plain HTTP, normally of port 80, until
 // [Relay.Close], and then returns nil. It closes ln. ServePlain may be called
 // once.
 func (r *Relay) ServePlain(ln net.Listener, handler http.Handler) error {
-	r.plain.Handler = handler
-	return r.serve(r.plain, r.accepted(ln))
+	r.plain.Handler = r.withoutDERP(handler)
+	return r.serve(r.plain, r.accepted(ln, plainPort))
 }
 
 // accepted returns ln with the layers that both listeners share.
-func (r *Relay) accepted(ln net.Listener) net.Listener {
-	ln = socketListener{ln}
+func (r *Relay) accepted(ln net.Listener, at port) net.Listener {
+	ln = socketListener{ln, func(first []byte, peer net.Addr) { r.arrived(at, first, peer) }}
 	if r.config.ProxyProtocol {
-		ln = &proxyListener{ln, r.config.TrustedProxies, r.config.Log}
+		first := func(first []byte, peer net.Addr) { r.arrivedWith(at, first, peer) }
+		ln = &proxyListener{ln, r.config.TrustedProxies, first, r.config.Log}
 	}
 	return ln
 }

@@ -28,7 +28,14 @@ var readAheadBuffers = sync.Pool{New: func() any { return new([readAheadSize]byt
 // Reads and writes use RawSyscall, because they never block. An ordinary system
 // call wakes the runtime's monitor thread after idle time. On a quiet relay
 // that happens for every packet and costs more than the call.
-type socketListener struct{ net.Listener }
+type socketListener struct {
+	net.Listener
+	first firstFunc // may be nil
+}
+
+// firstFunc is called with the first bytes that a connection has received, before
+// the reader gets them.
+type firstFunc = func(first []byte, peer net.Addr)
 
 // Accept implements [net.Listener].
 func (l socketListener) Accept() (net.Conn, error) {
@@ -44,7 +51,7 @@ func (l socketListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return conn, nil
 	}
-	c := &socketConn{Conn: conn, raw: raw}
+	c := &socketConn{Conn: conn, raw: raw, first: l.first}
 	c.fillFunc, c.drainFunc = c.fill, c.drain // allocated once, not for each call
 	return c, nil
 }
@@ -60,6 +67,7 @@ type socketConn struct {
 	buffer *[readAheadSize]byte // nil when empty; guarded by mu
 	unread []byte               // unread bytes of buffer; guarded by mu
 	err    error                // result of the last fill; guarded by mu
+	first  firstFunc            // nil after the first fill; guarded by mu
 
 	writeMu  sync.Mutex // held by one writer
 	unsent   []byte     // unsent bytes of the write; guarded by writeMu
@@ -98,6 +106,10 @@ func (c *socketConn) Read(p []byte) (int, error) {
 		}
 		if c.err != nil {
 			return 0, c.err
+		}
+		if first := c.first; first != nil {
+			c.first = nil
+			first(c.unread, c.RemoteAddr())
 		}
 	}
 	n := copy(p, c.unread)

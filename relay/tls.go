@@ -13,24 +13,33 @@ const acmeTLS1 = "acme-tls/1"
 // tlsConfig returns the configuration of the public listener. The server sends the
 // meta certificate after the certificate of getCertificate. With the meta
 // certificate, clients start before the HTTP response (derpserver's fast start).
-func tlsConfig(server *derpserver.Server, getCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
-	c := &tls.Config{
-		GetCertificate: getCertificate,
-		MinVersion:     tls.VersionTLS12,
+//
+// The meta certificate has the relay's node key in its name, and host scanners
+// store it. For this reason only clients that send one of the relay's names get
+// it. Before TLS 1.3 certificates are not encrypted, and clients ignore the meta
+// certificate (derphttp.Client), so nobody gets it.
+func tlsConfig(server *derpserver.Server, own names, getCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
 		// No h2: DERP hijacks the connection, and HTTP/2 does not support that.
 		NextProtos: []string{"http/1.1", acmeTLS1},
 		// Small records at the start help browsers to show part of a page. A
 		// DERP frame is useful only when it is complete.
 		DynamicRecordSizingDisabled: true,
+		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			cert, err := getCertificate(hello)
+			if err != nil || cert == nil {
+				return nil, err
+			}
+			// A challenge certificate is sent alone (RFC 8737 §3).
+			if slices.Contains(hello.SupportedProtos, acmeTLS1) ||
+				!slices.Contains(hello.SupportedVersions, tls.VersionTLS13) || !own.own(hello.ServerName, cert) {
+				return cert, nil
+			}
+			// Other handshakes use cert too, so only a copy may change.
+			withMeta := *cert
+			withMeta.Certificate = append(slices.Clip(cert.Certificate), server.MetaCert())
+			return &withMeta, nil
+		},
 	}
-	server.ModifyTLSConfigToAddMetaCert(c)
-	withMeta := c.GetCertificate
-	c.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-		// A challenge certificate is sent alone (RFC 8737 §3).
-		if slices.Contains(hello.SupportedProtos, acmeTLS1) {
-			return getCertificate(hello)
-		}
-		return withMeta(hello)
-	}
-	return c
 }

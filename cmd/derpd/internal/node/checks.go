@@ -29,7 +29,7 @@ func (n *Node) checks() []healthz.Check {
 	if n.config.Meshed() {
 		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})
 	}
-	return list
+	return append(list, healthz.Check{Name: "proxies", Run: n.checkProxies})
 }
 
 // checkListeners connects to each public TCP listener. STUN and DERP have checks

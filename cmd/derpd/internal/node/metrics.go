@@ -33,6 +33,11 @@ func (n *Node) metrics() []expvar.KeyValue {
 			expvar.KeyValue{Key: "counter_derpd_certificate_reloads_total", Value: number(int64(status.Reloads))},
 			expvar.KeyValue{Key: "counter_derpd_certificate_reload_errors_total", Value: number(int64(status.ReloadErrors))})
 	}
+	misdirected := &metrics.MultiLabelMap[reasonLabel]{Type: "counter", Help: "Connections and requests that cannot work because of what is in front of the relay, those of scanners included."}
+	for _, s := range n.relay.Misdirected() {
+		misdirected.Set(reasonLabel{string(s.Misdirection)}, number(int64(s.Count)))
+	}
+	list = append(list, expvar.KeyValue{Key: "derpd_misdirected_total", Value: misdirected})
 	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
 
@@ -41,6 +46,7 @@ type (
 	decisionLabel struct{ Decision string }
 	sourceLabel   struct{ Source string }
 	nodeLabel     struct{ Node string }
+	reasonLabel   struct{ Reason string }
 )
 
 func (n *Node) admissionMetrics() []expvar.KeyValue {

@@ -4,7 +4,7 @@
 //   - node.go builds the parts, run.go runs and stops them
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
 //   - admission.go connects the relay to the gate
-//   - selfcheck.go, checks.go and metrics.go observe; a new health check is one
+//   - selfcheck.go, checks.go, misdirected.go and metrics.go observe; a new health check is one
 //     function and one line in checks.go
 //   - public.go and region.go make the map
 package node
@@ -120,6 +120,7 @@ func (n *Node) build(ctx context.Context) error {
 	mesh.Describe = n.describe
 	rc := relay.Config{
 		PrivateKey:     private,
+		Names:          c.Domains,
 		Admit:          n.admit(),
 		DisallowApps:   c.Admission.DisallowApps,
 		Home:           c.Web.Home,
@@ -127,6 +128,7 @@ func (n *Node) build(ctx context.Context) error {
 		Mesh:           mesh,
 		TrustedProxies: c.Proxies.Trusted,
 		ProxyProtocol:  c.Proxies.ProxyProtocol,
+		Misdirected:    n.misdirected,
 		Log:            n.log,
 	}
 	if n.certs != nil {
