@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"golang.org/x/crypto/cryptobyte"
+	"tailscale.com/derp"
 	"tailscale.com/net/tsaddr"
 )
 
@@ -79,12 +80,8 @@ func isDERP(r *http.Request) bool {
 	if r.URL.Path != "/derp" || r.Method != http.MethodGet {
 		return false
 	}
-	for field := range r.Header {
-		if strings.HasPrefix(field, "Derp-") { // derp.FastStartHeader, derp.IdealNodeHeader
-			return true
-		}
-	}
-	return strings.EqualFold(r.Header.Get("Upgrade"), "derp") ||
+	return r.Header.Get(derp.FastStartHeader) != "" || r.Header.Get(derp.IdealNodeHeader) != "" ||
+		strings.EqualFold(r.Header.Get("Upgrade"), "derp") ||
 		strings.Contains(r.Header.Get("Sec-Websocket-Protocol"), "derp") ||
 		strings.HasPrefix(r.Header.Get("User-Agent"), "Go-http-client/") && r.Header.Get("Accept") == ""
 }
@@ -125,32 +122,29 @@ const recordTypeHandshake = 22
 // client sends none. It is not ok without a ClientHello, and when the bytes end
 // before the answer.
 func serverName(first []byte) (name string, ok bool) {
-	const recordAndHandshakeHeader, version, random, extensionsLength = 5 + 4, 2, 32, 2
+	const recordHeader, handshakeHeader, version, random, extensionsLength = 5, 4, 2, 32, 2
+	if len(first) < recordHeader || first[0] != recordTypeHandshake {
+		return "", false
+	}
+	whole := len(first)-recordHeader >= int(binary.BigEndian.Uint16(first[recordHeader-2:]))
 	s := cryptobyte.String(first)
 	var session, suites, compression cryptobyte.String
-	if len(first) == 0 || first[0] != recordTypeHandshake || !s.Skip(recordAndHandshakeHeader+version+random) ||
-		!s.ReadUint8LengthPrefixed(&session) || !s.ReadUint16LengthPrefixed(&suites) || !s.ReadUint8LengthPrefixed(&compression) {
+	if !s.Skip(recordHeader+handshakeHeader+version+random) || !s.ReadUint8LengthPrefixed(&session) ||
+		!s.ReadUint16LengthPrefixed(&suites) || !s.ReadUint8LengthPrefixed(&compression) || !s.Skip(extensionsLength) {
 		return "", false
 	}
-	if s.Empty() {
-		return "", true
-	}
-	if !s.Skip(extensionsLength) {
-		return "", false
-	}
-	for !s.Empty() {
+	for {
 		var kind, listLength uint16
 		var nameType uint8
 		var extension, host cryptobyte.String
 		if !s.ReadUint16(&kind) || !s.ReadUint16LengthPrefixed(&extension) {
-			return "", false
+			return "", whole
 		}
 		if kind == 0 { // server_name, with one name of type host_name
 			ok := extension.ReadUint16(&listLength) && extension.ReadUint8(&nameType) && nameType == 0 && extension.ReadUint16LengthPrefixed(&host)
 			return string(host), ok
 		}
 	}
-	return "", true
 }
 
 // cutProxyHeader returns the bytes after a PROXY header (HAProxy's
