@@ -27,11 +27,14 @@ import (
 // newRelay returns a relay with what every configuration needs.
 func newRelay(t testing.TB, c Config) *Relay {
 	t.Helper()
-	home, err := Home("blank")
-	if err != nil {
-		t.Fatal(err)
+	if c.Home == nil {
+		home, err := Home("blank")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Home = home
 	}
-	c.Home, c.BootstrapDNS = home, NewBootstrapDNS(nil, zerolog.Nop())
+	c.BootstrapDNS = NewBootstrapDNS(nil, zerolog.Nop())
 	if c.PrivateKey.IsZero() {
 		c.PrivateKey = key.NewNode()
 	}
