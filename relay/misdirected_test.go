@@ -40,10 +40,10 @@ func TestMisdirectionStates(t *testing.T) {
 					}
 				})
 				for _, pause := range tt.pauses {
-					time.Sleep(pause)
+					<-time.After(pause)
 					m.note(NoUpgrade, tt.client, "192.0.2.1:1")
 				}
-				time.Sleep(tt.after)
+				<-time.After(tt.after)
 				states := m.states(time.Now())
 				if s := states[0]; len(states) != len(Misdirections()) || s.Misdirection != NoUpgrade || s.Now != tt.now || s.Count != uint64(len(tt.pauses)) || begun != tt.begun {
 					t.Errorf("%+v, begun %d times; want %v of %d arrivals, begun %d times", s, begun, tt.now, len(tt.pauses), tt.begun)
