@@ -191,7 +191,7 @@ func (a *ACME) Status() Status {
 	s := Status{Err: ErrNone, Reloads: a.renewed.Load(), ReloadErrors: a.faults.count()}
 	if state := a.state.Load(); state != nil {
 		if found := state.cache.AllMatchingCertificates(a.config.Names[0]); len(found) > 0 {
-			s.Leaf, s.Err = found[0].Leaf, nil
+			s.Leaf, s.Chain, s.Err = found[0].Leaf, found[0].Certificate.Certificate, nil
 		}
 	}
 	if err := a.faults.first(a.config.Names); err != nil {

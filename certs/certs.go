@@ -55,6 +55,9 @@ type Status struct {
 	// Leaf is the certificate that clients get; nil while there is none.
 	Leaf *x509.Certificate
 
+	// Chain is what clients get, in DER: Leaf and the certificates after it.
+	Chain [][]byte
+
 	// Pin is the CertName of a self-signed certificate in the DERP map. It
 	// is empty for a certificate that an authority has signed.
 	Pin string

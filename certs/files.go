@@ -110,7 +110,7 @@ func (f *files) Status() Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	cert := f.current.Load()
-	s := Status{Leaf: cert.Leaf, Err: f.err, Reloads: f.reloads, ReloadErrors: f.reloadErrors}
+	s := Status{Leaf: cert.Leaf, Chain: cert.Certificate, Err: f.err, Reloads: f.reloads, ReloadErrors: f.reloadErrors}
 	// Clients with a pin accept one certificate, not a chain (tlsdial's
 	// SetConfigExpectedCertHash).
 	if len(cert.Certificate) == 1 && selfSigned(cert.Leaf) {

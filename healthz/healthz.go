@@ -3,7 +3,8 @@
 //
 // healthz.go runs the checks and keeps their results. http.go serves the report.
 // selfcheck.go repeats a probe and decides whether the relay serves clients.
-// probe.go has the probes of DERP and STUN.
+// probe.go has the probes of DERP and STUN. verdict.go judges a certificate as clients
+// do: by the pin of the DERP map, or by its chain (chain.go).
 //
 // The checks themselves are the program's: cmd/derpd/internal/node/checks.go. A
 // new check is one function and one line there.

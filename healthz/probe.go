@@ -11,12 +11,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/net/netmon"
 	"tailscale.com/net/stun"
+	"tailscale.com/net/tlsdial"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 )
@@ -33,7 +35,15 @@ type DERPProbe struct {
 	// Dial connects to the relay's listener. It does not resolve Host.
 	Dial func(ctx context.Context) (net.Conn, error)
 
-	// Leaf is the certificate that the relay must present; nil for plain HTTP.
+	// Judge returns the verdict on the certificates of a handshake; nil for plain
+	// HTTP. The probe fails if clients refuse the certificates.
+	Judge func(sent []*x509.Certificate) Verdict
+
+	// CertName is the CertName of the relay in the DERP map.
+	CertName string
+
+	// Leaf is the certificate that is expected. It may be nil, which costs one more
+	// handshake.
 	Leaf *x509.Certificate
 
 	// From and To are the node keys of the clients.
@@ -64,7 +74,11 @@ func (p DERPProbe) Run(ctx context.Context) (time.Duration, error) {
 func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *derphttp.Client, err error) {
 	// The URL is http because dial does the TLS handshake itself. With https,
 	// derphttp would load the system roots first, which is slow.
-	client, err := derphttp.NewClient(private, "http://"+p.Host+"/derp", logger.Discard, netmon.NewStatic())
+	host := p.Host
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	client, err := derphttp.NewClient(private, "http://"+host+"/derp", logger.Discard, netmon.NewStatic())
 	if err != nil {
 		return nil, err
 	}
@@ -94,18 +108,47 @@ func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *der
 
 // dial returns a connection for HTTP, after the TLS handshake if there is one.
 func (p DERPProbe) dial(ctx context.Context) (net.Conn, error) {
-	conn, err := p.Dial(ctx)
-	if err != nil || p.Leaf == nil {
-		return conn, err
+	if p.Judge == nil {
+		return p.Dial(ctx)
 	}
-	roots := x509.NewCertPool()
-	roots.AddCert(p.Leaf)
-	client := tls.Client(conn, &tls.Config{
-		ServerName: p.Host, RootCAs: roots, MinVersion: tls.VersionTLS12,
+	conn, err := p.handshake(ctx, p.Leaf)
+	// Another certificate than the expected one may be good as well.
+	if refused, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(refused.UnverifiedCertificates) > 0 {
+		if err := p.Judge(refused.UnverifiedCertificates).Err(); err != nil {
+			return nil, err
+		}
+		return p.handshake(ctx, refused.UnverifiedCertificates[0])
+	}
+	return conn, err
+}
+
+// handshake connects with TLS. Without a pin, crypto/tls trusts the leaf alone, so that
+// the chain and the roots are left to Judge, which remembers them.
+func (p DERPProbe) handshake(ctx context.Context, leaf *x509.Certificate) (net.Conn, error) {
+	conn, err := p.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	config := &tls.Config{
+		ServerName: p.Host, RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12,
 		// P-256 is the cheapest key exchange. The first probe delays the
 		// start, and the loopback interface needs no post-quantum secrecy.
 		CurvePreferences: []tls.CurveID{tls.CurveP256},
-	})
+	}
+	if leaf != nil {
+		config.RootCAs.AddCert(leaf)
+	}
+	if hash, pinned := strings.CutPrefix(p.CertName, pinPrefix); pinned {
+		tlsdial.SetConfigExpectedCertHash(config, hash)
+	}
+	byClients := config.VerifyConnection
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		if err := p.Judge(state.PeerCertificates).Err(); err != nil || byClients == nil {
+			return err
+		}
+		return byClients(state)
+	}
+	client := tls.Client(conn, config)
 	if err := client.HandshakeContext(ctx); err != nil {
 		_ = conn.Close()
 		return nil, err

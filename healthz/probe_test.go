@@ -3,6 +3,7 @@ package healthz
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net"
 	"net/http"
@@ -41,10 +42,24 @@ func relay(t *testing.T, admit string, certificate *tls.Certificate) DERPProbe {
 		h.TLS = &tls.Config{Certificates: []tls.Certificate{*certificate}, MinVersion: tls.VersionTLS12}
 		h.StartTLS()
 		p.Leaf = certificate.Leaf
+		p.Judge = judging(Clients{HostName: p.Host, Roots: testkit.Pool(certificate)})
 	}
 	t.Cleanup(func() { _ = s.Close(); h.Close() })
 	p.Dial = dialing(h.Listener.Addr().String())
 	return p
+}
+
+// judging judges by what clients have.
+func judging(c Clients) func([]*x509.Certificate) Verdict {
+	return func(sent []*x509.Certificate) Verdict { return c.Judge(sent, time.Now()) }
+}
+
+// by makes a probe expect a certificate, and judge by the pin of a map.
+func by(leaf *x509.Certificate, pin string) func(*DERPProbe) {
+	return func(p *DERPProbe) {
+		p.Leaf, p.CertName = leaf, pin
+		p.Judge = judging(Clients{HostName: p.Host, CertName: pin})
+	}
 }
 
 func dialing(addr string) func(context.Context) (net.Conn, error) {
@@ -81,7 +96,13 @@ func TestDERPProbe(t *testing.T) {
 	t.Cleanup(hanging.Close)
 	release := sync.OnceFunc(func() { close(hang) })
 	t.Cleanup(release)
-	good := testkit.SelfSigned(t, "derp.example.com")
+	good, other := testkit.SelfSigned(t, "derp.example.com"), testkit.SelfSigned(t, "derp.example.com")
+	expired := testkit.NewCertificate(t, testkit.Certificate{Names: []string{"derp.example.com"}, NotAfter: time.Now().Add(-time.Minute)})
+	// Only clients without a pin require serverAuth.
+	mail := testkit.NewCertificate(t, testkit.Certificate{Names: []string{"derp.example.com"}, Change: func(c *x509.Certificate) {
+		c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageEmailProtection}
+	}})
+	pin := func(c *tls.Certificate) string { return "sha256-raw:" + testkit.Hash(c.Leaf) }
 	for _, tt := range []struct {
 		name        string
 		admit       string
@@ -91,9 +112,18 @@ func TestDERPProbe(t *testing.T) {
 	}{
 		{name: "plain HTTP"},
 		{name: "TLS", certificate: good},
-		{name: "another certificate", certificate: testkit.SelfSigned(t, "derp.example.com"), change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "certificate signed by unknown authority"},
-		{name: "another name", certificate: good, change: func(p *DERPProbe) { p.Host = "other.example.com" }, want: "certificate is valid for derp.example.com, not other.example.com"},
-		{name: "TLS at a plain listener", change: func(p *DERPProbe) { p.Leaf = good.Leaf }, want: "first record does not look like a TLS handshake"},
+		{name: "TLS without an expected certificate", certificate: good, change: func(p *DERPProbe) { p.Leaf = nil }},
+		{name: "another certificate that clients accept", certificate: good, change: func(p *DERPProbe) { p.Leaf = other.Leaf }},
+		{name: "another name", certificate: good, change: func(p *DERPProbe) {
+			p.Host = "other.example.com"
+			by(good.Leaf, "")(p)
+		}, want: "the certificate is for derp.example.com, but clients ask for other.example.com"},
+		{name: "expired", certificate: expired, want: "the certificate of derp.example.com expired on "},
+		{name: "no serverAuth", certificate: mail, want: "lacks the extended key usage serverAuth"},
+		{name: "a pin", certificate: mail, change: by(nil, pin(mail))},
+		{name: "a pin and another certificate", certificate: other, change: by(good.Leaf, pin(good)), want: "but the map has the pin " + testkit.Hash(good.Leaf)[:16]},
+		{name: "a pin and an expired certificate", certificate: expired, change: by(expired.Leaf, pin(expired)), want: "the certificate of derp.example.com expired on "},
+		{name: "TLS at a plain listener", change: by(good.Leaf, ""), want: "first record does not look like a TLS handshake"},
 		{name: "refused", admit: refuse.URL, want: "the relay closed the connection after the DERP handshake: "},
 		{name: "admission hangs", admit: hanging.URL, want: "context deadline exceeded"},
 		{name: "no packet", change: func(p *DERPProbe) {
@@ -107,7 +137,10 @@ func TestDERPProbe(t *testing.T) {
 		}, want: "a packet between two clients: context deadline exceeded"},
 		{name: "no listener", change: func(p *DERPProbe) { p.Dial = dialing(closedPort(t)) }, want: "connection refused"},
 		{name: "silence", change: func(p *DERPProbe) { p.Dial = dialing(silence(t)) }, want: "context deadline exceeded"},
-		{name: "silence in place of TLS", change: func(p *DERPProbe) { p.Leaf, p.Dial = good.Leaf, dialing(silence(t)) }, want: "context deadline exceeded"},
+		{name: "silence in place of TLS", change: func(p *DERPProbe) {
+			by(good.Leaf, "")(p)
+			p.Dial = dialing(silence(t))
+		}, want: "context deadline exceeded"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			patience := 30 * time.Second

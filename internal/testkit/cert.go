@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -32,6 +33,9 @@ type Certificate struct {
 	// CA makes the certificate of an authority.
 	CA bool
 
+	// Change changes the certificate before it is signed; nil for no change.
+	Change func(*x509.Certificate)
+
 	// Issuer signs the certificate; nil for a self-signed one.
 	Issuer *tls.Certificate
 
@@ -42,13 +46,21 @@ type Certificate struct {
 // NewCertificate creates a certificate with a new P-256 key. Leaf is set.
 func NewCertificate(t testing.TB, c Certificate) *tls.Certificate {
 	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	made, err := c.make()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return made
+}
+
+func (c Certificate) make() (*tls.Certificate, error) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: c.Names[0]}, BasicConstraintsValid: true,
@@ -81,13 +93,35 @@ func NewCertificate(t testing.TB, c Certificate) *tls.Certificate {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, &private.PublicKey, signer)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	leaf, err := x509.ParseCertificate(der)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}, nil
+}
+
+// PublicAuthority creates an authority and makes it the only system root of this
+// process and of the programs that it starts. TestMain calls it, because crypto/x509
+// reads the system's roots once. remove removes the files.
+func PublicAuthority() (root *tls.Certificate, remove func(), err error) {
+	root, err = Certificate{Names: []string{"Public Root"}, CA: true, NotAfter: time.Now().AddDate(20, 0, 0)}.make()
+	if err != nil {
+		return nil, nil, err
+	}
+	dir, err := os.MkdirTemp("", "roots")
+	if err != nil {
+		return nil, nil, err
+	}
+	file := filepath.Join(dir, "roots.pem")
+	err = cmp.Or(
+		os.WriteFile(file, ChainPEM(root), 0o600),
+		os.Mkdir(filepath.Join(dir, "none"), 0o700),
+		os.Setenv("SSL_CERT_FILE", file),
+		os.Setenv("SSL_CERT_DIR", filepath.Join(dir, "none")),
+	)
+	return root, func() { _ = os.RemoveAll(dir) }, err
 }
 
 // SelfSigned makes a self-signed certificate for names and addresses.

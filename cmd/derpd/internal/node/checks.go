@@ -92,11 +92,16 @@ func (n *Node) checkCertificate(context.Context) healthz.Result {
 	for _, ip := range s.Leaf.IPAddresses {
 		names = append(names, ip.String())
 	}
+	verdict := n.verdict()
 	left := time.Until(s.Leaf.NotAfter)
 	line := fmt.Sprintf("%s, %s, %s", mode, strings.Join(names, " "), remaining(left))
 	switch {
-	case left <= 0:
-		return healthz.Failf("%s expired on %s", strings.Join(names, " "), s.Leaf.NotAfter.Format(time.DateOnly))
+	case verdict.Level == healthz.Fail:
+		return healthz.Failf("%s", verdict)
+	case verdict.Level == healthz.Warn && s.Err != nil:
+		return healthz.Warnf("%s; %s; %v", line, verdict, s.Err)
+	case verdict.Level == healthz.Warn:
+		return healthz.Warnf("%s; %s", line, verdict)
 	case s.Err != nil:
 		return healthz.Warnf("%s; %v", line, s.Err)
 	case isOld(s.Leaf, left):

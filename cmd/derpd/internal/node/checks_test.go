@@ -171,7 +171,7 @@ func TestProbedName(t *testing.T) {
 		"an address alone":           {address, nil, "198.18.0.1"},
 		"nothing":                    {new(x509.Certificate), nil, "localhost"},
 	} {
-		if got := probedName(tt.leaf, tt.domains); got != tt.want {
+		if got := probedName(tt.leaf, tt.domains, false); got != tt.want {
 			t.Errorf("%s: %s, want %s", name, got, tt.want)
 		}
 	}

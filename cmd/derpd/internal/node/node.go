@@ -4,14 +4,15 @@
 //   - node.go builds the parts, run.go runs and stops them
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
 //   - admission.go connects the relay to the gate
-//   - selfcheck.go, checks.go, misdirected.go and metrics.go observe; a new health check is one
-//     function and one line in checks.go
+//   - selfcheck.go, eyes.go, checks.go, misdirected.go and metrics.go observe; a new
+//     health check is one function and one line in checks.go
 //   - public.go and region.go make the map
 package node
 
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"net/http"
@@ -44,6 +45,9 @@ type Options struct {
 	// Map receives the map once the relay serves.
 	Map io.Writer
 
+	// Roots stand for the roots that clients have; nil for those of this machine.
+	Roots *x509.CertPool
+
 	// Version and Upstream are the versions of derpd and tailscale.com.
 	Version, Upstream string
 
@@ -65,6 +69,7 @@ type Node struct {
 	health    *healthz.Health
 	selfCheck *healthz.SelfCheck
 	probe     probeKeys
+	eyes      *eyes
 
 	plain      http.Handler // of the plain HTTP listener
 	admin      *http.Server
@@ -88,7 +93,7 @@ func New(ctx context.Context, c *config.Config, o Options) (*Node, error) {
 	}
 	n := &Node{
 		config: c, options: o, log: o.Log, listeners: l,
-		probe: newProbeKeys(), serving: make(chan struct{}), address: make(chan struct{}),
+		probe: newProbeKeys(), eyes: newEyes(o.Roots), serving: make(chan struct{}), address: make(chan struct{}),
 	}
 	if err := n.build(ctx); err != nil {
 		l.close()

@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -29,13 +30,24 @@ import (
 	"derpd/internal/testkit"
 )
 
+// publicRoot is the authority that every machine knows: the only system root of this
+// process.
+var publicRoot *tls.Certificate
+
 // TestMain runs the tests, and fails if a goroutine is left after them. Under
 // the name derpd it runs a relay instead; see [testkit.LinkAsDerpd].
 func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == "derpd" {
 		os.Exit(runRelay())
 	}
+	root, remove, err := testkit.PublicAuthority()
+	if err != nil {
+		_, _ = fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	publicRoot = root
 	goleak.VerifyTestMain(m,
+		goleak.Cleanup(func(code int) { remove(); os.Exit(code) }),
 		// pebble cannot stop its workers.
 		goleak.IgnoreAnyFunction("github.com/letsencrypt/pebble/v2/va.VAImpl.processTasks"),
 		// certmagic's rate limiters run until the process ends.

@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"time"
 
 	"derpd/certs"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/host"
+	"derpd/healthz"
 	"derpd/relay/derpmap"
 )
 
@@ -125,22 +127,26 @@ func loadPinned(c *config.Config) (certs.Manager, error) {
 // StoppedMap is the map of a relay that does not run, made from its
 // configuration and its data directory.
 func StoppedMap(ctx context.Context, c *config.Config, format string) ([]byte, error) {
-	pin := ""
+	load := func(*config.Config) (certs.Manager, error) { return nil, nil }
 	switch c.Certificate.Mode {
 	case config.ModePinned:
-		m, err := loadPinned(c)
-		if err != nil {
-			return nil, err
-		}
-		pin = m.Status().Pin
+		load = loadPinned
 	case config.ModeManual:
-		m, err := certs.LoadManual(c.Certificate.Manual)
-		if err != nil {
-			return nil, err
-		}
-		pin = m.Status().Pin
+		load = func(c *config.Config) (certs.Manager, error) { return certs.LoadManual(c.Certificate.Manual) }
+	}
+	m, err := load(c)
+	if err != nil {
+		return nil, err
+	}
+	pin := ""
+	var verdict healthz.Verdict
+	if m != nil {
+		s := m.Status()
+		pin = s.Pin
+		verdict = new(healthz.Judgements).Of(clients(c, pin), systemRoots, parseChain(s.Chain), time.Now())
 	}
 	n, notes := publicNode(c, configuredPorts(c.Listen), pin, publicAddresses(ctx, c))
+	notes = append(notes, verdictNotes(verdict)...)
 	if c.Meshed() {
 		notes = append(notes, "The other nodes of DERP_MESH_WITH are missing: only a relay that runs asks them.")
 	}

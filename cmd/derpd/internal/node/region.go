@@ -51,6 +51,9 @@ func (n *Node) public(ctx context.Context) (derpmap.Node, []string, error) {
 		pin = n.certs.Status().Pin
 	}
 	node, notes := publicNode(n.config, n.listeners.ports(), pin, n.found)
+	if n.certs != nil && n.certs.Status().Leaf != nil {
+		notes = append(notes, verdictNotes(n.verdict())...)
+	}
 	return node, notes, nil
 }
 

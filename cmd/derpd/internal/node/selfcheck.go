@@ -114,26 +114,29 @@ func (n *Node) probeDERP(ctx context.Context) (time.Duration, error) {
 		From: n.probe.from, To: n.probe.to,
 	}
 	if n.certs != nil {
-		if probe.Leaf = n.certs.Status().Leaf; probe.Leaf == nil {
+		s := n.certs.Status()
+		if s.Leaf == nil {
 			return 0, errNoCertificate
 		}
-		probe.Host = probedName(probe.Leaf, n.config.Domains)
+		probe.Leaf, probe.CertName = s.Leaf, s.Pin
+		probe.Host = probedName(s.Leaf, n.config.Domains, s.Pin != "")
+		probe.Judge = func(sent []*x509.Certificate) healthz.Verdict { return n.judgeSent(sent, s.Pin) }
 	}
 	return probe.Run(ctx)
 }
 
-// probedName is the name that the certificate must cover. It is the name that
-// clients dial, if there is one. Otherwise it is a name or an address of the
-// certificate; an address is verified but not sent, since SNI has names only.
-func probedName(leaf *x509.Certificate, domains []string) string {
+// probedName is the name that clients dial. Clients that dial an address send no
+// name, and verify none: the result is then an address of the certificate, which
+// crypto/tls verifies without a pin. A name of the certificate is the last resort.
+func probedName(leaf *x509.Certificate, domains []string, pinned bool) string {
 	if len(domains) > 0 && net.ParseIP(domains[0]) == nil {
 		return domains[0]
 	}
-	if len(leaf.DNSNames) > 0 {
-		return leaf.DNSNames[0]
-	}
-	if len(leaf.IPAddresses) > 0 {
+	if !pinned && len(leaf.IPAddresses) > 0 {
 		return leaf.IPAddresses[0].String()
 	}
-	return "localhost" // not covered by the certificate: the check fails
+	if !pinned && len(leaf.DNSNames) > 0 {
+		return leaf.DNSNames[0]
+	}
+	return "127.0.0.1"
 }
