@@ -38,9 +38,6 @@ type Certificate struct {
 
 	// Issuer signs the certificate; nil for a self-signed one.
 	Issuer *tls.Certificate
-
-	// Change changes the template, if it is not nil.
-	Change func(template *x509.Certificate)
 }
 
 // NewCertificate creates a certificate with a new P-256 key. Leaf is set.

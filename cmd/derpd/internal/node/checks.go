@@ -95,17 +95,20 @@ func (n *Node) checkCertificate(context.Context) healthz.Result {
 	verdict := n.verdict()
 	left := time.Until(s.Leaf.NotAfter)
 	line := fmt.Sprintf("%s, %s, %s", mode, strings.Join(names, " "), remaining(left))
-	switch {
-	case verdict.Level == healthz.Fail:
+	if verdict.Level == healthz.Fail {
 		return healthz.Failf("%s", verdict)
-	case verdict.Level == healthz.Warn && s.Err != nil:
-		return healthz.Warnf("%s; %s; %v", line, verdict, s.Err)
-	case verdict.Level == healthz.Warn:
-		return healthz.Warnf("%s; %s", line, verdict)
-	case s.Err != nil:
-		return healthz.Warnf("%s; %v", line, s.Err)
-	case isOld(s.Leaf, left):
-		return healthz.Warnf("%s; %s", line, renewal[mode])
+	}
+	parts := []string{line}
+	if verdict.Level == healthz.Warn {
+		parts = append(parts, verdict.String())
+	}
+	if s.Err != nil {
+		parts = append(parts, s.Err.Error())
+	} else if isOld(s.Leaf, left) {
+		parts = append(parts, renewal[mode])
+	}
+	if len(parts) > 1 {
+		return healthz.Warnf("%s", strings.Join(parts, "; "))
 	}
 	return healthz.Okf("%s", line)
 }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -29,17 +30,14 @@ func TestCheckCertificate(t *testing.T) {
 	n := begin(t, testkit.Environ(t, "DERP_DOMAIN=derp.example.com", "DERP_CERT_MODE=pinned"))
 	manager := n.certs
 	defer func() { n.stop(); n.certs = manager }()
-	leaf := func(left time.Duration) *x509.Certificate {
-		return &x509.Certificate{
-			DNSNames: []string{"derp.example.com"}, IPAddresses: []net.IP{net.IPv4(198, 18, 0, 1)},
-			NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: time.Now().Add(left),
-		}
+	status := func(issuer *tls.Certificate, lifetime, left time.Duration, err error) certs.Status {
+		made := testkit.NewCertificate(t, testkit.Certificate{
+			Names:     []string{"derp.example.com", "198.18.0.1"},
+			NotBefore: time.Now().Add(left - lifetime), NotAfter: time.Now().Add(left), Issuer: issuer,
+		})
+		return certs.Status{Leaf: made.Leaf, Chain: made.Certificate, Err: err}
 	}
-	lived := func(lifetime, left time.Duration) *x509.Certificate {
-		c := leaf(left)
-		c.NotBefore = c.NotAfter.Add(-lifetime)
-		return c
-	}
+	private := testkit.NewAuthority(t)
 	const names, sixDays = "derp.example.com 198.18.0.1", 160 * time.Hour
 	cause := errors.New("the authority is away")
 	for name, tt := range map[string]struct {
@@ -48,28 +46,31 @@ func TestCheckCertificate(t *testing.T) {
 		level  healthz.Level
 		want   string
 	}{
-		"valid":             {config.ModeLetsEncrypt, certs.Status{Leaf: leaf(49 * time.Hour)}, healthz.OK, "letsencrypt, " + names + ", 2 days left"},
+		"valid":             {config.ModeLetsEncrypt, status(publicRoot, 73*time.Hour, 49*time.Hour, nil), healthz.OK, "letsencrypt, " + names + ", 2 days left"},
 		"none yet":          {config.ModeLetsEncrypt, certs.Status{Err: cause}, healthz.Fail, "waiting for derp.example.com: the authority is away"},
-		"renewal fails":     {config.ModeLetsEncrypt, certs.Status{Leaf: leaf(49 * time.Hour), Err: cause}, healthz.Warn, "letsencrypt, " + names + ", 2 days left; the authority is away"},
-		"expired":           {config.ModeLetsEncrypt, certs.Status{Leaf: leaf(-time.Hour), Err: cause}, healthz.Fail, names + " expired on "},
-		"manual, near":      {config.ModeManual, certs.Status{Leaf: lived(90*day, 10*day+time.Hour)}, healthz.Warn, "manual, " + names + ", 10 days left; renew the files"},
-		"manual, fresh":     {config.ModeManual, certs.Status{Leaf: lived(90*day, 23*day)}, healthz.OK, "22 days left"},
-		"manual, old":       {config.ModeManual, certs.Status{Leaf: lived(90*day, 22*day)}, healthz.Warn, "21 days left; renew the files"},
-		"manual, a year":    {config.ModeManual, certs.Status{Leaf: lived(365*day, 31*day)}, healthz.OK, "30 days left"},
-		"manual, its end":   {config.ModeManual, certs.Status{Leaf: lived(365*day, 30*day)}, healthz.Warn, "29 days left; renew the files"},
-		"six days, new":     {config.ModeManual, certs.Status{Leaf: lived(sixDays, sixDays)}, healthz.OK, "6 days left"},
-		"six days, fresh":   {config.ModeManual, certs.Status{Leaf: lived(sixDays, 41*time.Hour)}, healthz.OK, "40 hours left"},
-		"six days, old":     {config.ModeManual, certs.Status{Leaf: lived(sixDays, 40*time.Hour)}, healthz.Warn, "39 hours left; renew the files"},
-		"minutes":           {config.ModeManual, certs.Status{Leaf: lived(sixDays, 119*time.Minute)}, healthz.Warn, "118 minutes left; renew the files"},
-		"seconds":           {config.ModeManual, certs.Status{Leaf: lived(sixDays, 100*time.Second)}, healthz.Warn, "99 seconds left; renew the files"},
-		"overdue":           {config.ModeLetsEncrypt, certs.Status{Leaf: lived(90*day, 20*day)}, healthz.Warn, "letsencrypt, " + names + ", 19 days left; its renewal is overdue; the log has the cause"},
-		"in the window":     {config.ModeLetsEncrypt, certs.Status{Leaf: lived(90*day, 29*day)}, healthz.OK, "28 days left"},
-		"manual, expired":   {config.ModeManual, certs.Status{Leaf: leaf(-time.Hour)}, healthz.Fail, names + " expired on "},
-		"manual, bad files": {config.ModeManual, certs.Status{Leaf: leaf(1000 * time.Hour), Err: cause}, healthz.Warn, "41 days left; the authority is away"},
+		"renewal fails":     {config.ModeLetsEncrypt, status(publicRoot, 90*day, 49*time.Hour, cause), healthz.Warn, "letsencrypt, " + names + ", 2 days left; the authority is away"},
+		"expired":           {config.ModeLetsEncrypt, status(publicRoot, 90*day, -time.Hour, cause), healthz.Fail, "the certificate of derp.example.com expired on "},
+		"a private root":    {config.ModeLetsEncrypt, status(private, 73*time.Hour, 49*time.Hour, nil), healthz.Warn, "2 days left; clients need \"Test Root\" installed: this machine does not know it; "},
+		"private and old":   {config.ModeManual, status(private, 90*day, 49*time.Hour, nil), healthz.Warn, "; renew the files"},
+		"and no renewal":    {config.ModeLetsEncrypt, status(private, 90*day, 49*time.Hour, cause), healthz.Warn, "; the authority is away"},
+		"manual, expired":   {config.ModeManual, status(publicRoot, 90*day, -time.Hour, nil), healthz.Fail, "the certificate of derp.example.com expired on "},
+		"manual, bad files": {config.ModeManual, status(publicRoot, 90*day, 1000*time.Hour, cause), healthz.Warn, "41 days left; the authority is away"},
+		"manual, near":      {config.ModeManual, status(publicRoot, 90*day, 10*day+time.Hour, nil), healthz.Warn, "manual, " + names + ", 10 days left; renew the files"},
+		"manual, fresh":     {config.ModeManual, status(publicRoot, 90*day, 23*day, nil), healthz.OK, "22 days left"},
+		"manual, old":       {config.ModeManual, status(publicRoot, 90*day, 22*day, nil), healthz.Warn, "21 days left; renew the files"},
+		"manual, a year":    {config.ModeManual, status(publicRoot, 365*day, 31*day, nil), healthz.OK, "30 days left"},
+		"manual, its end":   {config.ModeManual, status(publicRoot, 365*day, 30*day, nil), healthz.Warn, "29 days left; renew the files"},
+		"six days, new":     {config.ModeManual, status(publicRoot, sixDays, sixDays, nil), healthz.OK, "6 days left"},
+		"six days, fresh":   {config.ModeManual, status(publicRoot, sixDays, 41*time.Hour, nil), healthz.OK, "40 hours left"},
+		"six days, old":     {config.ModeManual, status(publicRoot, sixDays, 40*time.Hour, nil), healthz.Warn, "39 hours left; renew the files"},
+		"minutes":           {config.ModeManual, status(publicRoot, sixDays, 119*time.Minute, nil), healthz.Warn, "118 minutes left; renew the files"},
+		"seconds":           {config.ModeManual, status(publicRoot, sixDays, 100*time.Second, nil), healthz.Warn, "99 seconds left; renew the files"},
+		"overdue":           {config.ModeLetsEncrypt, status(publicRoot, 90*day, 20*day, nil), healthz.Warn, "letsencrypt, " + names + ", 19 days left; its renewal is overdue; the log has the cause"},
+		"in the window":     {config.ModeLetsEncrypt, status(publicRoot, 90*day, 29*day, nil), healthz.OK, "28 days left"},
 	} {
 		c := *n.config
 		c.Certificate.Mode = tt.mode
-		fake := &Node{config: &c, certs: statusCerts{manager, tt.status}, selfCheck: n.selfCheck, relay: n.relay}
+		fake := &Node{config: &c, certs: statusCerts{manager, tt.status}, selfCheck: n.selfCheck, relay: n.relay, eyes: newEyes(nil)}
 		got := fake.checkCertificate(t.Context())
 		if got.Level != tt.level || !strings.Contains(got.Detail, tt.want) {
 			t.Errorf("%s: %+v, want %v %q", name, got, tt.level, tt.want)
@@ -91,7 +92,7 @@ func TestCheckCertificate(t *testing.T) {
 			t.Errorf("%s: the end of the certificate is %s", name, text["gauge_derpd_certificate_not_after_timestamp_seconds"])
 		}
 	}
-	counted := &Node{config: n.config, certs: statusCerts{manager, certs.Status{Leaf: leaf(time.Hour), Reloads: 2, ReloadErrors: 3}}, selfCheck: n.selfCheck, relay: n.relay}
+	counted := &Node{config: n.config, certs: statusCerts{manager, certs.Status{Leaf: private.Leaf, Reloads: 2, ReloadErrors: 3}}, selfCheck: n.selfCheck, relay: n.relay}
 	text := metricsText(counted)
 	if text["counter_derpd_certificate_reloads_total"] != "2" || text["counter_derpd_certificate_reload_errors_total"] != "3" {
 		t.Errorf("2 reloads and 3 failed ones are counted as %v", text)
@@ -159,19 +160,24 @@ func TestLoopback(t *testing.T) {
 func TestProbedName(t *testing.T) {
 	both := &x509.Certificate{DNSNames: []string{"a.example.com", "b.example.com"}, IPAddresses: []net.IP{net.IPv4(198, 18, 0, 1)}}
 	address := &x509.Certificate{IPAddresses: both.IPAddresses}
+	name := &x509.Certificate{DNSNames: both.DNSNames}
 	for name, tt := range map[string]struct {
 		leaf    *x509.Certificate
 		domains []string
+		pinned  bool
 		want    string
 	}{
-		"the name that clients dial": {both, []string{"b.example.com"}, "b.example.com"},
-		"even if it is not covered":  {both, []string{"c.example.com"}, "c.example.com"},
-		"clients dial an address":    {both, []string{"198.18.0.1"}, "a.example.com"},
-		"no domain":                  {both, nil, "a.example.com"},
-		"an address alone":           {address, nil, "198.18.0.1"},
-		"nothing":                    {new(x509.Certificate), nil, "localhost"},
+		"the name that clients dial": {both, []string{"b.example.com"}, false, "b.example.com"},
+		"with a pin":                 {both, []string{"b.example.com"}, true, "b.example.com"},
+		"even if it is not covered":  {both, []string{"c.example.com"}, false, "c.example.com"},
+		"clients dial an address":    {both, []string{"198.18.0.1"}, false, "198.18.0.1"},
+		"an address and a pin":       {name, []string{"198.18.0.1"}, true, "127.0.0.1"},
+		"no domain":                  {both, nil, false, "198.18.0.1"},
+		"no domain, a name alone":    {name, nil, false, "a.example.com"},
+		"an address alone":           {address, nil, false, "198.18.0.1"},
+		"nothing":                    {new(x509.Certificate), nil, false, "127.0.0.1"},
 	} {
-		if got := probedName(tt.leaf, tt.domains, false); got != tt.want {
+		if got := probedName(tt.leaf, tt.domains, tt.pinned); got != tt.want {
 			t.Errorf("%s: %s, want %s", name, got, tt.want)
 		}
 	}
