@@ -3,6 +3,7 @@ package testkit
 import (
 	"bytes"
 	"cmp"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -33,6 +34,9 @@ type Certificate struct {
 	// CA makes the certificate of an authority.
 	CA bool
 
+	// Key is the key of the certificate; nil for a new one.
+	Key crypto.Signer
+
 	// Change changes the certificate before it is signed; nil for no change.
 	Change func(*x509.Certificate)
 
@@ -51,9 +55,13 @@ func NewCertificate(t testing.TB, c Certificate) *tls.Certificate {
 }
 
 func (c Certificate) make() (*tls.Certificate, error) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
+	private := c.Key
+	if private == nil {
+		made, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return nil, err
+		}
+		private = made
 	}
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	if err != nil {
@@ -88,7 +96,7 @@ func (c Certificate) make() (*tls.Certificate, error) {
 	if c.Issuer != nil {
 		parent, signer = c.Issuer.Leaf, c.Issuer.PrivateKey
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, &private.PublicKey, signer)
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, private.Public(), signer)
 	if err != nil {
 		return nil, err
 	}
