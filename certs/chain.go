@@ -105,11 +105,13 @@ func (c ManualConfig) verify(p *pair, chain []certificate, now time.Time) (autho
 // noRoots reports whether this machine has no roots at all, and so cannot tell a
 // public authority from another.
 func noRoots(roots *x509.CertPool) bool {
-	if roots != nil {
-		return false
+	if roots == nil {
+		var err error
+		if roots, err = x509.SystemCertPool(); err != nil {
+			return true
+		}
 	}
-	system, err := x509.SystemCertPool()
-	return err != nil || system.Equal(x509.NewCertPool())
+	return roots.Equal(x509.NewCertPool())
 }
 
 // explainChain explains the error of a chain that no root can make valid.

@@ -147,6 +147,8 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 	self := testkit.SelfSigned(t, relayName)
 	other := testkit.SelfSigned(t, "other.example.com")
 	byRoot := server(t, p.root, nil)
+	rootWithURL := authority(t, "Root with URL", nil, withURL(issuerURL))
+	byRootWithURL := server(t, rootWithURL, withURL(issuerURL))
 	noSAN := func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = nil, nil }
 	cnSelf, cnSigned := server(t, nil, noSAN), server(t, p.middle, noSAN)
 	wildcard := server(t, p.middle, func(c *x509.Certificate) { c.DNSNames = []string{"*.example.com"} })
@@ -209,6 +211,8 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		{name: "AD CS: where the issuer is in LDAP", cert: chain(server(t, p.middle, withURL("ldap:///CN=CA,CN=AIA", issuerURL))), log: `"authority":"CN=Test Intermediate"`},
 		{name: "issuer at a private name", cert: chain(server(t, p.middle, withURL("http://pki.corp.internal/ca.cer"))), log: `"authority":"CN=Test Intermediate"`},
 		{name: "issuer at an address", cert: chain(server(t, p.middle, withURL("http://10.0.0.1/ca.cer"))), log: `"authority":"CN=Test Intermediate"`},
+		{name: "issuer at https", cert: chain(server(t, p.middle, withURL("https://vault.example.com/v1/pki/ca"))), log: `"authority":"CN=Test Intermediate"`},
+		{name: "root that says where it is", cert: chain(byRootWithURL, rootWithURL), log: `"authority":"CN=Root with URL"`},
 		{name: "issuer at a port", cert: chain(server(t, p.middle, withURL("http://vault.example.com:8200/v1/pki/ca"))), log: `"authority":"CN=Test Intermediate"`},
 
 		// The leaf.
@@ -388,6 +392,21 @@ func TestManualTrusted(t *testing.T) {
 		if m, err := certs.LoadManual(c); err != nil || m.Status().Pin != "" || strings.Contains(log.String(), "authority") {
 			t.Errorf("%s: %v, logged %s", name, err, log.String())
 		}
+	}
+}
+
+// A machine without any roots cannot tell that an intermediate is missing.
+func TestManualWithoutRoots(t *testing.T) {
+	p := newPKI(t)
+	dir := t.TempDir()
+	var log bytes.Buffer
+	c := certs.ManualConfig{
+		CertFile: filepath.Join(dir, "tls.crt"), KeyFile: filepath.Join(dir, "tls.key"),
+		Names: []string{relayName}, Roots: x509.NewCertPool(), Log: zerolog.New(&log),
+	}
+	testkit.WritePair(t, c.CertFile, c.KeyFile, server(t, p.middle, withURL(issuerURL)))
+	if _, err := certs.LoadManual(c); err != nil || !strings.Contains(log.String(), `"authority":"CN=Test Intermediate"`) {
+		t.Errorf("%v, logged %s", err, log.String())
 	}
 }
 
