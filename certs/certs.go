@@ -6,7 +6,9 @@
 //     stores the errors, and cause.go explains them. storage.go stores the
 //     certificates. zap.go logs for certmagic. dns.go and dns_*.go prove names
 //     by DNS-01.
-//   - manual.go reads a certificate and a key that another program renews.
+//   - manual.go reads a certificate and a key that another program renews. pair.go
+//     and chain.go explain files that do not work, with the command that corrects
+//     them.
 //   - pinned.go creates a self-signed certificate. The DERP map contains its
 //     hash, which clients verify.
 //
