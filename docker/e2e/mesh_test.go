@@ -29,7 +29,7 @@ func mesh(t *testing.T, r *row) {
 			name: service, hostName: name, on: []string{near, "between"},
 			env: map[string]string{
 				"DERP_MESH_WITH": name1 + "," + name2, "DERP_MESH_KEY": key,
-				"DERP_ACME_CA_ROOTS": "/etc/roots/roots.pem",
+				"DERP_CA_ROOTS": "/etc/roots/roots.pem",
 			},
 			volumes: []string{filepath.Join(w.dir, "roots") + ":/etc/roots:ro"},
 		}))

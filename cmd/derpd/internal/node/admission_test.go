@@ -353,8 +353,8 @@ func TestAdmissionIsReported(t *testing.T) {
 	}
 	client := admin.Client{Addr: n.listeners.admin.Addr().String()}
 	for node, want := range map[key.NodePublic]string{
-		member.Public():        "1 keys: yes\nurl " + down.URL + ": unavailable: admission URL answered 500 Internal Server Error\nadmitted: a source says yes\n",
-		key.NewNode().Public(): "1 keys: no\nurl " + down.URL + ": unavailable: admission URL answered 500 Internal Server Error\nrefused: no source says yes, and a source is unavailable\n",
+		member.Public():        "1 keys: yes\nurl " + down.URL + ": unavailable: admission URL answered 500 Internal Server Error; the server or a proxy in front of it fails: see its log\nadmitted: a source says yes\n",
+		key.NewNode().Public(): "1 keys: no\nurl " + down.URL + ": unavailable: admission URL answered 500 Internal Server Error; the server or a proxy in front of it fails: see its log\nrefused: no source says yes, and a source is unavailable\n",
 	} {
 		got, err := client.Admission(t.Context(), node)
 		if err != nil || got.String() != want || got.Admitted != strings.Contains(want, "\nadmitted") {

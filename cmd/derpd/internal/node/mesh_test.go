@@ -389,7 +389,7 @@ func TestMeshVerifies(t *testing.T) {
 		"another hash": {entry + "=" + list[0].pin, true, "cert hash does not match expected cert hash"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c, err := config.Load(testkit.LastOfEach(append(list[0].env, "DERP_MESH_WITH="+tt.entry, "DERP_ACME_CA_ROOTS="+authority.RootsFile)))
+			c, err := config.Load(testkit.LastOfEach(append(list[0].env, "DERP_MESH_WITH="+tt.entry, "DERP_CA_ROOTS="+authority.RootsFile)))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -94,7 +94,7 @@ func TestLetsEncrypt(t *testing.T) {
 		t.Run(challenge, func(t *testing.T) {
 			authority := acmetest.Start(t)
 			env := testkit.Environ(t, "DERP_DOMAIN=derp.example.com", "DERP_ACME_CA="+authority.Directory,
-				"DERP_ACME_CA_ROOTS="+authority.RootsFile, "DERP_ACME_CHALLENGES="+challenge)
+				"DERP_CA_ROOTS="+authority.RootsFile, "DERP_ACME_CHALLENGES="+challenge)
 			n := begin(t, env, func(n *Node) {
 				if n.stun.Open() {
 					t.Error("STUN is open without a certificate")

@@ -116,13 +116,7 @@ func TestRefusedClientsAreNoLoad(t *testing.T) {
 	if limit := int(lasted.Seconds()*admit.QuestionsPerSecond) + admit.QuestionsAtOnce + 1; all > limit {
 		t.Errorf("%d questions in %s, want at most %d", all, lasted, limit)
 	}
-	if int64(all) > attempts.Load() || all < clients/2 {
-		t.Errorf("%d questions for %d attempts of %d clients", all, attempts.Load(), clients)
-	}
-	if took > 5*time.Second {
-		t.Errorf("a new member was admitted after %s", took)
-	}
-	if counts := n.gate.Counts(); counts.Unavailable > 0 {
-		t.Errorf("headscale was taken for unavailable: %+v", counts)
+	if all <= admit.QuestionsAtOnce || n.gate.Counts().Refused < clients/2 {
+		t.Errorf("%d questions for %d attempts: %+v", all, attempts.Load(), n.gate.Counts())
 	}
 }
