@@ -330,6 +330,15 @@ func TestURLAtOnce(t *testing.T) {
 		if err := u.answer(t); err == nil || !strings.HasPrefix(err.Error(), "too many questions at the same time: waiting for 32 others: ") || errors.Is(err, errUnreachable) {
 			t.Error(err)
 		}
+
+		// The wait for a slot is no failure of the URL.
+		for range breakAfter {
+			_ = u.answer(t)
+		}
+		<-u.slots
+		if err := u.answer(t); err != nil {
+			t.Error(err)
+		}
 	})
 }
 
