@@ -102,6 +102,8 @@ func TestArrivals(t *testing.T) {
 		"a client without TLS":         {config: ours, at: tlsPort, first: request, want: PlainOnTLSPort, client: true},
 		"a client behind bare nginx":   {config: ours, at: tlsPort, first: withoutUpgrade, want: PlainOnTLSPort, client: true},
 		"a scanner without TLS":        {config: ours, at: tlsPort, first: []byte("GET / HTTP/1.0\r\n\r\n"), want: PlainOnTLSPort},
+		"a client of another library":  {config: ours, at: tlsPort, first: []byte("GET /derp HTTP/1.1\r\nHost: a\r\nUser-Agent: a\r\nUpgrade: DERP\r\n\r\n"), want: PlainOnTLSPort, client: true},
+		"a scanner in Go":              {config: ours, at: tlsPort, first: []byte("GET /derp HTTP/1.1\r\nHost: a\r\nUser-Agent: Go-http-client/1.1\r\nAccept: */*\r\n\r\n"), want: PlainOnTLSPort},
 		"a scanner that knows /derp":   {config: ours, at: tlsPort, first: []byte("GET /derp HTTP/1.1\r\nHost: a\r\nUser-Agent: curl/8.0\r\nAccept: */*\r\n\r\n"), want: PlainOnTLSPort},
 		"a PROXY header, not expected": {config: ours, at: tlsPort, from: private, first: v1, want: UnexpectedProxyHeader, client: true},
 		"version 2":                    {config: ours, at: relayPort, from: private, first: v2, want: UnexpectedProxyHeader, client: true},
