@@ -43,7 +43,7 @@ func (c Clients) judgeChain(sent []*x509.Certificate, now time.Time) Verdict {
 			return warning("clients need "+root+" installed: only "+c.PrivateName+" has it", ownRootFix)
 		}
 	}
-	if top == leaf && !selfIssued(leaf) && len(leaf.IssuingCertificateURL) > 0 {
+	if top == leaf && !selfSigned(leaf) && len(leaf.IssuingCertificateURL) > 0 {
 		return failed(fmt.Sprintf("the certificate of %s, which issued the relay's, is not sent", root),
 			fmt.Sprintf("append it to the certificate file (%s has it)", leaf.IssuingCertificateURL[0]))
 	}
@@ -115,7 +115,7 @@ func pathOf(sent []*x509.Certificate, now time.Time) []*x509.Certificate {
 	path := sent[:1:1]
 	for {
 		last := path[len(path)-1]
-		if selfIssued(last) {
+		if selfSigned(last) {
 			return path
 		}
 		var next *x509.Certificate
@@ -140,7 +140,9 @@ func signedBy(c, issuer *x509.Certificate) bool {
 	return issuer.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil
 }
 
-func selfIssued(c *x509.Certificate) bool { return bytes.Equal(c.RawSubject, c.RawIssuer) }
+func selfSigned(c *x509.Certificate) bool {
+	return bytes.Equal(c.RawSubject, c.RawIssuer) && signedBy(c, c)
+}
 
 // called is the name of a certificate in messages.
 func called(c *x509.Certificate) string {

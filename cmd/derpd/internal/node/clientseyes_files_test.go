@@ -43,26 +43,26 @@ func (w *world) openssl(extension string, arguments ...string) {
 func fileRows() []situation {
 	past := time.Now().Add(-time.Minute)
 	refused := func(name, words string, begin func(*world)) situation {
-		return situation{name: name, begin: begin, start: "DERP_CERT_FILE: " + words}
+		return situation{name: name, begin: begin, start: words}
 	}
 	return []situation{
-		refused("no files", "", func(w *world) { w.set("DERP_CERT_MODE=manual", "DERP_CERT_DIR="+w.dir) }),
-		refused("an expired leaf", "", func(w *world) { w.manual(w.chain(publicRoot, until(past))...) }),
-		refused("a leaf of tomorrow", "", func(w *world) { w.manual(w.chain(publicRoot, from(time.Now().Add(24*time.Hour)))...) }),
-		refused("another name", "", func(w *world) { w.manual(w.chain(publicRoot, forNames("other.example.com"))...) }),
-		refused("a missing intermediate", "", func(w *world) { w.manual(w.chain(publicRoot, with(fetchable))[0]) }),
-		refused("the issuer before the leaf", "", func(w *world) {
+		refused("no files", "DERP_CERT_FILE: ", func(w *world) { w.set("DERP_CERT_MODE=manual", "DERP_CERT_DIR="+w.dir) }),
+		refused("an expired leaf", "/derp.example.com.crt expired on ", func(w *world) { w.manual(w.chain(publicRoot, until(past))...) }),
+		refused("a leaf of tomorrow", "/derp.example.com.crt is not valid before ", func(w *world) { w.manual(w.chain(publicRoot, from(time.Now().Add(24*time.Hour)))...) }),
+		refused("another name", "/derp.example.com.crt covers other.example.com, not derp.example.com", func(w *world) { w.manual(w.chain(publicRoot, forNames("other.example.com"))...) }),
+		refused("a missing intermediate", "the certificate of \"CN=Intermediate\" is missing", func(w *world) { w.manual(w.chain(publicRoot, with(fetchable))[0]) }),
+		refused("the issuer before the leaf", "DERP_CERT_FILE: ", func(w *world) {
 			chain := w.chain(publicRoot)
 			w.manual(chain...)
 			w.rewrite(".crt", func([]byte) []byte { return testkit.ChainPEM(chain[1], chain[0]) })
 		}),
-		refused("two blocks on one line", "", func(w *world) {
+		refused("two blocks on one line", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.chain(publicRoot)...)
 			w.rewrite(".crt", func(pem []byte) []byte {
 				return slices.Concat(pem[:len(pem)/4], []byte("-----END CERTIFICATE----------BEGIN CERTIFICATE-----"), pem[len(pem)/4:])
 			})
 		}),
-		refused("UTF-16", "", func(w *world) {
+		refused("UTF-16", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.chain(publicRoot)...)
 			w.rewrite(".crt", func(pem []byte) (wide []byte) {
 				for _, unit := range utf16.Encode([]rune("\ufeff" + string(pem))) {
@@ -71,23 +71,23 @@ func fileRows() []situation {
 				return wide
 			})
 		}),
-		refused("DER", "", func(w *world) {
+		refused("DER", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.openssl(".crt", "x509", "-outform", "der")
 		}),
-		refused("PFX", "", func(w *world) {
+		refused("PFX", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.openssl(".crt", "pkcs12", "-export", "-passout", "pass:x", "-inkey", filepath.Join(w.dir, eyesName+".key"))
 		}),
-		refused("a key with a passphrase", "", func(w *world) {
+		refused("a key with a passphrase", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.openssl(".key", "pkey", "-aes256", "-passout", "pass:x")
 		}),
-		refused("another certificate's key", "", func(w *world) {
+		refused("another certificate's key", "private key does not match public key", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.rewrite(".key", func([]byte) []byte { return testkit.KeyPEM(w, w.leaf(publicRoot)) })
 		}),
-		refused("a name in the common name alone", "", func(w *world) {
+		refused("a name in the common name alone", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.leaf(nil, forNames(eyesName), with(noNames)))
 		}),
 		{
