@@ -125,10 +125,10 @@ func (w *world) replace(chain ...*tls.Certificate) {
 
 // experience is what a client, health, the log and the map say.
 type experience struct {
-	start, client error
-	report        healthz.Report
-	log           []string // lines of level warn or error
-	notes         string
+	client error
+	report healthz.Report
+	log    []string // lines of level warn or error
+	notes  string
 }
 
 // says returns the cause, and the details that need attention.
