@@ -147,48 +147,5 @@ func certificateRows() []situation {
 			},
 			client: "x509: ",
 		}),
-		everywhere("is not for servers: its chain lacks the extended key usage serverAuth", situation{
-			name: "a leaf for clients alone",
-			begin: func(w *world) {
-				w.manual(append(w.chain(publicRoot, usage(x509.ExtKeyUsageClientAuth)), publicRoot)...)
-			},
-			client: "incompatible key usage",
-		}),
-		everywhere("is not for servers: its chain lacks the extended key usage serverAuth", situation{
-			name: "an intermediate for clients alone",
-			begin: func(w *world) {
-				i := w.intermediate(publicRoot, usage(x509.ExtKeyUsageClientAuth))
-				w.manual(w.leaf(i), i, publicRoot)
-			},
-			client: "incompatible key usage",
-		}),
-		everywhere("is not for servers: its chain lacks the extended key usage serverAuth", situation{
-			name: "a leaf of a private authority for clients alone",
-			begin: func(w *world) {
-				root := rootNamed(w, "Private Root")
-				w.client.AddCert(root.Leaf)
-				w.manual(w.leaf(root, usage(x509.ExtKeyUsageClientAuth)), root)
-			},
-			client: "x509: ",
-		}),
-		everywhere("clients cannot verify the chain: ", situation{
-			name: "an intermediate that may not sign this name",
-			begin: func(w *world) {
-				i := w.intermediate(publicRoot, with(func(c *x509.Certificate) {
-					c.PermittedDNSDomains, c.PermittedDNSDomainsCritical = []string{"example.org"}, true
-				}))
-				w.manual(w.leaf(i), i, publicRoot)
-			},
-			client: "not permitted by any constraint",
-		}),
-		everywhere("clients cannot verify the chain: ", situation{
-			name: "an intermediate below one that allows none",
-			begin: func(w *world) {
-				upper := w.intermediate(publicRoot, forNames("Upper"), with(func(c *x509.Certificate) { c.MaxPathLenZero = true }))
-				lower := w.intermediate(upper)
-				w.manual(w.leaf(lower), lower, upper, publicRoot)
-			},
-			client: "x509: ",
-		}),
 	}
 }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"crypto/x509"
 	"encoding/binary"
 	"os"
 	"path/filepath"
@@ -50,11 +51,30 @@ func fileRows() []situation {
 		refused("an expired leaf", "/derp.example.com.crt expired on ", func(w *world) { w.manual(w.chain(publicRoot, until(past))...) }),
 		refused("a leaf of tomorrow", "/derp.example.com.crt is not valid before ", func(w *world) { w.manual(w.chain(publicRoot, from(time.Now().Add(24*time.Hour)))...) }),
 		refused("another name", "/derp.example.com.crt covers other.example.com, not derp.example.com", func(w *world) { w.manual(w.chain(publicRoot, forNames("other.example.com"))...) }),
-		refused("a missing intermediate", "the certificate of \"CN=Intermediate\" is missing", func(w *world) { w.manual(w.chain(publicRoot, with(fetchable))[0]) }),
+		refused("a missing intermediate", `the certificate of "CN=Intermediate", which signed CN=derp.example.com, is missing`, func(w *world) { w.manual(w.chain(publicRoot, with(fetchable))[0]) }),
 		refused("the issuer before the leaf", "DERP_CERT_FILE: ", func(w *world) {
 			chain := w.chain(publicRoot)
 			w.manual(chain...)
 			w.rewrite(".crt", func([]byte) []byte { return testkit.ChainPEM(chain[1], chain[0]) })
+		}),
+		refused("a leaf for clients alone", "is not for servers", func(w *world) { w.manual(w.chain(publicRoot, usage(x509.ExtKeyUsageClientAuth))...) }),
+		refused("an intermediate for clients alone", "is not for servers", func(w *world) {
+			i := w.intermediate(publicRoot, usage(x509.ExtKeyUsageClientAuth))
+			w.manual(w.leaf(i), i)
+		}),
+		refused("a leaf of a private authority for clients alone", "is not for servers", func(w *world) {
+			w.manual(w.leaf(rootNamed(w, "Private Root"), usage(x509.ExtKeyUsageClientAuth)))
+		}),
+		refused("an intermediate that may not sign this name", "not permitted by any constraint", func(w *world) {
+			i := w.intermediate(publicRoot, with(func(c *x509.Certificate) {
+				c.PermittedDNSDomains, c.PermittedDNSDomainsCritical = []string{"example.org"}, true
+			}))
+			w.manual(w.leaf(i), i, publicRoot)
+		}),
+		refused("an intermediate below one that allows none", "too many intermediates", func(w *world) {
+			upper := w.intermediate(publicRoot, forNames("Upper"), with(func(c *x509.Certificate) { c.MaxPathLenZero = true }))
+			lower := w.intermediate(upper)
+			w.manual(w.leaf(lower), lower, upper, publicRoot)
 		}),
 		refused("two blocks on one line", "DERP_CERT_FILE: ", func(w *world) {
 			w.manual(w.chain(publicRoot)...)
@@ -83,7 +103,7 @@ func fileRows() []situation {
 			w.manual(w.leaf(publicRoot))
 			w.openssl(".key", "pkey", "-aes256", "-passout", "pass:x")
 		}),
-		refused("another certificate's key", "private key does not match public key", func(w *world) {
+		refused("another certificate's key", "does not belong to ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.rewrite(".key", func([]byte) []byte { return testkit.KeyPEM(w, w.leaf(publicRoot)) })
 		}),
@@ -116,8 +136,10 @@ func fileRows() []situation {
 			health: "the new files are invalid", log: "certificate files are invalid",
 		},
 		{
-			name:   "files that nobody renews",
-			begin:  func(w *world) { w.manual(w.chain(publicRoot, until(time.Now().AddDate(0, 0, 10)))...) },
+			name: "files that nobody renews",
+			begin: func(w *world) {
+				w.manual(w.chain(publicRoot, from(time.Now().AddDate(0, 0, -80)), until(time.Now().AddDate(0, 0, 10)))...)
+			},
 			health: "renew the files",
 		},
 	}
