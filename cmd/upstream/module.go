@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"derpd/internal/release"
 )
 
 // Modules with releases that derpd follows.
 const (
-	tailscale = "tailscale.com"
+	tailscale = release.Module
 	certmagic = "github.com/caddyserver/certmagic"
 )
 

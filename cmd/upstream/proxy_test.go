@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/mod/semver"
+
+	"derpd/internal/release"
 )
 
 // A copy of derpd with an older Tailscale is updated to the newest release of the
@@ -21,8 +23,8 @@ func TestRealProxy(t *testing.T) {
 	if err != nil {
 		t.Skipf("the module proxy does not answer: %v", err)
 	}
-	best := newest(released, true)
-	older := newest(slices.DeleteFunc(released, func(v string) bool {
+	best := release.Newest(released, true)
+	older := release.Newest(slices.DeleteFunc(released, func(v string) bool {
 		return semver.Compare(v, best) >= 0 || semver.MajorMinor(v) == semver.MajorMinor(best)
 	}), true)
 	if older == "" {

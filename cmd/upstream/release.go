@@ -6,14 +6,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"regexp"
 	"strconv"
 	"strings"
+
+	"derpd/internal/release"
 )
 
-// releaseName matches the name of a release, such as 1.104.5-2: the Tailscale release,
-// and the number of derpd's release on that Tailscale release.
-var releaseName = regexp.MustCompile(`^(\d+)\.(\d+)\.(\d+)-([1-9]\d*)$`)
+// releaseName matches the name of a release, such as 1.104.5-2.
+var releaseName = release.Name
 
 // history is the changelog, newest section first.
 type history struct {

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/mod/semver"
+
+	"derpd/internal/release"
 )
 
 // updater finds newer versions and takes them.
@@ -124,12 +126,12 @@ func (u *updater) newer(ctx context.Context, m module) ([]string, error) {
 		if retractions != nil {
 			u.say(path, "retracted versions are not known: the newest version is not served")
 		}
-		best := newest(released, path == tailscale)
+		best := release.Newest(released, path == tailscale)
 		if best == "" {
 			return nil, fmt.Errorf("%s: no stable release among the %d versions that the module proxy lists", path, len(released))
 		}
 		switch {
-		case !isRelease(have):
+		case !release.IsStable(have):
 			// A version that is not a release was chosen on purpose.
 			u.say(path, "%s, not a release; the newest one is %s", have, best)
 		case semver.Compare(best, have) > 0:

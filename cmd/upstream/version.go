@@ -1,34 +1,6 @@
 package main
 
-import (
-	"strings"
-
-	"golang.org/x/mod/semver"
-)
-
-// isRelease reports whether a version is only three numbers. Pre-releases and
-// pseudo-versions are not releases.
-func isRelease(version string) bool {
-	return semver.Canonical(version) == version && version != "" && semver.Prerelease(version) == ""
-}
-
-// newest returns the highest release, or "" if there is none. Odd minor versions of
-// Tailscale are unstable.
-func newest(released []string, evenMinor bool) string {
-	best := ""
-	for _, v := range released {
-		if isRelease(v) && (!evenMinor || hasEvenMinor(v)) && semver.Compare(v, best) > 0 {
-			best = v
-		}
-	}
-	return best
-}
-
-// hasEvenMinor reports whether the second number of a valid version is even.
-func hasEvenMinor(version string) bool {
-	minor := semver.MajorMinor(version)
-	return strings.ContainsRune("02468", rune(minor[len(minor)-1]))
-}
+import "strings"
 
 // replaceVersion replaces old where it is a whole version. It leaves 11.27.3,
 // 1.27.31 and 1.27.3.1 alone when old is 1.27.3.

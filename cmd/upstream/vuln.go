@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/mod/semver"
+
+	"derpd/internal/release"
 )
 
 // stdlib is the standard library as a module; its version is Go's.
@@ -38,7 +40,7 @@ type fixes []fix
 func (f fixes) targets() []string {
 	highest := map[string]string{}
 	for _, fix := range f {
-		if isRelease(fix.version) && semver.Compare(fix.version, highest[fix.module]) > 0 {
+		if release.IsStable(fix.version) && semver.Compare(fix.version, highest[fix.module]) > 0 {
 			highest[fix.module] = fix.version
 		}
 	}
