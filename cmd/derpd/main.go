@@ -31,6 +31,7 @@ const (
 	exitOK     = 0
 	exitFailed = 1
 	exitUsage  = 2
+	exitNewer  = 3 // of `derpd version --check`
 )
 
 func main() {
@@ -50,6 +51,9 @@ func (e usageError) Unwrap() error { return e.error }
 
 // errPrinted is a failure whose text was already printed.
 var errPrinted = errors.New("already printed")
+
+// errNewer reports that a newer release is out, which was already printed.
+var errNewer = fmt.Errorf("a newer release is out: %w", errPrinted)
 
 // configError is the error of a command whose configuration is refused. It
 // counts the problems, and has each on a line of its own.
@@ -72,6 +76,9 @@ func exitCode(err error, stderr io.Writer) int {
 	}
 	if !errors.Is(err, errPrinted) {
 		_, _ = fmt.Fprintf(stderr, "derpd: %s\n", strings.TrimRight(err.Error(), "\n"))
+	}
+	if errors.Is(err, errNewer) {
+		return exitNewer
 	}
 	if _, ok := errors.AsType[usageError](err); ok {
 		return exitUsage

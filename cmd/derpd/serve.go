@@ -35,8 +35,7 @@ func serve(ctx context.Context, c *call) error {
 		Gateways: host.ContainerGateways(),
 		Start:    c.start,
 		Map:      c.stdout,
-		Version:  version,
-		Upstream: upstreamVersion(),
+		Build:    thisBuild(),
 		Log:      log,
 	})
 	if _, ok := errors.AsType[node.BindError](err); ok {

@@ -31,7 +31,7 @@ func verbs() []verb {
 		{"admit", "NODEKEY", "print whether the running relay admits the node with this key (nodekey:…), and what each source says", printAdmission},
 		{"env", "[--example]", "print the configuration in force, without secrets", printEnvironment},
 		{"healthcheck", "", "print the health of the running relay; exit code 1 unless it is ready", healthcheck},
-		{"version", "", "print the version", printVersion},
+		{"version", "[--check]", "print the version, or whether a newer release is out", printVersion},
 		{"help", "[COMMAND]", "print this help, or the help of a command", help},
 	}
 }

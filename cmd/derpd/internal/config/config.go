@@ -18,6 +18,7 @@
 //	mesh.go         the other nodes of the region
 //	proxies.go      proxies in front of derpd
 //	web.go          what browsers and bootstrap clients get
+//	updates.go      the search for newer releases
 //	log.go          logging
 //
 // The other files serve all sections:
@@ -80,6 +81,7 @@ type Config struct {
 	Mesh        relay.MeshConfig // without Describe
 	Proxies     Proxies
 	Web         Web
+	Updates     Updates
 	Log         Log
 	Platform    Platform
 	Warnings    []string
@@ -135,6 +137,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	var proxyWarnings []string
 	c.Proxies, proxyWarnings = parseProxies(p, e.ProxiesEnv, c.Certificate.Mode)
 	c.Web = parseWeb(p, e.WebEnv)
+	c.Updates = parseUpdates(p, e.UpdatesEnv, environ)
 	c.Log = parseLog(p, e.LogEnv)
 
 	c.Warnings = slices.Concat(e.warnings(), c.Platform.warnings, optional(fallback), storageWarnings, admissionWarnings, proxyWarnings)

@@ -372,6 +372,8 @@ var badConfigurations = []struct {
 	// The rest.
 	{env: "DERP_BOOTSTRAP_DNS=https://control.example.com", want: []string{`DERP_BOOTSTRAP_DNS: want DNS names, got "https://control.example.com"`}},
 	{env: "DERP_HOME=welcome", want: []string{`DERP_HOME: want blank, page or an http(s) URL, got "welcome"`}},
+	{env: "DERP_UPDATE_CHECK=daily", want: []string{`DERP_UPDATE_CHECK: want a duration such as 24h, or off, got "daily"`}},
+	{env: "DERP_UPDATE_CHECK=59m", want: []string{`DERP_UPDATE_CHECK: want at least 1h0m0s, got "59m"`}},
 	{env: "DERP_LOG_LEVEL=trace", want: []string{`DERP_LOG_LEVEL: want debug, info, warn or error, got "trace"`}},
 	{env: "DERP_LOG_FORMAT=xml", want: []string{`DERP_LOG_FORMAT: want json or console, got "xml"`}},
 

@@ -32,6 +32,7 @@ type Env struct {
 	MeshEnv
 	ProxiesEnv
 	WebEnv
+	UpdatesEnv
 	LogEnv
 }
 

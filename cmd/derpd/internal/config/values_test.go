@@ -347,6 +347,14 @@ func TestWebAndLog(t *testing.T) {
 	}
 }
 
+// The last GOPROXY counts, as in a shell.
+func TestUpdates(t *testing.T) {
+	equal(t, "default", good(t).Updates, Updates{})
+	equal(t, "updates", good(t, "DERP_UPDATE_CHECK=24h", "GOPROXY=https://a.example", "GOPROXY=https://b.example,direct").Updates,
+		Updates{Every: 24 * time.Hour, GoProxy: "https://b.example,direct"})
+	equal(t, "the shortest interval", good(t, "DERP_UPDATE_CHECK=1h").Updates.Every, time.Hour)
+}
+
 // A directory that cannot be written to is refused only if something is missing.
 func TestReadOnly(t *testing.T) {
 	dir := t.TempDir()

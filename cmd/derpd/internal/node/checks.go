@@ -29,7 +29,11 @@ func (n *Node) checks() []healthz.Check {
 	if n.config.Meshed() {
 		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})
 	}
-	return append(list, healthz.Check{Name: "proxies", Run: n.checkProxies})
+	list = append(list, healthz.Check{Name: "proxies", Run: n.checkProxies})
+	if n.updates != nil {
+		list = append(list, healthz.Check{Name: "updates", Run: n.updates.check})
+	}
+	return list
 }
 
 // checkListeners connects to each public TCP listener. STUN and DERP have checks

@@ -38,6 +38,13 @@ func (n *Node) metrics() []expvar.KeyValue {
 		misdirected.Set(reasonLabel{string(s.Misdirection)}, number(int64(s.Count)))
 	}
 	list = append(list, expvar.KeyValue{Key: "derpd_misdirected_total", Value: misdirected})
+	if n.updates != nil {
+		if answer, asOf, _ := n.updates.last(); !asOf.IsZero() {
+			list = append(list,
+				expvar.KeyValue{Key: "gauge_derpd_update_available", Value: number(answer.Newer)},
+				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
+		}
+	}
 	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
 

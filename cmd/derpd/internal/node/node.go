@@ -7,6 +7,7 @@
 //   - selfcheck.go, eyes.go, checks.go, misdirected.go and metrics.go observe; a new
 //     health check is one function and one line in checks.go
 //   - public.go and region.go make the map
+//   - updates.go looks for newer releases
 package node
 
 import (
@@ -28,6 +29,7 @@ import (
 	"derpd/cmd/derpd/internal/host"
 	"derpd/healthz"
 	"derpd/internal/httpserver"
+	"derpd/internal/release"
 	"derpd/relay"
 	"derpd/relay/admit"
 	"derpd/relay/stun"
@@ -48,8 +50,8 @@ type Options struct {
 	// Roots stand for the roots that clients have; nil for those of this machine.
 	Roots *x509.CertPool
 
-	// Version and Upstream are the versions of derpd and tailscale.com.
-	Version, Upstream string
+	// Build is the build of derpd that runs.
+	Build release.Build
 
 	Log zerolog.Logger
 }
@@ -70,6 +72,7 @@ type Node struct {
 	selfCheck *healthz.SelfCheck
 	probe     probeKeys
 	eyes      *eyes
+	updates   *updates // nil when off
 
 	plain      http.Handler // of the plain HTTP listener
 	admin      *http.Server
@@ -148,6 +151,9 @@ func (n *Node) build(ctx context.Context) error {
 		}
 	}
 	n.selfCheck = n.newSelfCheck()
+	if c.Updates.Every > 0 {
+		n.updates = &updates{ask: release.New(n.options.Build, c.Updates.GoProxy).Ask, every: c.Updates.Every, log: n.log}
+	}
 	n.health = healthz.New(n.checks())
 	n.plain = relay.RedirectHandler(c.PublicHTTPSPort(n.listeners.ports().https))
 	if n.certs != nil {

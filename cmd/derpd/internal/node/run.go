@@ -55,6 +55,9 @@ func (n *Node) tasks() []task {
 	if n.config.Meshed() {
 		list = append(list, task{"mesh", n.relay.Mesh().Run})
 	}
+	if n.updates != nil {
+		list = append(list, task{"updates", n.updates.run})
+	}
 	return list
 }
 
@@ -121,7 +124,7 @@ func (n *Node) announce(ctx context.Context) error {
 
 func (n *Node) logStart() {
 	c := n.config
-	e := n.log.Info().Str("version", n.options.Version).Str("upstream", n.options.Upstream).
+	e := n.log.Info().Str("version", n.options.Build.Version).Str("upstream", n.options.Build.Upstream).
 		Stringer("https", n.listeners.https.Addr()).Stringer("admin", n.listeners.admin.Addr()).
 		Str("certificates", c.Certificate.Mode).Str("node_key", n.relay.PublicKey().String())
 	if n.listeners.http != nil {
