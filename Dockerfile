@@ -39,9 +39,11 @@ ARG TAILSCALE_VERSION
 RUN [ -z "${TAILSCALE_VERSION}" ] || go mod edit "-require=tailscale.com@${TAILSCALE_VERSION}"
 
 # TAGS adds DNS providers that are left out for their size: hetzner, route53.
-ARG VERSION=dev TAGS TARGETOS TARGETARCH TARGETVARIANT
+# SOURCE is the URL of the repository that publishes the image. `derpd version --check`
+# asks it for its latest release.
+ARG VERSION=dev SOURCE TAGS TARGETOS TARGETARCH TARGETVARIANT
 RUN GOOS="${TARGETOS}" GOARCH="${TARGETARCH}" GOARM="${TARGETVARIANT#v}" \
-    go build ${TAILSCALE_VERSION:+-mod=mod} -trimpath -tags "${TAGS}" -ldflags "-s -w -buildid= -X main.version=${VERSION}" -o /out/derpd ./cmd/derpd \
+    go build ${TAILSCALE_VERSION:+-mod=mod} -trimpath -tags "${TAGS}" -ldflags "-s -w -buildid= -X main.version=${VERSION} -X main.source=${SOURCE}" -o /out/derpd ./cmd/derpd \
  && mkdir -p /out/data/certs /out/app && ln -s /data/certs /out/app/certs
 
 # The base has no image for 386. Its files are the same on every platform, because
@@ -50,7 +52,6 @@ FROM --platform=${BUILDPLATFORM:-linux} ${BASE_IMAGE} AS base
 
 FROM scratch
 COPY --from=base / /
-# SOURCE is the URL of the sources, set by the publisher of the image.
 ARG VERSION=dev SOURCE
 LABEL org.opencontainers.image.title="derpd" \
       org.opencontainers.image.description="A private DERP relay for Tailscale and Headscale" \

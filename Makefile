@@ -5,6 +5,9 @@ export GOTOOLCHAIN ?= go$(shell sed -n 's/^go //p' go.mod)
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 IMAGE   ?= derpd
+# URL of the repository that publishes what is built; `derpd version --check` asks it.
+SOURCE  ?=
+ARCHES  ?= amd64 arm64 arm 386
 TOOLS   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/derpd
 
 # Each file name contains the version, so a new version here builds the tool again.
@@ -66,15 +69,20 @@ map: ## print the map of that relay, FORMAT=policy, headscale or json
 .PHONY: build
 build: BINARY ?= derpd
 build: ## build the binary, ./derpd
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -buildid= -X main.version=$(VERSION)' -o $(BINARY) ./cmd/derpd
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -buildid= -X main.version=$(VERSION) -X main.source=$(SOURCE)' -o $(BINARY) ./cmd/derpd
 
 # For machines without Docker. The image's build cross-compiles by itself.
 .PHONY: cross
 cross: ## build for every platform of the image, and print the sizes
-	@for arch in amd64 arm64 arm 386; do \
+	@for arch in $(ARCHES); do \
 		GOOS=linux GOARCH=$$arch GOARM=7 $(MAKE) --silent --no-print-directory build BINARY=derpd-linux-$$arch || exit; \
 		stat --format '%s' derpd-linux-$$arch | numfmt --to=si --suffix=B --format "derpd-linux-$$arch: %.1f"; \
 	done
+
+# Packed in dist, for people without Docker and without Go.
+.PHONY: dist
+dist: cross ## make a release's archives for every platform of the image, and SHA256SUMS
+	@.ci/dist $(VERSION:v%=%) $(ARCHES)
 
 .PHONY: reproducible
 reproducible: ## build twice, the second time in another directory without a cache, and compare
@@ -98,7 +106,7 @@ bench-docs: bench ## measure as bench does, and update the tables in the READMEs
 # named once; see the Dockerfile.
 .PHONY: image
 image: ## build the image, derpd, and print its size
-	docker build --build-arg VERSION=$(VERSION) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE --build-arg TAILSCALE_VERSION -t $(IMAGE) .
+	docker build --build-arg VERSION=$(VERSION) --build-arg SOURCE=$(SOURCE) --build-arg GOPROXY --build-arg GO_IMAGE --build-arg BASE_IMAGE --build-arg TAILSCALE_VERSION -t $(IMAGE) .
 	@docker image inspect --format '{{.Size}}' $(IMAGE) | numfmt --to=si --suffix=B --format '$(IMAGE): %.1f'
 
 # Where no registry can be reached, run docker/bases/make first. `make e2e RUN=pinned`

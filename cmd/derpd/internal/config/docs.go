@@ -39,7 +39,8 @@ func Document() Documentation {
 func WriteExample(w io.Writer) error {
 	d := Document()
 	var b strings.Builder
-	b.WriteString("# Copy this file to .env beside compose.yaml and uncomment what you need.\n" +
+	b.WriteString("# Copy this file to .env beside compose.yaml, or to /etc/derpd.env for systemd, and\n" +
+		"# uncomment what you need.\n" +
 		"# Each variable can be given as a file: NAME_FILE=/run/secrets/name.\n" +
 		"# Write values without quotes, and absolute paths.\n" +
 		"# Made by: derpd env --example\n")
