@@ -54,6 +54,7 @@ func scenarios() []scenario {
 		{"mesh", beside, mesh},
 		{"outage", alone, outageOnce},
 		{"outage-median", long, outageMedian},
+		{"archive", beside, archive},
 		{"update", long, update},
 		{"bad-update", long, badUpdate},
 	}
