@@ -52,6 +52,6 @@ func archive(t *testing.T, r *row) {
 		if !strings.Contains(got, want) {
 			t.Errorf("derpd %s prints\n%s\nwant %s", command, got, want)
 		}
-		r.saw("derpd " + command)
+		r.saw("derpd %s", command)
 	}
 }
