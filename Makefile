@@ -38,6 +38,7 @@ help: ## list the targets
 
 test: export DERPD_PEERS := $(PEERS)
 test: export DERPD_DERPER := $(DERPER)
+test: export DERPD_REGISTRY := $(REGISTRY)
 test: export DERPD_CADDY := $(CADDY)
 .PHONY: test
 test: peers $(DERPER) ## run all tests, in any order, with the race detector
@@ -49,7 +50,7 @@ test: peers $(DERPER) ## run all tests, in any order, with the race detector
 peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests use
 
 .PHONY: registry caddy
-registry: $(REGISTRY) ## build the registry that e2e pushes images to
+registry: $(REGISTRY) ## build the registry that tests push images to
 caddy: $(CADDY) ## build the reverse proxy that tests use
 
 # High ports and a directory here need no root. Variables of the environment win.

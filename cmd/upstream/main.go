@@ -40,13 +40,17 @@ const usage = `usage: upstream [flags] [command]
                    empty IMAGE is ignored
   base [IMAGE]     print the base image with its digest, and whether the published
                    IMAGE was built on another one
+  verify IMAGE...  check a published image: platforms, labels, user, health check,
+                   size, files, and the release that its program prints; for this
+                   machine's platform, the program is run
   vuln             fail if the code that is used has known vulnerabilities;
                    succeed, and print so, if their database cannot be reached
 
   --write             take the newer versions, if derpd builds and its tests pass
   --govulncheck FILE  the govulncheck program
   --registry URL      take all images from this registry
-  --timeout DURATION  limit of each question to the module proxy (default 5m)
+  --timeout DURATION  limit of each question to the module proxy, and of verify for
+                      each image (default 5m)
 `
 
 func main() {
@@ -103,6 +107,8 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 		out, err = printTags(ctx, tool, args[1], args[2:], stdout)
 	case args[0] == "base" && len(args) <= 2:
 		out, err = printBase(ctx, u.images, args[1:], stdout)
+	case args[0] == "verify" && len(args) >= 2:
+		err = (&verifier{images: u.images, timeout: *timeout, stdout: stdout}).verify(ctx, args[1:])
 	case args[0] == "vuln" && len(args) == 1:
 		err = u.refuseVulnerable(ctx)
 	default:

@@ -124,15 +124,24 @@ func printNotes(release string, stdout io.Writer) error {
 	return fmt.Errorf("%s has no section %q", changelog, "## "+release)
 }
 
-// printTags prints the tags of a release's images: one that never moves, and the
-// moving ones (1.104.5, 1.104, 1, latest), so that people choose how closely they
-// follow.
-func printTags(ctx context.Context, tool goTool, release string, images []string, stdout io.Writer) (outputs, error) {
+// tagsOf returns the tags of a release: one that never moves, and the moving ones
+// (1.104.5, 1.104, 1, latest), so that people choose how closely they follow.
+func tagsOf(release string) ([]string, error) {
 	numbers := releaseName.FindStringSubmatch(release)
 	if numbers == nil {
-		return nil, usageError{fmt.Errorf("%q is not the name of a release; use one such as 1.104.5-1", release)}
+		return nil, fmt.Errorf("%q is not the name of a release; use one such as 1.104.5-1", release)
 	}
 	major, minor, patch := numbers[1], numbers[1]+"."+numbers[2], numbers[1]+"."+numbers[2]+"."+numbers[3]
+	return []string{release, patch, minor, major, "latest"}, nil
+}
+
+// printTags prints the names under which the images of a release are published.
+func printTags(ctx context.Context, tool goTool, release string, images []string, stdout io.Writer) (outputs, error) {
+	releaseTags, err := tagsOf(release)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	patch := releaseTags[1]
 	m, err := readModule(ctx, tool)
 	if err != nil {
 		return nil, err
@@ -149,7 +158,7 @@ func printTags(ctx context.Context, tool goTool, release string, images []string
 		// Owners on GitHub may have capitals, which registries refuse.
 		image = strings.ToLower(image)
 		names = append(names, image)
-		for _, tag := range []string{release, patch, minor, major, "latest"} {
+		for _, tag := range releaseTags {
 			tags = append(tags, image+":"+tag)
 		}
 	}
