@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -73,7 +74,8 @@ func project(t *testing.T) string {
 // means all processes that have ended, for example by a kill.
 func sweep(pid int) {
 	ours := func(name string) bool {
-		rest, ok := strings.CutPrefix(name, prefix)
+		// The names of images begin with the address of a registry.
+		rest, ok := strings.CutPrefix(path.Base(name), prefix)
 		number, _, _ := strings.Cut(rest, "-")
 		owner, err := strconv.Atoi(number)
 		if !ok || err != nil {

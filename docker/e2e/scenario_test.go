@@ -55,6 +55,8 @@ func scenarios() []scenario {
 		{"outage", alone, outageOnce},
 		{"outage-median", long, outageMedian},
 		{"archive", beside, archive},
+		{"published", long, published},
+		{"update-once", alone, updateOnce},
 		{"update", long, update},
 		{"bad-update", long, badUpdate},
 	}

@@ -49,7 +49,8 @@ const (
 // because they depend on the machine. The Docker engine and the clients' wait before
 // they reconnect take most of the time.
 func update(t *testing.T, r *row) {
-	derpd, derper := startDerpd(t), startDerper(t)
+	h := startHub(t)
+	derpd, derper := startDerpd(t, h), startDerper(t, h)
 	for range updates {
 		derpd.update(t)
 		derper.update(t)
@@ -62,13 +63,22 @@ func update(t *testing.T, r *row) {
 	}
 }
 
+// updateOnce is the short form of update: one update of derpd alone.
+func updateOnce(t *testing.T, r *row) {
+	derpd := startDerpd(t, startHub(t))
+	derpd.update(t)
+	r.saw("no packet for %v", derpd.outages[0].Round(time.Millisecond))
+}
+
 // badUpdate checks the README's section about a bad update: the update is visible, and
 // naming the last good release reverts it.
 func badUpdate(t *testing.T, r *row) {
+	h := startHub(t)
 	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
-	followed, worked := project(t)+":followed", project(t)+":worked"
+	worked := h.push(t, good, project(t)+":worked")
+	followed := h.Host + "/" + project(t) + ":followed"
+	h.move(t, followed, worked)
 	for _, tag := range []string{followed, worked} {
-		docker(t, "tag", good, tag)
 		t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", tag) })
 	}
 	relay := writeFile(t, "image.yaml", "")
@@ -87,13 +97,18 @@ func badUpdate(t *testing.T, r *row) {
 	update := func(t *testing.T, instructions string) {
 		t.Helper()
 		name(followed)
-		docker(t, "tag", good, followed)
+		h.move(t, followed, worked)
+		d.must(t, "pull", "--quiet", "relay")
 		d.must(t, "up", "-d", "--wait", "--no-build")
-		docker(t, "tag", derived(t, followed, instructions), followed)
-		replace(t, d.id(t))
+		h.move(t, followed, h.push(t, derived(t, followed, instructions), project(t)+":bad"))
+		if updated, err := watchtower(t, d.id(t)); !updated || err != nil {
+			t.Fatalf("updated %t, error %v", updated, err)
+		}
 	}
 	goBack := func(t *testing.T) {
 		t.Helper()
+		// The engine has to pull the release again.
+		_, _ = run(t.Context(), dockerTimeout, "rmi", worked)
 		name(worked)
 		d.must(t, "up", "-d", "--wait", "--no-build")
 		if runs := d.inspect(t, "{{.Image}}"); runs != good {
@@ -254,9 +269,11 @@ func built(t *testing.T, dir string) string {
 // updated is a relay that is updated repeatedly, from one image to another and back.
 // The images differ only by their IDs.
 type updated struct {
-	name    string // name of the container
-	tag     string
-	images  [2]string
+	hub
+	name    string    // name of the container
+	tag     string    // in the registry, given to one image and the other
+	images  [2]string // IDs
+	pushed  [2]string // names in the registry, which keep their images
 	region  *tailcfg.DERPRegion
 	outages []time.Duration
 }
@@ -264,8 +281,15 @@ type updated struct {
 // begin starts the container, which the test removes at its end.
 func (u *updated) begin(t *testing.T, flags []string, command ...string) {
 	t.Helper()
-	docker(t, "tag", u.images[0], u.tag)
-	u.images[1] = derived(t, u.tag, "LABEL update=true")
+	local := u.name + ":local"
+	docker(t, "tag", u.images[0], local)
+	u.images[1] = derived(t, local, "LABEL update=true")
+	u.tag = u.Host + "/" + u.name + ":followed"
+	for i, id := range u.images {
+		u.pushed[i] = u.push(t, id, fmt.Sprintf("%s:%d", u.name, i))
+	}
+	docker(t, "rmi", local)
+	u.move(t, u.tag, u.pushed[0])
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := run(context.Background(), dockerTimeout, "logs", u.name)
@@ -275,15 +299,15 @@ func (u *updated) begin(t *testing.T, flags []string, command ...string) {
 		_, _ = run(context.Background(), dockerTimeout, "rmi", u.tag)
 	})
 	docker(t, slices.Concat([]string{
-		"run", "--detach", "--name", u.name, "--label", ownerLabel + "=" + project(t), "--user", "65532:65532", "--restart", "unless-stopped",
+		"run", "--detach", "--name", u.name, "--label", ownerLabel + "=" + project(t), "--label", "com.centurylinklabs.watchtower.enable=true", "--user", "65532:65532", "--restart", "unless-stopped",
 		"--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--stop-timeout", "5",
 	}, flags, []string{u.tag}, command)...)
 }
 
 // startDerpd starts derpd with a volume and without a domain.
-func startDerpd(t *testing.T) *updated {
+func startDerpd(t *testing.T, h hub) *updated {
 	t.Helper()
-	u := &updated{name: project(t) + "-derpd", tag: project(t) + ":derpd"}
+	u := &updated{hub: h, name: project(t) + "-derpd"}
 	u.images[0] = docker(t, "image", "inspect", "--format", "{{.Id}}", image())
 	port := testkit.FreePort(t)
 	docker(t, "volume", "create", "--label", ownerLabel+"="+project(t), u.name)
@@ -306,7 +330,7 @@ func startDerpd(t *testing.T) *updated {
 
 // startDerper is startDerpd for upstream's relay, without a domain: the map pins a
 // self-signed certificate.
-func startDerper(t *testing.T) *updated {
+func startDerper(t *testing.T, h hub) *updated {
 	t.Helper()
 	path := os.Getenv("DERPD_DERPER")
 	if path == "" {
@@ -322,7 +346,7 @@ func startDerper(t *testing.T) *updated {
 			t.Fatal(err)
 		}
 	}
-	u := &updated{name: project(t) + "-derper", tag: project(t) + ":derper"}
+	u := &updated{hub: h, name: project(t) + "-derper"}
 	u.images[0] = built(t, dir)
 
 	data := t.TempDir() // readable by the container's user
@@ -345,10 +369,13 @@ func startDerper(t *testing.T) *updated {
 	return u
 }
 
-// update gives the tag to the other image, replaces the container, and notes the
+// update gives the tag to the other image, has the container updated, and notes the
 // longest time for which one client heard nothing of the other.
 func (u *updated) update(t *testing.T) {
 	t.Helper()
+	if updated, err := watchtower(t, u.name); updated || err != nil {
+		t.Fatalf("%s: updated %t without a new image, error %v", u.name, updated, err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), updateTimeout)
 	defer cancel()
 	var running sync.WaitGroup
@@ -396,11 +423,14 @@ func (u *updated) update(t *testing.T) {
 	receive(50)
 	longest = 0
 	u.images[0], u.images[1] = u.images[1], u.images[0]
-	docker(t, "tag", u.images[0], u.tag)
+	u.pushed[0], u.pushed[1] = u.pushed[1], u.pushed[0]
+	u.move(t, u.tag, u.pushed[0])
 	replaced := make(chan struct{})
 	running.Go(func() {
 		defer close(replaced)
-		replace(t, u.name)
+		if updated, err := watchtower(t, u.name); !updated || err != nil {
+			t.Errorf("%s: updated %t, error %v", u.name, updated, err)
+		}
 	})
 	for waiting := true; waiting; {
 		select {
