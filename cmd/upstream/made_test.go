@@ -37,12 +37,13 @@ func main() { _, _ = os.Stdout.WriteString("derpd " + version + ", tailscale.com
 // imageBuilder makes images like a release. Docker builds the real ones, in docker/e2e.
 type imageBuilder struct {
 	programs map[string]map[string][]byte // by platform and release
+	layers   map[string]v1.Layer          // by content; compressing takes long
 }
 
 // newImageBuilder compiles programs for all platforms.
 func newImageBuilder(t *testing.T) *imageBuilder {
 	t.Helper()
-	b := &imageBuilder{programs: make(map[string]map[string][]byte)}
+	b := &imageBuilder{programs: make(map[string]map[string][]byte), layers: make(map[string]v1.Layer)}
 	env := append(os.Environ(), "GOPROXY="+goproxytest.NewTestServer(t, "testdata/modules", "").URL,
 		"GOMODCACHE="+t.TempDir(), "GOFLAGS=-mod=mod -modcacherw", "GOSUMDB=off", "GOWORK=off", "GOENV=off", "CGO_ENABLED=0")
 	for _, release := range []string{"1.104.10-1", "1.104.10-2", "1.104.11-1"} {
@@ -149,13 +150,13 @@ func (b *imageBuilder) image(t *testing.T, platform string, change func(string, 
 		change(platform, i)
 	}
 	layers := []v1.Layer{
-		layer(t,
+		b.layer(t,
 			tarFile{tar.Header{Name: "bin/sh", Mode: 0o755}, []byte(elf)},
 			tarFile{tar.Header{Name: "etc/removed/program", Mode: 0o755}, []byte(elf)},
 			tarFile{tar.Header{Name: caFile, Mode: 0o644}, i.roots},
 			tarFile{tar.Header{Name: "data/", Typeflag: tar.TypeDir, Mode: 0o755}, nil}),
-		layer(t, tarFile{tar.Header{Name: binary, Mode: i.mode}, i.program}),
-		layer(t,
+		b.layer(t, tarFile{tar.Header{Name: binary, Mode: i.mode}, i.program}),
+		b.layer(t,
 			// Files that a layer removes are not in the image.
 			tarFile{tar.Header{Name: "bin/.wh.sh"}, nil},
 			tarFile{tar.Header{Name: "etc/.wh.removed"}, nil},
@@ -163,10 +164,10 @@ func (b *imageBuilder) image(t *testing.T, platform string, change func(string, 
 			tarFile{tar.Header{Name: "app/certs", Typeflag: tar.TypeSymlink, Linkname: "/data/certs"}, nil}),
 	}
 	if i.shell != nil {
-		layers = append(layers, layer(t, tarFile{tar.Header{Name: "usr/bin/busybox", Mode: 0o755}, i.shell}))
+		layers = append(layers, b.layer(t, tarFile{tar.Header{Name: "usr/bin/busybox", Mode: 0o755}, i.shell}))
 	}
 	if i.more != nil {
-		layers = append(layers, layer(t, tarFile{tar.Header{Name: "more"}, i.more}))
+		layers = append(layers, b.layer(t, tarFile{tar.Header{Name: "more"}, i.more}))
 	}
 	img, err := mutate.ConfigFile(empty.Image, &i.config)
 	if err != nil {
@@ -198,7 +199,7 @@ type tarFile struct {
 	content []byte
 }
 
-func layer(t *testing.T, files ...tarFile) v1.Layer {
+func (b *imageBuilder) layer(t *testing.T, files ...tarFile) v1.Layer {
 	t.Helper()
 	var text bytes.Buffer
 	w := tar.NewWriter(&text)
@@ -214,11 +215,15 @@ func layer(t *testing.T, files ...tarFile) v1.Layer {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
+	if made, ok := b.layers[text.String()]; ok {
+		return made
+	}
 	made, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text.Bytes())), nil },
 		tarball.WithCompressedCaching, tarball.WithCompressionLevel(gzip.BestSpeed))
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.layers[text.String()] = made
 	return made
 }
 

@@ -206,7 +206,8 @@ func published(t *testing.T, r *row) {
 	r.saw("pulled by %d tags and by digest", len(tags))
 }
 
-// pushBase copies the base image to the registry, and returns its name there.
+// pushBase copies the base image to the registry, under the Dockerfile's name for it, and
+// returns the repository. BASE_IMAGE names a mirror, as for `make image`.
 func (h hub) pushBase(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile("../../Dockerfile")
@@ -218,11 +219,15 @@ func (h hub) pushBase(t *testing.T) string {
 		t.Fatal("the Dockerfile has no line ARG BASE_IMAGE=IMAGE")
 	}
 	base := parse(t, string(line[1]))
-	if _, err := run(t.Context(), dockerTimeout, "image", "inspect", base.Name()); err != nil {
-		docker(t, "pull", "--quiet", base.Name()) // BuildKit keeps images elsewhere
+	mirror := os.Getenv("BASE_IMAGE")
+	if mirror == "" {
+		mirror = string(line[1])
+	}
+	if _, err := run(t.Context(), dockerTimeout, "image", "inspect", mirror); err != nil {
+		docker(t, "pull", "--quiet", mirror) // BuildKit keeps images elsewhere
 	}
 	at := base.Context().RepositoryStr()
-	h.push(t, base.Name(), at+":"+base.Identifier())
+	h.push(t, mirror, at+":"+base.Identifier())
 	return h.Host + "/" + at
 }
 
@@ -236,8 +241,10 @@ func (h hub) build(t *testing.T, platform string, flags ...string) mutate.IndexA
 	part := project(t) + ":" + strings.ReplaceAll(platform, "/", "-")
 	// BuildKit sets the target by --platform. The classic builder needs the arguments,
 	// and writes its own platform into the image's configuration.
-	args := slices.Concat([]string{"build", "--quiet", "--platform", platform, "--build-arg", "GOPROXY", "--build-arg", "GO_IMAGE",
-		"--build-arg", "TARGETOS=" + target.OS, "--build-arg", "TARGETARCH=" + target.Architecture, "--build-arg", "TARGETVARIANT=" + target.Variant},
+	args := slices.Concat([]string{
+		"build", "--quiet", "--platform", platform, "--build-arg", "GOPROXY", "--build-arg", "GO_IMAGE",
+		"--build-arg", "TARGETOS=" + target.OS, "--build-arg", "TARGETARCH=" + target.Architecture, "--build-arg", "TARGETVARIANT=" + target.Variant,
+	},
 		flags, []string{"--tag", part, "."})
 	if out, err := run(t.Context(), upTimeout, args...); err != nil {
 		t.Fatalf("building for %s: %v\n%s", platform, err, out)
