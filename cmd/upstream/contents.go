@@ -43,13 +43,9 @@ type file struct {
 
 // contents checks the size and the files of an image.
 func (v *verifier) contents(ctx context.Context, platform string, img v1.Image, manifest *v1.Manifest, config *v1.ConfigFile, release string) error {
-	var compressed int64
-	for _, layer := range manifest.Layers {
-		compressed += layer.Size
-	}
-	if compressed > maxCompressed {
-		// Not downloaded.
-		v.say(platform, "size", fmt.Errorf("%.1f MB compressed; want at most %.1f MB", megabytes(compressed), megabytes(maxCompressed)), "")
+	compressed, err := download(manifest)
+	if err != nil {
+		v.say(platform, "size", err, "")
 		return nil
 	}
 	layers, err := img.Layers()
@@ -79,6 +75,21 @@ func (v *verifier) contents(ctx context.Context, platform string, img v1.Image, 
 		v.binary(ctx, platform, program, release)
 	}
 	return nil
+}
+
+// download returns the size of all layers, before any of them is read. A negative size
+// would be read without a limit.
+func download(manifest *v1.Manifest) (compressed int64, err error) {
+	for _, layer := range manifest.Layers {
+		if layer.Size < 0 || layer.Size > maxCompressed {
+			return 0, fmt.Errorf("layer %s has %d bytes; want at most %.1f MB", layer.Digest, layer.Size, megabytes(maxCompressed))
+		}
+		compressed += layer.Size
+	}
+	if compressed > maxCompressed {
+		return 0, fmt.Errorf("%.1f MB compressed; want at most %.1f MB", megabytes(compressed), megabytes(maxCompressed))
+	}
+	return compressed, nil
 }
 
 func megabytes(n int64) float64 { return float64(n) / 1e6 }

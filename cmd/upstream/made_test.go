@@ -96,6 +96,7 @@ type imageToMake struct {
 	roots   []byte // certificates
 	shell   []byte
 	more    []byte // of another file
+	padding int    // zeros after the end of a layer
 	diffIDs bool   // other digests in the configuration than those of the layers
 }
 
@@ -169,6 +170,9 @@ func (b *imageBuilder) image(t *testing.T, platform string, change func(string, 
 	if i.more != nil {
 		layers = append(layers, b.layer(t, tarFile{tar.Header{Name: "more"}, i.more}))
 	}
+	if i.padding > 0 {
+		layers = append(layers, b.compressed(t, make([]byte, i.padding)))
+	}
 	img, err := mutate.ConfigFile(empty.Image, &i.config)
 	if err != nil {
 		t.Fatal(err)
@@ -215,15 +219,20 @@ func (b *imageBuilder) layer(t *testing.T, files ...tarFile) v1.Layer {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if made, ok := b.layers[text.String()]; ok {
+	return b.compressed(t, text.Bytes())
+}
+
+func (b *imageBuilder) compressed(t *testing.T, text []byte) v1.Layer {
+	t.Helper()
+	if made, ok := b.layers[string(text)]; ok {
 		return made
 	}
-	made, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text.Bytes())), nil },
+	made, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text)), nil },
 		tarball.WithCompressedCaching, tarball.WithCompressionLevel(gzip.BestSpeed))
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.layers[text.String()] = made
+	b.layers[string(text)] = made
 	return made
 }
 

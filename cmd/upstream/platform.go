@@ -32,8 +32,9 @@ func (v *verifier) platform(ctx context.Context, platform string, img v1.Image, 
 	if err != nil {
 		return release, err
 	}
-	if manifest.Config.Size > maxConfig {
-		return release, fmt.Errorf("the configuration has %d bytes; at most %d are read", manifest.Config.Size, maxConfig)
+	// A negative size would be read without a limit.
+	if size := manifest.Config.Size; size < 0 || size > maxConfig {
+		return release, fmt.Errorf("the configuration has %d bytes; at most %d are read", size, maxConfig)
 	}
 	config, err := img.ConfigFile()
 	if err != nil {
@@ -46,14 +47,14 @@ func (v *verifier) platform(ctx context.Context, platform string, img v1.Image, 
 		release = labels[versionLabel]
 	}
 	for _, check := range []struct{ name, got, want string }{
-		{"platform", config.Platform().String(), platform},
+		{"platform", nameOf(config.Platform()), platform},
 		{"title", labels["org.opencontainers.image.title"], "derpd"},
 		{"description", labels["org.opencontainers.image.description"], "A private DERP relay for Tailscale and Headscale"},
 		{"licenses", labels["org.opencontainers.image.licenses"], "BSD-3-Clause"},
 		{"user", config.Config.User, "65532:65532"},
 		{"entry point", fmt.Sprintf("%q", config.Config.Entrypoint), `["/derpd"]`},
 		{"command", fmt.Sprintf("%q", config.Config.Cmd), "[]"},
-		{"health check", health(config.Config.Healthcheck), `["CMD" "/derpd" "healthcheck"] every 10s, within 6s, 3 times, from 30s`},
+		{"health check", health(config.Config.Healthcheck), `["CMD" "/derpd" "healthcheck"] interval 10s, timeout 6s, retries 3, start period 30s`},
 		{"ports", keys(config.Config.ExposedPorts), "3478/udp 443/tcp 80/tcp"},
 		{"volumes", keys(config.Config.Volumes), "/data"},
 		{"stop signal", config.Config.StopSignal, "SIGTERM"},
@@ -71,6 +72,15 @@ func (v *verifier) platform(ctx context.Context, platform string, img v1.Image, 
 	return release, v.contents(ctx, platform, img, manifest, config, release)
 }
 
+// nameOf returns a platform as an index names it. A configuration without one is
+// possible.
+func nameOf(p *v1.Platform) string {
+	if p == nil {
+		return ""
+	}
+	return p.String()
+}
+
 func keys(set map[string]struct{}) string {
 	return strings.Join(slices.Sorted(maps.Keys(set)), " ")
 }
@@ -80,7 +90,7 @@ func health(check *v1.HealthConfig) string {
 	if check == nil {
 		return ""
 	}
-	return fmt.Sprintf("%q every %v, within %v, %d times, from %v", check.Test, check.Interval, check.Timeout, check.Retries, check.StartPeriod)
+	return fmt.Sprintf("%q interval %v, timeout %v, retries %d, start period %v", check.Test, check.Interval, check.Timeout, check.Retries, check.StartPeriod)
 }
 
 // sameRelease returns an error unless the label names a release: that of the platforms

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -98,10 +99,13 @@ func verifyImages(t *testing.T, registry *testkit.Registry, b *imageBuilder) {
 			`linux/arm/v7 user "root"; want "65532:65532"`,
 			`linux/arm/v7 entry point "[\"/bin/sh\" \"-c\" \"/derpd\"]"; want "[\"/derpd\"]"`,
 			`linux/arm/v7 command "[\"serve\"]"; want "[]"`,
-			`linux/arm/v7 health check ""; want "[\"CMD\" \"/derpd\" \"healthcheck\"] every 10s, within 6s, 3 times, from 30s"`,
+			`linux/arm/v7 health check ""; want "[\"CMD\" \"/derpd\" \"healthcheck\"] interval 10s, timeout 6s, retries 3, start period 30s"`,
 			`linux/arm/v7 ports ""; want "3478/udp 443/tcp 80/tcp"`,
 			`linux/arm/v7 volumes "/var"; want "/data"`,
 			`linux/arm/v7 stop signal "SIGKILL"; want "SIGTERM"`,
+		}},
+		{name: "no platform", change: on("linux/arm64", func(i *imageToMake) { i.config.OS, i.config.Architecture = "", "" }), want: []string{
+			`linux/arm64 platform ""; want "linux/arm64"`,
 		}},
 		{name: "reproducible date", change: on("linux/386", func(i *imageToMake) { i.config.Created = v1.Time{Time: time.Unix(0, 0).UTC()} }), want: []string{
 			"linux/386 created 1970-01-01T00:00:00Z is not the time of the build; unset SOURCE_DATE_EPOCH",
@@ -109,10 +113,19 @@ func verifyImages(t *testing.T, registry *testkit.Registry, b *imageBuilder) {
 		{name: "future", change: on("linux/386", func(i *imageToMake) { i.config.Created = v1.Time{Time: time.Date(2999, 1, 1, 0, 0, 0, 0, time.UTC)} }), want: []string{
 			"linux/386 created 2999-01-01T00:00:00Z is in the future",
 		}},
-		{name: "large when compressed", change: on("linux/arm64", func(i *imageToMake) { i.more = noise(maxCompressed) }), want: []string{
+		{name: "large when compressed", change: on("linux/arm64", func(i *imageToMake) { i.more = noise(maxCompressed - 1<<16) }), want: []string{
 			"linux/arm64 size MEGABYTES compressed; want at most 12.6 MB",
 		}},
+		{name: "large layer", change: on("linux/arm64", func(i *imageToMake) { i.more = noise(maxCompressed) }), want: []string{
+			"linux/arm64 size layer sha256:DIGEST has BYTES bytes; want at most 12.6 MB",
+		}},
+		{name: "large configuration", change: on("linux/386", func(i *imageToMake) { i.config.Author = string(make([]byte, maxConfig)) }), want: []string{
+			"linux/386 read the configuration has BYTES bytes; at most 1048576 are read",
+		}},
 		{name: "large when unpacked", change: on("linux/arm64", func(i *imageToMake) { i.more = make([]byte, maxUnpacked) }), want: []string{
+			"linux/arm64 size more than 25.2 MB unpacked",
+		}},
+		{name: "large without files", change: on("linux/arm64", func(i *imageToMake) { i.padding = 2 * maxUnpacked }), want: []string{
 			"linux/arm64 size more than 25.2 MB unpacked",
 		}},
 		{name: "shell", change: on("linux/amd64", func(i *imageToMake) { i.shell = b.programs["linux/amd64"]["1.104.10-1"] }), want: []string{
@@ -285,6 +298,27 @@ func verifyReading(t *testing.T, registry *testkit.Registry, b *imageBuilder) {
 	})
 }
 
+// A negative size in a manifest means an unknown size to the library, which then reads
+// as long as the registry sends.
+func TestNegativeSize(t *testing.T) {
+	manifest := &v1.Manifest{Layers: []v1.Descriptor{{Size: 100}, {Size: -1}}}
+	if size, err := download(manifest); err == nil {
+		t.Errorf("size %d, want an error", size)
+	}
+	v := &verifier{stdout: io.Discard}
+	img := negative{labelled(t, nil)}
+	if _, err := v.platform(t.Context(), "linux/amd64", img, ""); err == nil || !strings.Contains(err.Error(), "the configuration has -1 bytes") {
+		t.Errorf("error is %v", err)
+	}
+}
+
+// negative is an image whose configuration has a negative size.
+type negative struct{ v1.Image }
+
+func (n negative) Manifest() (*v1.Manifest, error) {
+	return &v1.Manifest{Config: v1.Descriptor{Size: -1}}, nil
+}
+
 // before returns the URL of a server before a registry, which answers the requests for
 // which handled returns true.
 func before(t *testing.T, registry string, handled func(http.ResponseWriter, *http.Request) bool) string {
@@ -333,6 +367,7 @@ func failures(out string) []string {
 		}
 		text := regexp.MustCompile(`[0-9a-f]{64}`).ReplaceAllString(strings.Join(fields[1:], " "), "DIGEST")
 		text = regexp.MustCompile(`sha256:DIGEST", want "sha256:DIGEST`).ReplaceAllString(text, `DIGEST", want "DIGEST`)
+		text = regexp.MustCompile(`has [0-9]+ bytes`).ReplaceAllString(text, "has BYTES bytes")
 		failed = append(failed, regexp.MustCompile(`[0-9.]+ MB compressed`).ReplaceAllString(text, "MEGABYTES compressed"))
 	}
 	return failed
