@@ -29,7 +29,9 @@ func (n *Node) checks() []healthz.Check {
 	if n.config.Meshed() {
 		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})
 	}
-	list = append(list, healthz.Check{Name: "proxies", Run: n.checkProxies})
+	list = append(list,
+		healthz.Check{Name: "packets", Run: n.checkPackets},
+		healthz.Check{Name: "proxies", Run: n.checkProxies})
 	if n.updates != nil {
 		list = append(list, healthz.Check{Name: "updates", Run: n.updates.check})
 	}

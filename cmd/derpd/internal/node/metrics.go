@@ -4,6 +4,8 @@ import (
 	"expvar"
 
 	"tailscale.com/metrics"
+
+	"derpd/relay"
 )
 
 // metrics are all metrics of the relay. Metrics of derpserver and STUN keep the
@@ -45,6 +47,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
 		}
 	}
+	list = append(list, relay.ProcessMetrics()...)
 	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
 

@@ -73,6 +73,7 @@ type Node struct {
 	probe     probeKeys
 	eyes      *eyes
 	updates   *updates // nil when off
+	packets   *packets
 
 	plain      http.Handler // of the plain HTTP listener
 	admin      *http.Server
@@ -154,6 +155,7 @@ func (n *Node) build(ctx context.Context) error {
 	if c.Updates.Every > 0 {
 		n.updates = &updates{ask: release.New(n.options.Build, c.Updates.GoProxy).Ask, every: c.Updates.Every, log: n.log}
 	}
+	n.packets = &packets{count: n.relay.Packets}
 	n.health = healthz.New(n.checks())
 	n.plain = relay.RedirectHandler(c.PublicHTTPSPort(n.listeners.ports().https))
 	if n.certs != nil {

@@ -33,6 +33,7 @@ func (n *Node) tasks() []task {
 		{"address", func(ctx context.Context) error { n.findAddress(ctx); return nil }},
 		{"self-check", n.runSelfCheck},
 		{"announce", n.announce},
+		{"packets", n.packets.run},
 		{"stop", n.stop},
 	}
 	if n.listeners.http != nil {
