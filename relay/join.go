@@ -58,6 +58,18 @@ func (j *joiner) next(p []byte, inside bool) (send, rest []byte) {
 	return nil, rest
 }
 
+// between reports whether the bytes sent end with a frame, so that another frame
+// may follow.
+func (j *joiner) between() bool {
+	return j.started && j.length == 0 && j.frames.read == 0 && !j.frames.lost
+}
+
+// answered reports whether derpserver has written more than its key, which it does
+// only for a client that it has admitted.
+func (j *joiner) answered() bool {
+	return j.started && !j.frames.lost && j.frames.last() != 0 && j.frames.last() != derp.FrameServerKey
+}
+
 // sent releases the buffer.
 func (j *joiner) sent() {
 	if j.buffer != nil {
@@ -102,3 +114,7 @@ func (f *frames) follow(p []byte) (inside bool) {
 	}
 	return f.read > 0 && !f.lost
 }
+
+// last returns the type of the frame that is being written or was written last, or
+// zero. It is only valid between frames or inside a payload.
+func (f *frames) last() derp.FrameType { return derp.FrameType(f.header[0]) }

@@ -43,6 +43,10 @@ type Config struct {
 	// refused (derper's --disallow-apps).
 	DisallowApps []string
 
+	// TellClients is whether clients get the reason why they are refused, and the
+	// texts of [Relay.Tell].
+	TellClients bool
+
 	// Home serves the paths that clients never request.
 	Home http.Handler
 
@@ -98,8 +102,12 @@ func New(c Config) (*Relay, error) {
 		log.Debug().Msgf(format, args...)
 	})
 	server.SetDisallowedAppNames(c.DisallowApps)
+	sessions := newSessions(c.Log)
+	if c.TellClients {
+		sessions.teller = newTeller(c)
+	}
 	if c.Admit != nil {
-		server.SetVerifyClientURL(admissionURL(c.Admit))
+		server.SetVerifyClientURL(admissionURL(sessions.teller.admit(c.Admit)))
 		server.SetVerifyClientURLFailOpen(false)
 	}
 	if err := server.SetMeshKey(meshKeyOf(c.Mesh)); err != nil {
@@ -108,7 +116,7 @@ func New(c Config) (*Relay, error) {
 	r := &Relay{
 		config:   c,
 		server:   server,
-		sessions: newSessions(c.Log),
+		sessions: sessions,
 		clients:  &clients{server: server, log: c.Log},
 		mesh:     newMesh(c, server),
 		names:    c.Names,

@@ -13,8 +13,7 @@ import (
 func (r *Relay) handler() http.Handler {
 	mux := http.NewServeMux()
 	home := readOnly(r.config.Home)
-	// The connection of a WebSocket is no session, because it has WebSocket frames.
-	mux.Handle("/derp", r.upgraded(derpserver.AddWebSocketSupport(r.server, r.sessions.handler(derpserver.Handler(r.server))), home))
+	mux.Handle("/derp", r.upgraded(r.webSockets(r.sessions.handler(derpserver.Handler(r.server))), home))
 	// Old and new clients request different paths.
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)

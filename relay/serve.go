@@ -59,9 +59,11 @@ func (r *Relay) Close() error {
 	r.closing.Store(true)
 	err := errors.Join(r.public.Close(), r.plain.Close())
 	r.sessions.refuse()
+	r.sessions.teller.close()
 	err = errors.Join(err, r.server.Close())
 	// derpserver has closed its connections. A connection that was just hijacked
 	// may not have reached derpserver.
 	r.sessions.closeAll()
+	r.sessions.teller.wait()
 	return err
 }

@@ -37,17 +37,21 @@ type session struct {
 	writeMu  sync.Mutex // held by one writer
 	out      joiner     // guarded by writeMu
 	writeErr error      // sticky write error, returned by every later Write; guarded by writeMu
+	told     string     // text of the last [Relay.Tell]; guarded by writeMu
 
 	deadlineMu sync.Mutex
 	deadline   time.Time // write deadline of below; guarded by deadlineMu
 }
 
 // newSession returns the session of a hijacked connection. The client's first
-// bytes may be in buffered.
+// bytes may be in buffered, which may be nil.
 func newSession(all *sessions, conn net.Conn, buffered *bufio.Reader, client net.Addr) *session {
 	s := &session{Conn: conn, below: conn, client: client, started: time.Now(), all: all}
-	if buffered.Buffered() > 0 {
+	if buffered != nil && buffered.Buffered() > 0 {
 		s.Conn = netutil.NewDrainBufConn(conn, buffered)
+	}
+	if all.teller != nil && len(all.teller.disallowApps) > 0 {
+		s.Conn = &firstBytes{Conn: s.Conn}
 	}
 	return s
 }
@@ -107,10 +111,18 @@ func (s *session) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Close implements [net.Conn]. It ends a running write and does not wait. The
-// bytes held are discarded: they end inside a frame, and are useless to the
-// client.
+// Close implements [net.Conn]. The connection of a client that was just refused
+// is held; see [teller]. Otherwise Close ends a running write and does not wait.
 func (s *session) Close() error {
+	if s.all.teller.hold(s) {
+		return nil
+	}
+	return s.close()
+}
+
+// close closes the connection. The bytes that the joiner holds are discarded: they
+// end inside a frame, and are useless to the client.
+func (s *session) close() error {
 	s.ended(net.ErrClosed)
 	err := s.below.Close()
 	s.all.remove(s)

@@ -12,7 +12,8 @@ import (
 
 // sessions is the set of open sessions.
 type sessions struct {
-	log zerolog.Logger
+	log    zerolog.Logger
+	teller *teller // nil: refused clients are closed
 
 	mu      sync.Mutex
 	open    map[*session]bool // guarded by mu
@@ -31,7 +32,7 @@ func (all *sessions) handler(next http.Handler) http.Handler {
 	})
 }
 
-// add keeps s until [session.Close]. After refuse it closes s.
+// add keeps s until it is closed. After refuse it closes s.
 func (all *sessions) add(s *session) {
 	all.mu.Lock()
 	all.open[s] = true
@@ -70,6 +71,6 @@ func (all *sessions) closeAll() {
 	open := slices.Collect(maps.Keys(all.open))
 	all.mu.Unlock()
 	for _, s := range open {
-		_ = s.Close()
+		_ = s.close()
 	}
 }

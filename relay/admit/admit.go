@@ -117,6 +117,10 @@ func (g *Gate) Admit(ctx context.Context, node key.NodePublic, addr netip.Addr) 
 	return err
 }
 
+// IsUnavailable reports whether an error of [Gate.Admit] or [Gate.AskAll] means that
+// a source gave no answer.
+func IsUnavailable(err error) bool { return errors.Is(err, errUnavailable) }
+
 // decision is the gate's result for one node.
 type decision int
 

@@ -14,6 +14,7 @@
 //	admission.go    what all sources of admission share, and the list of sources
 //	keys.go         the sources, one file each: keys.go, tailnet.go,
 //	                tailscaled.go and url.go
+//	tell.go         DERP_TELL_CLIENTS
 //	region.go       this node in the DERP map
 //	mesh.go         the other nodes of the region
 //	proxies.go      proxies in front of derpd
@@ -77,6 +78,7 @@ type Config struct {
 	Certificate Certificate
 	Admission   Admission
 	Sources     []Source // of admission; an open relay has none
+	TellClients bool     // whether clients get reasons and warnings
 	Region      Region
 	Mesh        relay.MeshConfig // without Describe
 	Proxies     Proxies
@@ -132,6 +134,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	storageWarnings := checkStorage(p, c.Storage, c.Certificate, e.CertDir != "", checkPin)
 	var admissionWarnings []string
 	c.Admission, c.Sources, admissionWarnings = parseAdmission(p, e, roots)
+	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellEnv.TellClients)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string

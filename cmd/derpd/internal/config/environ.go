@@ -28,6 +28,7 @@ type Env struct {
 	DNSEnv
 	RootsEnv
 	AdmissionEnv
+	TellEnv
 	RegionEnv
 	MeshEnv
 	ProxiesEnv

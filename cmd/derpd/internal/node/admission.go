@@ -48,7 +48,11 @@ func (n *Node) admit() relay.AdmitFunc {
 		if n.probe.has(node) {
 			return nil
 		}
-		return n.gate.Admit(ctx, node, addr)
+		err := n.gate.Admit(ctx, node, addr)
+		if admit.IsUnavailable(err) {
+			return fmt.Errorf("%w: %w", relay.ErrSourceUnavailable, err)
+		}
+		return err
 	}
 }
 

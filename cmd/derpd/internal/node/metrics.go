@@ -47,7 +47,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
 		}
 	}
-	list = append(list, relay.ProcessMetrics()...)
+	list = append(append(list, relay.ProcessMetrics()...), n.toldMetrics()...)
 	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
 

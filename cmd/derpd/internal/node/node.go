@@ -132,6 +132,7 @@ func (n *Node) build(ctx context.Context) error {
 		Names:          c.Domains,
 		Admit:          n.admit(),
 		DisallowApps:   c.Admission.DisallowApps,
+		TellClients:    c.TellClients,
 		Home:           c.Web.Home,
 		BootstrapDNS:   n.bootstrap,
 		Mesh:           mesh,

@@ -34,6 +34,7 @@ func (n *Node) tasks() []task {
 		{"self-check", n.runSelfCheck},
 		{"announce", n.announce},
 		{"packets", n.packets.run},
+		{"notices", n.runNotices},
 		{"stop", n.stop},
 	}
 	if n.listeners.http != nil {
@@ -171,6 +172,7 @@ func (n *Node) stop(ctx context.Context) error {
 	}
 	closed := make(chan struct{})
 	go func() {
+		n.noticeStop()
 		_ = n.relay.Close()
 		close(closed)
 	}()

@@ -1,0 +1,244 @@
+package relay
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/types/key"
+)
+
+// ErrSourceUnavailable is wrapped by the error of an [AdmitFunc] that could not ask
+// who may connect. Clients get a text of its own.
+var ErrSourceUnavailable = errors.New("source of admission unavailable")
+
+const (
+	// heldRefused and heldUnavailable, and up to a quarter more, are the times for
+	// which a refused client is held. Each message resets the backoff of tailscaled:
+	// without the hold it would connect ten times a second. The text ends when the
+	// client is admitted, at its next connection.
+	heldRefused, heldUnavailable = 40 * time.Second, 20 * time.Second
+
+	// maxHeld limits the held connections: each takes about 40 KiB.
+	maxHeld = 256
+
+	// heldBytes are read from a held client and discarded. Further bytes stay in
+	// the socket, until TCP stops the client.
+	heldBytes = 1 << 20
+
+	// replacedAfter is the least age at which a held connection gives its place to
+	// a newer one of the same key. Two machines with one key replace each other.
+	replacedAfter = 15 * time.Second
+)
+
+// refusal is why a client is refused.
+type refusal struct {
+	reason, text string
+	held         time.Duration
+}
+
+// teller sends refused clients the reason, and holds their connections. A nil
+// teller sends and holds nothing.
+//
+// derpserver closes the connection of a client that it refuses, and
+// [session.Close] asks the teller first.
+type teller struct {
+	private      key.NodePrivate // opens the first frame of clients
+	disallowApps []string
+	limit        int // on held connections
+
+	ctx  context.Context // ends the holds
+	stop context.CancelFunc
+
+	mu      sync.Mutex
+	refused map[key.NodePublic]refusal // until derpserver closes the connection; guarded by mu
+	held    map[key.NodePublic]*hold   // guarded by mu
+	told    map[string]int64           // texts sent, by reason; guarded by mu
+	closed  bool                       // guarded by mu
+
+	holding sync.WaitGroup
+}
+
+// hold is the held connection of one node.
+type hold struct {
+	session *session
+	since   time.Time
+	end     context.CancelFunc
+}
+
+func newTeller(c Config) *teller {
+	t := &teller{
+		private: c.PrivateKey, disallowApps: c.DisallowApps, limit: maxHeld,
+		refused: make(map[key.NodePublic]refusal),
+		held:    make(map[key.NodePublic]*hold),
+		told:    make(map[string]int64),
+	}
+	t.ctx, t.stop = context.WithCancel(context.Background())
+	return t
+}
+
+// admit wraps next, to note why it refuses a client.
+func (t *teller) admit(next AdmitFunc) AdmitFunc {
+	if t == nil {
+		return next
+	}
+	return func(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
+		err := next(ctx, node, addr)
+		if err == nil {
+			return nil
+		}
+		r := refusal{"refused", "this relay does not admit this node, whose key is " + node.ShortString() + "; the owner of the relay can admit it", heldRefused}
+		if errors.Is(err, ErrSourceUnavailable) {
+			r = refusal{"unavailable", "this relay cannot ask who may use it now", heldUnavailable}
+		}
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.refused[node] = r
+		return err
+	}
+}
+
+// hold takes over the connection of a refused client from derpserver. It returns
+// false if the connection must be closed.
+func (t *teller) hold(s *session) bool {
+	if t == nil || !s.unanswered() {
+		return false
+	}
+	node, end := s.state()
+	r, refused := t.take(node)
+	if !refused && end == nil && t.disallowed(s, node) {
+		r, refused = refusal{"app", "this relay does not admit the app of this client", heldRefused}, true
+	}
+	if !refused || end != nil {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch older := t.held[node]; {
+	case t.closed,
+		older == nil && len(t.held) >= t.limit,
+		older != nil && time.Since(older.since) < replacedAfter:
+		return false
+	case older != nil:
+		older.end()
+	}
+	ctx, cancel := context.WithTimeout(t.ctx, r.held+rand.N(r.held/4))
+	t.held[node] = &hold{s, time.Now(), cancel}
+	t.holding.Go(func() {
+		defer cancel()
+		t.keep(ctx, s, r)
+		t.release(node, s)
+		_ = s.close()
+	})
+	return true
+}
+
+// take returns why a node was refused, once.
+func (t *teller) take(node key.NodePublic) (r refusal, refused bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r, refused = t.refused[node]
+	delete(t.refused, node)
+	return r, refused
+}
+
+// keep sends the text and discards what the client sends, until ctx or the
+// connection ends.
+func (t *teller) keep(ctx context.Context, s *session, r refusal) {
+	_ = s.SetDeadline(time.Time{}) // of derpserver
+	s.writeMu.Lock()
+	err := s.insert(healthFrame(r.text))
+	s.writeMu.Unlock()
+	if err != nil {
+		return
+	}
+	t.count(r.reason)
+	defer context.AfterFunc(ctx, func() { _ = s.below.SetReadDeadline(time.Unix(1, 0)) })()
+	var discarded [512]byte
+	for n := 0; ; {
+		read, err := s.below.Read(discarded[:])
+		if err != nil {
+			return
+		}
+		if n += read; n >= heldBytes {
+			<-ctx.Done()
+			return
+		}
+	}
+}
+
+// release forgets a held connection.
+func (t *teller) release(node key.NodePublic, s *session) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if h := t.held[node]; h != nil && h.session == s {
+		delete(t.held, node)
+	}
+}
+
+// count counts a text that was sent.
+func (t *teller) count(reason string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.told[reason]++
+}
+
+// close ends the holds. Later ones are refused.
+func (t *teller) close() {
+	if t == nil {
+		return
+	}
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	t.stop()
+}
+
+// wait waits until every held connection is closed.
+func (t *teller) wait() {
+	if t != nil {
+		t.holding.Wait()
+	}
+}
+
+// disallowed reports whether derpserver has refused the client for its app. Only
+// the encrypted part of the client's first frame has the name of the app.
+func (t *teller) disallowed(s *session, node key.NodePublic) bool {
+	first, ok := s.Conn.(*firstBytes)
+	if !ok || len(first.bytes) < greetingLength {
+		return false
+	}
+	length := int64(binary.BigEndian.Uint32(first.bytes[1:])) + derp.FrameHeaderLen
+	if length > int64(len(first.bytes)) {
+		return false
+	}
+	text, ok := t.private.OpenFrom(node, first.bytes[greetingLength:length])
+	var info derp.ClientInfo
+	return ok && json.Unmarshal(text, &info) == nil && slices.Contains(t.disallowApps, info.AppName)
+}
+
+// firstBytes is a connection that keeps the first bytes read from it.
+type firstBytes struct {
+	net.Conn
+	bytes []byte // owned by the reader
+}
+
+// firstBytesLength is longer than the first frame of any client today.
+const firstBytesLength = 1 << 10
+
+// Read implements [net.Conn].
+func (c *firstBytes) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if room := firstBytesLength - len(c.bytes); room > 0 {
+		c.bytes = append(c.bytes, p[:min(n, room)]...)
+	}
+	return n, err
+}
