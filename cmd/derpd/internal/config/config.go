@@ -134,7 +134,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	storageWarnings := checkStorage(p, c.Storage, c.Certificate, e.CertDir != "", checkPin)
 	var admissionWarnings []string
 	c.Admission, c.Sources, admissionWarnings = parseAdmission(p, e, roots)
-	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellEnv.TellClients)
+	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellClients)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string
