@@ -27,7 +27,7 @@ const (
 	// client is admitted, at its next connection.
 	heldRefused, heldUnavailable = 40 * time.Second, 20 * time.Second
 
-	// maxHeld limits the held connections: each takes about 40 KiB.
+	// maxHeld limits the held connections. Each takes the memory of an idle client.
 	maxHeld = 256
 
 	// heldBytes are read from a held client and discarded. Further bytes stay in

@@ -90,6 +90,10 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 			}
 			return err
 		}
+		// derpd holds the connection of a client that it refuses; see [teller].
+		if _, refused := message.(derp.HealthMessage); refused && !accepted {
+			return errMeshKey
+		}
 		// The first PeerPresentMessage is about this connection itself.
 		if _, ok := message.(derp.PeerPresentMessage); ok && !accepted {
 			accepted = true

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"testing"
@@ -144,6 +145,11 @@ func TestMeshErrors(t *testing.T) {
 			return stranger(t, Config{Mesh: MeshConfig{Key: meshKey(t, "correct horse battery staple")}})
 		}, errMeshKey.Error()},
 		"no mesh": {func(t *testing.T) MeshNode { return stranger(t, Config{}) }, errMeshKey.Error()},
+		"another key, and the refused connection is held": {func(t *testing.T) MeshNode {
+			return stranger(t, Config{TellClients: true, Admit: func(context.Context, key.NodePublic, netip.Addr) error {
+				return errors.New("not a member")
+			}})
+		}, errMeshKey.Error()},
 		"another certificate": {func(t *testing.T) MeshNode {
 			n := stranger(t, Config{Mesh: MeshConfig{Key: secret}})
 			n.CertHash = strings.Repeat("00", 32)
