@@ -85,6 +85,8 @@ func TestJudge(t *testing.T) {
 	good := made(t, public, "Intermediate", authority)
 	leaf := made(t, good, judgedName)
 	ofPrivate := made(t, private, judgedName)
+	third := made(t, private, "Third", authority)
+	ofThird := made(t, third, judgedName)
 	self := made(t, nil, judgedName)
 	pin := func(c *tls.Certificate) string { return "sha256-raw:" + testkit.Hash(c.Leaf) }
 	meta := made(t, nil, "derpkey0123")
@@ -98,6 +100,7 @@ func TestJudge(t *testing.T) {
 	origin := made(t, nil, "", authority, changed(func(c *x509.Certificate) {
 		c.Subject = pkix.Name{OrganizationalUnit: []string{"CloudFlare Origin SSL Certificate Authority"}}
 	}))
+	thirdExpired := made(t, private, "Third", authority, sameKey(third), expired)
 	late := made(t, public, "Late", authority, expired)
 	early := made(t, public, "Early", authority, tomorrow)
 	oldRoot := made(t, nil, "Old Root", authority, expired)
@@ -135,6 +138,7 @@ func TestJudge(t *testing.T) {
 
 		{"a private root", chain(ofPrivate, private), Clients{}, Warn, `clients need "Private Root" installed: this machine does not know it; install it on every client`},
 		{"a private root that is not sent", chain(ofPrivate), Clients{}, Warn, `clients need "Private Root" installed: this machine does not know it`},
+		{"a private intermediate after an expired one", chain(ofThird, thirdExpired, third), Clients{}, Warn, `clients need "Private Root" installed`},
 		{"a private root in a variable", chain(ofPrivate), Clients{Private: testkit.Pool(private), PrivateName: "DERP_ROOTS"}, Warn, `clients need "Private Root" installed: only DERP_ROOTS has it`},
 		{"Cloudflare's origin", chain(made(t, origin, judgedName)), Clients{}, Warn, `only Cloudflare's proxy trusts "CloudFlare Origin SSL Certificate Authority"`},
 		{"no roots here", chain(ofPrivate), Clients{Roots: x509.NewCertPool()}, Warn, "this machine has no root certificates"},
