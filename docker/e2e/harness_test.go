@@ -83,12 +83,14 @@ func sweep(pid int) {
 		}
 		return owner == pid || pid == 0 && errors.Is(syscall.Kill(owner, 0), syscall.ESRCH)
 	}
+	// An image that was pulled has a name by digest after its tag is removed.
+	const named = `{{.Repository}}{{if eq .Tag "<none>"}}@{{.Digest}}{{else}}:{{.Tag}}{{end}} {{.Repository}}`
 	const labelled = `{{.ID}} {{.Label "` + ownerLabel + `"}}`
 	for _, kind := range []struct{ list, remove []string }{
 		{[]string{"ps", "--all", "--format", labelled}, []string{"rm", "--force", "--volumes"}},
 		{[]string{"network", "ls", "--format", labelled}, []string{"network", "rm"}},
 		{[]string{"volume", "ls", "--format", `{{.Name}} {{.Label "` + ownerLabel + `"}}`}, []string{"volume", "rm", "--force"}},
-		{[]string{"image", "ls", "--format", "{{.Repository}}:{{.Tag}} {{.Repository}}"}, []string{"image", "rm", "--force"}},
+		{[]string{"image", "ls", "--digests", "--format", named}, []string{"image", "rm", "--force"}},
 	} {
 		out, err := runEngine(context.Background(), dockerTimeout, kind.list...)
 		if err != nil {

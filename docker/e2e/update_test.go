@@ -75,8 +75,9 @@ func updateOnce(t *testing.T, r *row) {
 func badUpdate(t *testing.T, r *row) {
 	h := startHub(t)
 	good := docker(t, "image", "inspect", "--format", "{{.Id}}", image())
-	worked := h.push(t, good, project(t)+":worked")
-	followed := h.Host + "/" + project(t) + ":followed"
+	repository := project(t)
+	worked := h.push(t, good, repository+":worked")
+	followed := h.Host + "/" + repository + ":followed"
 	h.move(t, followed, worked)
 	for _, tag := range []string{followed, worked} {
 		t.Cleanup(func() { _, _ = run(context.Background(), dockerTimeout, "rmi", tag) })
@@ -100,7 +101,7 @@ func badUpdate(t *testing.T, r *row) {
 		h.move(t, followed, worked)
 		d.must(t, "pull", "--quiet", "relay")
 		d.must(t, "up", "-d", "--wait", "--no-build")
-		h.move(t, followed, h.push(t, derived(t, followed, instructions), project(t)+":bad"))
+		h.move(t, followed, h.push(t, derived(t, followed, instructions), repository+":bad"))
 		if updated, err := watchtower(t, d.id(t)); !updated || err != nil {
 			t.Fatalf("updated %t, error %v", updated, err)
 		}

@@ -63,7 +63,8 @@ func StartRegistry(t testing.TB) *Registry {
 		defer close(ended)
 		lines := bufio.NewScanner(stderr)
 		for lines.Scan() {
-			if !bytes.Contains(lines.Bytes(), []byte("level=info")) {
+			// Clients ask for every layer before they push it.
+			if !bytes.Contains(lines.Bytes(), []byte("level=info")) && !bytes.Contains(lines.Bytes(), []byte("status=404")) {
 				_, _ = log.Write(append(lines.Bytes(), '\n'))
 			}
 			if found := listening.FindSubmatch(lines.Bytes()); found != nil {
