@@ -239,10 +239,11 @@ func (h hub) build(t *testing.T, platform string, flags ...string) mutate.IndexA
 		t.Fatal(err)
 	}
 	part := project(t) + ":" + strings.ReplaceAll(platform, "/", "-")
-	// BuildKit sets the target by --platform. The classic builder needs the arguments,
-	// and writes its own platform into the image's configuration.
+	// The arguments that BuildKit derives from --platform. The classic builder refuses to
+	// copy from a stage of another platform, so the image's configuration has the
+	// engine's platform at first.
 	args := slices.Concat([]string{
-		"build", "--quiet", "--platform", platform, "--build-arg", "GOPROXY", "--build-arg", "GO_IMAGE",
+		"build", "--quiet", "--build-arg", "GOPROXY", "--build-arg", "GO_IMAGE",
 		"--build-arg", "TARGETOS=" + target.OS, "--build-arg", "TARGETARCH=" + target.Architecture, "--build-arg", "TARGETVARIANT=" + target.Variant,
 	},
 		flags, []string{"--tag", part, "."})
