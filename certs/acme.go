@@ -183,6 +183,9 @@ func (a *ACME) HTTPHandler(next http.Handler) http.Handler {
 	})
 }
 
+// Accept implements [Manager]. Renewals by an authority never change the map.
+func (a *ACME) Accept(string) error { return ErrNothingWaits }
+
 // Ready implements [Manager].
 func (a *ACME) Ready() <-chan struct{} { return a.ready }
 

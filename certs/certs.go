@@ -15,16 +15,14 @@
 // Each DNS provider is one file, such as dns_gandi.go, with its variables. A new
 // provider is one such file and its module in go.mod.
 //
-// files.go reloads the files of manual.go and pinned.go. names.go handles the names
-// of a certificate.
+// files.go reloads the files of manual.go and pinned.go, and accept.go holds those back
+// that need a new map. names.go handles the names of a certificate.
 package certs
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"net/http"
 )
@@ -50,6 +48,11 @@ type Manager interface {
 
 	// Status returns the current certificate and the last error.
 	Status() Status
+
+	// Accept serves the certificate that waits, though clients then need a new
+	// map. hash is the begin of its SHA-256 in hex; empty for the one that Status
+	// has named. The error is [ErrNothingWaits] if none waits.
+	Accept(hash string) error
 }
 
 // Status is the state of a [Manager].
@@ -64,6 +67,11 @@ type Status struct {
 	// is empty for a certificate that an authority has signed.
 	Pin string
 
+	// Waiting is a valid certificate in the files that is not served before
+	// Accept, since clients need a new map for it; nil for none. Err has the
+	// reason.
+	Waiting *x509.Certificate
+
 	// Err is the reason why there is no certificate, or why its renewal failed.
 	// It may be nil.
 	Err error
@@ -73,9 +81,9 @@ type Status struct {
 	Reloads, ReloadErrors uint64
 }
 
+// pinPrefix begins a CertName that is a hash (tailcfg.DERPNode.CertName).
+const pinPrefix = "sha256-raw:"
+
 // Pin returns the CertName with which clients accept this certificate alone:
 // "sha256-raw:" and the SHA-256 of the DER form (tailcfg.DERPNode.CertName).
-func Pin(leaf *x509.Certificate) string {
-	sum := sha256.Sum256(leaf.Raw)
-	return "sha256-raw:" + hex.EncodeToString(sum[:])
-}
+func Pin(leaf *x509.Certificate) string { return pinPrefix + hash(leaf) }

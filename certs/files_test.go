@@ -19,7 +19,7 @@ func TestReloadOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	f, err := newFiles([]string{path}, c.load, zerolog.New(&log))
+	f, err := newFiles([]string{path}, c.load, nil, zerolog.New(&log))
 	if err != nil {
 		t.Fatal(err)
 	}

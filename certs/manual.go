@@ -20,6 +20,10 @@ type ManualConfig struct {
 	// Roots are the authorities that clients trust; nil for the system's.
 	Roots *x509.CertPool
 
+	// Changed is called when clients need a new map for the certificate in use.
+	// certName is the Pin of the new [Status]. Changed must not call the manager.
+	Changed func(certName string)
+
 	Log zerolog.Logger
 }
 
@@ -29,8 +33,11 @@ type ManualConfig struct {
 // It refuses files with which every client fails: the key must belong to the first
 // certificate, which must cover every name and be valid now, with its issuers. An
 // authority that this machine does not trust is logged: clients may trust it.
+//
+// New files that change the map wait for Accept: a self-signed certificate with another
+// pin, or one of an authority in place of a self-signed one.
 func LoadManual(c ManualConfig) (Manager, error) {
-	return newFiles([]string{c.CertFile, c.KeyFile}, c.load, c.Log)
+	return newFiles([]string{c.CertFile, c.KeyFile}, c.load, c.Changed, c.Log)
 }
 
 func (c ManualConfig) load() (loaded, error) {
@@ -38,7 +45,17 @@ func (c ManualConfig) load() (loaded, error) {
 	if err != nil {
 		return loaded{}, err
 	}
-	leaf, now := p.leaf, time.Now()
+	found, err := c.check(p, time.Now())
+	found.check = func(now time.Time) error {
+		_, err := c.check(p, now)
+		return err
+	}
+	return found, err
+}
+
+// check returns an error if every client refuses the certificate.
+func (c ManualConfig) check(p *pair, now time.Time) (loaded, error) {
+	leaf := p.leaf
 	for _, name := range c.Names {
 		if leaf.VerifyHostname(name) != nil {
 			return loaded{}, c.explainName(leaf.Certificate, name)

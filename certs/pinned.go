@@ -41,17 +41,20 @@ type PinnedConfig struct {
 	// with a pin still check a DNS name, but not an address.
 	Names []string
 
+	// Changed is that of [ManualConfig].
+	Changed func(certName string)
+
 	Log zerolog.Logger
 }
 
 // LoadPinned loads the pinned certificate. The manager reloads it when the file
-// changes.
+// changes. A file that [RotatePinned] has not made waits for Accept.
 //
 // The error wraps [fs.ErrNotExist] only if there never was a certificate. A lost
 // certificate is another error, because clients accept no new certificate. The file
 // with the pin distinguishes the two cases.
 func LoadPinned(c PinnedConfig) (Manager, error) {
-	return newFiles([]string{c.Path}, c.load, c.Log)
+	return newFiles([]string{c.Path, c.pinPath()}, c.load, c.Changed, c.Log)
 }
 
 func (c PinnedConfig) load() (loaded, error) {
@@ -73,10 +76,14 @@ func (c PinnedConfig) load() (loaded, error) {
 			return loaded{}, fmt.Errorf("pinned certificate %s covers %s, not %s; %s", c.Path, covered(cert.Leaf), name, rotateHint)
 		}
 	}
-	if time.Now().After(cert.Leaf.NotAfter) {
-		return loaded{}, fmt.Errorf("pinned certificate %s expired on %s; %s", c.Path, cert.Leaf.NotAfter.Format(time.DateOnly), rotateHint)
+	check := func(now time.Time) error {
+		if now.After(cert.Leaf.NotAfter) {
+			return fmt.Errorf("pinned certificate %s expired on %s; %s", c.Path, cert.Leaf.NotAfter.Format(time.DateOnly), rotateHint)
+		}
+		return nil
 	}
-	return loaded{cert: &cert}, nil
+	pin, _ := os.ReadFile(c.pinPath()) // written after the certificate by RotatePinned alone
+	return loaded{cert: &cert, check: check, meant: string(bytes.TrimSpace(pin)) == Pin(cert.Leaf)}, check(time.Now())
 }
 
 // rotateHint is a fix that needs a new map on every client, so only the operator may

@@ -27,7 +27,7 @@ func verbs() []verb {
 	return []verb{
 		{"serve", "", "run the relay", serve},
 		{"derpmap", "[--format FORMAT]", "print the DERP map to paste into a tailnet's policy or Headscale", printMap},
-		{"pin", "[--rotate [--format FORMAT]]", "print the hash of the pinned certificate, or replace the certificate", pin},
+		{"pin", "[--rotate | --accept] [--format FORMAT] [HASH]", "print the hash of the self-signed certificate; replace it, or accept the one that waits in the files", pin},
 		{"admit", "NODEKEY", "print whether the running relay admits the node with this key (nodekey:…), and what each source says", printAdmission},
 		{"env", "[--example]", "print the configuration in force, without secrets", printEnvironment},
 		{"healthcheck", "", "print the health of the running relay; exit code 1 unless it is ready", healthcheck},
@@ -91,7 +91,10 @@ func findVerb(name string) (verb, error) {
 
 // parse parses the flags and exactly as many arguments as given. It prints the
 // help of the verb if that is asked for.
-func (c *call) parse(arguments int) error {
+func (c *call) parse(arguments int) error { return c.parseSome(arguments, arguments) }
+
+// parseSome is parse for a number of arguments in a range.
+func (c *call) parseSome(least, most int) error {
 	err := c.flags.Parse(c.args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -101,9 +104,9 @@ func (c *call) parse(arguments int) error {
 		return errHelp
 	case err != nil:
 		return usageError{fmt.Errorf("%s: %w; see `derpd %s --help`", c.verb.name, err, c.verb.name)}
-	case c.flags.NArg() > arguments:
-		return usageError{fmt.Errorf("%s: unexpected argument %q; see `derpd %s --help`", c.verb.name, c.flags.Arg(arguments), c.verb.name)}
-	case c.flags.NArg() < arguments:
+	case c.flags.NArg() > most:
+		return usageError{fmt.Errorf("%s: unexpected argument %q; see `derpd %s --help`", c.verb.name, c.flags.Arg(most), c.verb.name)}
+	case c.flags.NArg() < least:
 		return usageError{fmt.Errorf("%s: want %s; see `derpd %s --help`", c.verb.name, c.verb.args, c.verb.name)}
 	}
 	return nil

@@ -1,6 +1,7 @@
 // Package admin is both ends of the admin listener, which is for the operator:
 //
-//   - admin.go, admission.go and metrics.go are the handlers of a running relay
+//   - admin.go, admission.go, pin.go and metrics.go are the handlers of a running
+//     relay; orders.go protects those that change something
 //   - client.go is the client by which commands such as `derpd admit` ask it
 //
 // The admin listener is apart from the public listener, and serves no clients.
@@ -31,6 +32,10 @@ type Config struct {
 	// Admission returns what the sources of admission say about a node.
 	Admission func(ctx context.Context, node key.NodePublic) Admission
 
+	// AcceptPin serves the certificate that waits, which clients need a new map
+	// for; see certs.Manager.
+	AcceptPin func(hash string) error
+
 	// Metrics returns the current metrics.
 	Metrics func() []expvar.KeyValue
 }
@@ -42,6 +47,7 @@ func Handler(c Config) http.Handler {
 	mux.HandleFunc("GET /derpmap", c.serveMap)
 	mux.HandleFunc("GET /admit", c.serveAdmission)
 	mux.HandleFunc("GET /metrics", c.serveMetrics)
+	mux.Handle("POST /pin/accept", order(c.servePinAccept))
 	return mux
 }
 

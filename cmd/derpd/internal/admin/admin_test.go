@@ -78,7 +78,7 @@ func TestClientAndHandler(t *testing.T) {
 	if got, err := c.Admission(ctx, key.NewNode().Public()); err != nil || got.Admitted || got.Reason != "every source says no" {
 		t.Errorf("Admission of a stranger: %+v, %v", got, err)
 	}
-	status, contentType, body, err := c.get(ctx, "/metrics")
+	status, contentType, body, err := c.ask(ctx, http.MethodGet, "/metrics")
 	if err != nil || status != http.StatusOK || !strings.HasPrefix(contentType, "text/plain; version=0.0.4") {
 		t.Errorf("metrics: %d, %s, %v", status, contentType, err)
 	}
@@ -90,7 +90,7 @@ func TestClientAndHandler(t *testing.T) {
 		"/admit?node=nodekey:" + strings.Repeat("0", 64): http.StatusBadRequest,
 		"/readyz": http.StatusServiceUnavailable, "/derpmap?format=xml": http.StatusBadRequest,
 	} {
-		if status, _, _, err := c.get(ctx, path); status != want || err != nil {
+		if status, _, _, err := c.ask(ctx, http.MethodGet, path); status != want || err != nil {
 			t.Errorf("%s: %d, %v; want %d", path, status, err, want)
 		}
 	}

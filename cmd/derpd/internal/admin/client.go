@@ -37,7 +37,7 @@ func (e NotDerpdError) Error() string {
 
 // Ready returns the health of the relay as text, and whether it is ready.
 func (c Client) Ready(ctx context.Context) (report string, ready bool, err error) {
-	status, _, body, err := c.get(ctx, "/readyz")
+	status, _, body, err := c.ask(ctx, http.MethodGet, "/readyz")
 	report = string(body)
 	switch {
 	case err != nil:
@@ -52,7 +52,7 @@ func (c Client) Ready(ctx context.Context) (report string, ready bool, err error
 
 // Map returns the map of the running relay in one of derpmap.Formats.
 func (c Client) Map(ctx context.Context, format string) ([]byte, error) {
-	status, contentType, body, err := c.get(ctx, "/derpmap?format="+url.QueryEscape(format))
+	status, contentType, body, err := c.ask(ctx, http.MethodGet, "/derpmap?format="+url.QueryEscape(format))
 	switch {
 	case err != nil:
 		return nil, err
@@ -64,7 +64,7 @@ func (c Client) Map(ctx context.Context, format string) ([]byte, error) {
 
 // Admission returns the decision of the running relay about a node.
 func (c Client) Admission(ctx context.Context, node key.NodePublic) (Admission, error) {
-	status, contentType, body, err := c.get(ctx, "/admit?node="+url.QueryEscape(node.String()))
+	status, contentType, body, err := c.ask(ctx, http.MethodGet, "/admit?node="+url.QueryEscape(node.String()))
 	if err != nil {
 		return Admission{}, err
 	}
@@ -75,8 +75,23 @@ func (c Client) Admission(ctx context.Context, node key.NodePublic) (Admission, 
 	return a, nil
 }
 
-// get asks the admin listener, and reads the whole answer.
-func (c Client) get(ctx context.Context, path string) (status int, contentType string, body []byte, err error) {
+// AcceptPin orders the running relay to serve the certificate that waits, and returns
+// the new map. A [RefusedError] is the relay's own.
+func (c Client) AcceptPin(ctx context.Context, hash, format string) ([]byte, error) {
+	status, contentType, body, err := c.ask(ctx, http.MethodPost, "/pin/accept?"+url.Values{"hash": {hash}, "format": {format}}.Encode())
+	switch {
+	case err != nil:
+		return nil, err
+	case status == http.StatusConflict && contentType == refusalType:
+		return nil, RefusedError{strings.TrimSpace(string(body))}
+	case status != http.StatusOK || contentType != mapType:
+		return nil, NotDerpdError(c)
+	}
+	return body, nil
+}
+
+// ask sends a request to the admin listener, and reads the whole answer.
+func (c Client) ask(ctx context.Context, method, path string) (status int, contentType string, body []byte, err error) {
 	host, port, err := net.SplitHostPort(c.Addr)
 	if err != nil {
 		return 0, "", nil, err
@@ -86,9 +101,12 @@ func (c Client) get(ctx context.Context, path string) (status int, contentType s
 	}
 	ctx, cancel := context.WithTimeout(ctx, clientTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+path, http.NoBody)
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+net.JoinHostPort(host, port)+path, http.NoBody)
 	if err != nil {
 		return 0, "", nil, err
+	}
+	if method == http.MethodPost {
+		req.Header.Set("Content-Type", orderType)
 	}
 	// A transport of its own ignores proxies named in the environment.
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}

@@ -28,6 +28,9 @@ type Storage struct {
 // NodeKeyFile is the file of the node key.
 func (s Storage) NodeKeyFile() string { return filepath.Join(s.DataDir, "node.key") }
 
+// MapCertFile is the file in which the relay remembers the CertName of its map.
+func (s Storage) MapCertFile() string { return filepath.Join(s.DataDir, "mapcert.json") }
+
 func parseStorage(p *problems, env StorageEnv) Storage {
 	s := Storage{DataDir: p.path("DERP_DATA_DIR", env.DataDir)}
 	s.CertDir = filepath.Join(s.DataDir, "certs")

@@ -24,7 +24,7 @@ func (n *Node) certificates(ctx context.Context) (certs.Manager, error) {
 	switch c.Mode {
 	case config.ModeManual:
 		manual := c.Manual
-		manual.Log = n.log
+		manual.Log, manual.Changed = n.log, n.certNameChanged
 		m, err := certs.LoadManual(manual)
 		if err != nil {
 			return nil, fmt.Errorf("DERP_CERT_FILE: %w", err)
@@ -56,7 +56,7 @@ func (n *Node) certificates(ctx context.Context) (certs.Manager, error) {
 // address known by then; only that start waits for the public address.
 func (n *Node) pinned(ctx context.Context) (certs.Manager, error) {
 	pinned := n.config.Certificate.Pinned
-	pinned.Log = n.log
+	pinned.Log, pinned.Changed = n.log, n.certNameChanged
 	m, err := certs.LoadPinned(pinned)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return m, err
@@ -68,14 +68,21 @@ func (n *Node) pinned(ctx context.Context) (certs.Manager, error) {
 	return certs.LoadOrCreatePinned(pinned)
 }
 
-// Pin returns the hash of the pinned certificate, as the map has it, and the
+// Pin returns the hash of the self-signed certificate, as the map has it, and the
 // certificate's last day.
 func Pin(c *config.Config) (hash string, until time.Time, err error) {
-	m, err := loadPinned(c)
+	load := loadPinned
+	if c.Certificate.Mode == config.ModeManual {
+		load = loadManual
+	}
+	m, err := load(c)
 	if err != nil {
 		return "", time.Time{}, err
 	}
 	status := m.Status()
+	if status.Pin == "" {
+		return "", time.Time{}, fmt.Errorf("%s is the certificate of an authority, so the map has no pin", c.Certificate.Manual.CertFile)
+	}
 	return status.Pin, status.Leaf.NotAfter, nil
 }
 

@@ -108,6 +108,9 @@ func (n *Node) checkCertificate(context.Context) healthz.Result {
 	if verdict.Level == healthz.Warn {
 		parts = append(parts, verdict.String())
 	}
+	if warning := n.mapCert.warning(time.Now()); warning != "" {
+		parts = append(parts, warning)
+	}
 	if s.Err != nil {
 		parts = append(parts, s.Err.Error())
 	} else if isOld(s.Leaf, left) {

@@ -30,6 +30,9 @@ func (n *Node) metrics() []expvar.KeyValue {
 		if status.Leaf != nil {
 			list = append(list, expvar.KeyValue{Key: "gauge_derpd_certificate_not_after_timestamp_seconds", Value: number(status.Leaf.NotAfter.Unix())})
 		}
+		if record := n.mapCert.get(); !record.Changed.IsZero() {
+			list = append(list, expvar.KeyValue{Key: "gauge_derpd_pin_changed_timestamp_seconds", Value: number(record.Changed.Unix())})
+		}
 		list = append(list,
 			expvar.KeyValue{Key: "gauge_derpd_certificate_failing", Value: number(status.Err != nil)},
 			expvar.KeyValue{Key: "counter_derpd_certificate_reloads_total", Value: number(int64(status.Reloads))},

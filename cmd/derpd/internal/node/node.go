@@ -6,8 +6,8 @@
 //   - admission.go connects the relay to the gate
 //   - selfcheck.go, eyes.go, checks.go, misdirected.go and metrics.go observe; a new
 //     health check is one function and one line in checks.go
-//   - public.go and region.go make the map
-//   - updates.go looks for newer releases
+//   - public.go and region.go make the map, and mapcert.go remembers its pin
+//   - notices.go warns clients, updates.go looks for newer releases
 package node
 
 import (
@@ -74,6 +74,7 @@ type Node struct {
 	eyes      *eyes
 	updates   *updates // nil when off
 	packets   *packets
+	mapCert   mapCert
 
 	plain      http.Handler // of the plain HTTP listener
 	admin      *http.Server
@@ -117,6 +118,7 @@ func (n *Node) build(ctx context.Context) error {
 	if err := os.MkdirAll(c.Storage.DataDir, 0o700); err != nil {
 		return fmt.Errorf("DERP_DATA_DIR: %w", err)
 	}
+	n.rememberCertName()
 	private, err := relay.LoadOrCreateKey(c.Storage.NodeKeyFile())
 	if err != nil {
 		return fmt.Errorf("DERP_DATA_DIR: %w", err)
@@ -163,7 +165,7 @@ func (n *Node) build(ctx context.Context) error {
 		n.plain = n.certs.HTTPHandler(n.plain)
 	}
 	n.admin = httpserver.New(admin.Handler(admin.Config{
-		Health: n.health.Handler(), Map: n.formatMap, Admission: n.admission, Metrics: n.metrics,
+		Health: n.health.Handler(), Map: n.formatMap, Admission: n.admission, AcceptPin: n.acceptPin, Metrics: n.metrics,
 	}), n.log)
 	if n.listeners.health != nil {
 		n.healthOnly = httpserver.New(n.health.StatusHandler(), n.log)

@@ -124,6 +124,11 @@ func loadPinned(c *config.Config) (certs.Manager, error) {
 	return m, err
 }
 
+// loadManual loads the files of mode manual.
+func loadManual(c *config.Config) (certs.Manager, error) {
+	return certs.LoadManual(c.Certificate.Manual)
+}
+
 // StoppedMap is the map of a relay that does not run, made from its
 // configuration and its data directory.
 func StoppedMap(ctx context.Context, c *config.Config, format string) ([]byte, error) {
@@ -132,7 +137,7 @@ func StoppedMap(ctx context.Context, c *config.Config, format string) ([]byte, e
 	case config.ModePinned:
 		load = loadPinned
 	case config.ModeManual:
-		load = func(c *config.Config) (certs.Manager, error) { return certs.LoadManual(c.Certificate.Manual) }
+		load = loadManual
 	}
 	m, err := load(c)
 	if err != nil {
@@ -147,6 +152,8 @@ func StoppedMap(ctx context.Context, c *config.Config, format string) ([]byte, e
 	}
 	n, notes := publicNode(c, configuredPorts(c.Listen), pin, publicAddresses(ctx, c))
 	notes = append(notes, verdictNotes(verdict)...)
+	recorded, _ := readCertName(c.Storage.MapCertFile()) // the start of the relay reports the error
+	notes = append(notes, recorded.next(pin, time.Now()).notes()...)
 	if c.Meshed() {
 		notes = append(notes, "The other nodes of DERP_MESH_WITH are missing: only a relay that runs asks them.")
 	}

@@ -54,7 +54,7 @@ func (n *Node) public(ctx context.Context) (derpmap.Node, []string, error) {
 	if n.certs != nil && n.certs.Status().Leaf != nil {
 		notes = append(notes, verdictNotes(n.verdict())...)
 	}
-	return node, notes, nil
+	return node, append(notes, n.mapCertNotes()...), nil
 }
 
 // shortNetError leaves out the addresses of a connection. Messages name the node

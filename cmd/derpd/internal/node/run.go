@@ -100,7 +100,7 @@ func (n *Node) findAddress(ctx context.Context) {
 }
 
 // announce logs what was started, waits until the relay serves, and prints the
-// map.
+// map. It prints the map again when clients need a new one.
 func (n *Node) announce(ctx context.Context) error {
 	n.logStart()
 	select {
@@ -109,7 +109,20 @@ func (n *Node) announce(ctx context.Context) error {
 		return nil
 	}
 	n.log.Info().Int64("ready_ms", time.Since(n.options.Start).Milliseconds()).Msg("ready")
+	for {
+		if err := n.printMap(ctx); err != nil {
+			return err
+		}
+		select {
+		case <-n.mapCert.changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
 
+// printMap prints the map as at the start.
+func (n *Node) printMap(ctx context.Context) error {
 	out, err := n.formatMap(ctx, "policy")
 	switch {
 	case ctx.Err() != nil:
