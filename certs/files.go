@@ -90,6 +90,12 @@ func (f *files) reload() {
 	f.reloadLocked()
 }
 
+func (f *files) lastSeen() filewatch.Fingerprint {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.seen
+}
+
 func (f *files) reloadLocked() {
 	now := filewatch.Read(f.paths)
 	if now == f.seen {
@@ -130,7 +136,7 @@ func (f *files) replace(found *loaded) {
 func (f *files) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { f.replaceUseless(ctx) })
-	err := filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Changed: f.reload})
+	err := filewatch.Run(ctx, filewatch.Config{Paths: f.paths, Changed: f.reload, Seen: f.lastSeen})
 	wg.Wait()
 	return err
 }

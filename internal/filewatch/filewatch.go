@@ -21,6 +21,11 @@ type Config struct {
 	// Changed is called from Run's goroutine after each change, and once soon
 	// after the start. The files may have changed since the caller read them.
 	Changed func()
+
+	// Seen returns the fingerprint of the caller's last reading; nil if the caller
+	// reads the files in Changed alone. Changed is then called if the files differ
+	// from it.
+	Seen func() Fingerprint
 }
 
 // Run calls Changed until ctx ends. A change counts once two consecutive readings
@@ -37,6 +42,9 @@ func Run(ctx context.Context, c Config) error {
 		case <-ticker.C:
 		}
 		now := Read(c.Paths)
+		if c.Seen != nil {
+			reported = c.Seen()
+		}
 		if now == last && now != reported {
 			reported = now
 			c.Changed()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -186,4 +187,47 @@ func TestFingerprint(t *testing.T) {
 		}
 		seen[now] = strings.Join(contents, "|")
 	}
+}
+
+// Changed is called after a reading by the caller too, if the files differ from that
+// reading. They may be back at the content of the last call.
+func TestSeen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "file")
+		write(t, file, "old")
+		var mu sync.Mutex
+		seen, calls := filewatch.Read([]string{file}), 0
+		read := func() {
+			mu.Lock()
+			defer mu.Unlock()
+			seen = filewatch.Read([]string{file})
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() {
+			done <- filewatch.Run(ctx, filewatch.Config{
+				Paths: []string{file}, Changed: func() { calls++; read() },
+				Seen: func() filewatch.Fingerprint { mu.Lock(); defer mu.Unlock(); return seen },
+			})
+		}()
+		counted := func(n int, when string) {
+			t.Helper()
+			pass(time.Minute)
+			if calls != n {
+				t.Errorf("%s: %d calls of Changed, want %d", when, calls, n)
+			}
+		}
+		counted(0, "unchanged since the caller's reading")
+		write(t, file, "new")
+		counted(1, "changed")
+		write(t, file, "newest")
+		read()
+		counted(1, "read by the caller")
+		write(t, file, "new")
+		counted(2, "back")
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }
