@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"derpd/certs"
+	"derpd/cmd/derpd/internal/admin"
 	"derpd/internal/testkit"
 )
 
@@ -20,6 +21,38 @@ func (w *world) serves(next *tls.Certificate) {
 		leaf := w.node.certs.Status().Leaf
 		return leaf != nil && leaf.Equal(next.Leaf)
 	})
+}
+
+// waits replaces the files, and waits until the relay holds them back.
+func (w *world) waits(next ...*tls.Certificate) {
+	w.Helper()
+	w.replace(next...)
+	testkit.Until(w, "the new certificate waits", func() bool {
+		waiting := w.node.certs.Status().Waiting
+		return waiting != nil && waiting.Equal(next[0].Leaf)
+	})
+}
+
+// accept is `derpd pin --accept`, and gives the clients the new map.
+func (w *world) accept(next *tls.Certificate) {
+	w.Helper()
+	ask := admin.Client{Addr: w.node.listeners.admin.Addr().String()}
+	if _, err := ask.AcceptPin(w.Context(), certs.ShortHash(next.Leaf), "json"); err != nil {
+		w.Fatal(err)
+	}
+}
+
+// waitingFiles is a row whose new files wait: clients work with the old certificate.
+func waitingFiles(s situation) situation {
+	s.health, s.log = "with which every client fails until it has a new map", "the certificate files need a new map"
+	s.note = "not served yet and needs another map"
+	return s
+}
+
+// pinChanged is a row after a change of the pin.
+func pinChanged(s situation) situation {
+	s.health, s.log, s.note = "clients need the new map", "the pin in the map has changed", "the pin changed on "
+	return s
 }
 
 // pinned sets mode pinned, with the file in [world.dir].
@@ -69,7 +102,7 @@ func pinRows() []situation {
 				}
 			},
 		},
-		{
+		pinChanged(situation{
 			name:  "a pin that the operator rotates",
 			begin: func(w *world) { w.pinned() },
 			then: func(w *world) {
@@ -77,7 +110,69 @@ func pinRows() []situation {
 				w.rotate(certs.PinnedConfig{Path: filepath.Join(w.dir, "pinned.pem"), Names: []string{eyesName}}, time.Now())
 				testkit.Until(w, "the new pin is served", func() bool { return w.node.certs.Status().Pin != before })
 			},
-		},
+		}),
+		waitingFiles(situation{
+			name:  "a self-signed file that is replaced by another",
+			begin: func(w *world) { w.manual(w.leaf(nil)) },
+			then:  func(w *world) { w.waits(w.leaf(nil)) },
+		}),
+		waitingFiles(situation{
+			name:  "a self-signed file that is replaced by an authority's",
+			begin: func(w *world) { w.manual(w.leaf(nil)) },
+			then:  func(w *world) { w.waits(w.chain(publicRoot)...) },
+		}),
+		waitingFiles(situation{
+			name:  "an authority's file that is replaced by a self-signed one",
+			begin: func(w *world) { w.manual(w.chain(publicRoot)...) },
+			then:  func(w *world) { w.waits(w.leaf(nil)) },
+		}),
+		waitingFiles(situation{
+			name:  "a pinned certificate that is replaced by hand",
+			begin: func(w *world) { w.pinned() },
+			then: func(w *world) {
+				made := w.leaf(nil)
+				if err := os.WriteFile(filepath.Join(w.dir, "pinned.pem"), append(testkit.ChainPEM(made), testkit.KeyPEM(w, made)...), 0o600); err != nil {
+					w.Fatal(err)
+				}
+				testkit.Until(w, "the new certificate waits", func() bool { return w.node.certs.Status().Waiting != nil })
+			},
+		}),
+		pinChanged(situation{
+			name:  "a self-signed file that the operator accepts",
+			begin: func(w *world) { w.manual(w.leaf(nil)) },
+			then: func(w *world) {
+				next := w.leaf(nil)
+				w.waits(next)
+				w.accept(next)
+			},
+		}),
+		pinChanged(situation{
+			name:  "an authority's file that the operator accepts in place of a self-signed one",
+			begin: func(w *world) { w.manual(w.leaf(nil)) },
+			then: func(w *world) {
+				next := w.chain(publicRoot)
+				w.waits(next...)
+				w.accept(next[0])
+			},
+		}),
+		pinChanged(situation{
+			name:  "a self-signed file that expires while another one waits",
+			begin: func(w *world) { w.manual(w.leaf(nil, until(soon()))) },
+			then: func(w *world) {
+				next := w.leaf(nil)
+				w.replace(next)
+				w.serves(next)
+			},
+		}),
+		pinChanged(situation{
+			name: "a self-signed file that is replaced before a restart",
+			begin: func(w *world) {
+				w.set("DERP_DATA_DIR=" + w.TempDir())
+				w.manual(w.leaf(nil))
+				begin(w.T, testkit.Environ(w, w.env...)).stop()
+				w.replace(w.leaf(nil))
+			},
+		}),
 		everywhere("the certificate of derp.example.com expired on ", situation{
 			name:   "a pinned certificate that expires while the relay runs",
 			begin:  func(w *world) { w.rotate(w.pinned(), soon().AddDate(-10, 0, 0)) },

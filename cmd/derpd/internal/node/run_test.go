@@ -199,7 +199,7 @@ func TestNewFiles(t *testing.T) {
 	testkit.MustAdmit(t, testkit.RegionClient(t, region(t, parsePolicy(t, n.printed)), member))
 	n.stop()
 	for name, mode := range map[string]os.FileMode{
-		"": 0o700, "node.key": 0o600, "admitted.json": 0o600, "certs": 0o700, "certs/pinned.pem": 0o600, "certs/pinned.pem.pin": 0o600,
+		"": 0o700, "node.key": 0o600, "admitted.json": 0o600, "mapcert.json": 0o600, "certs": 0o700, "certs/pinned.pem": 0o600, "certs/pinned.pem.pin": 0o600,
 	} {
 		info, err := os.Stat(filepath.Join(dir, name))
 		if err != nil {
