@@ -15,7 +15,11 @@ import (
 func TestNewCertificateIsServed(t *testing.T) {
 	dir, data := t.TempDir(), t.TempDir()
 	cert, key := filepath.Join(dir, "derp.example.com.crt"), filepath.Join(dir, "derp.example.com.key")
-	testkit.WritePair(t, cert, key, testkit.SelfSigned(t, "derp.example.com"))
+	root := testkit.NewAuthority(t)
+	issue := func() {
+		testkit.WritePair(t, cert, key, testkit.NewCertificate(t, testkit.Certificate{Names: []string{"derp.example.com"}, Issuer: root}), root)
+	}
+	issue()
 	for name, tt := range map[string]struct {
 		env     []string
 		file    string // of the certificate
@@ -26,9 +30,7 @@ func TestNewCertificateIsServed(t *testing.T) {
 				t.Error(stderr)
 			}
 		}},
-		"manual": {[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR=" + dir}, cert, func([]string) {
-			testkit.WritePair(t, cert, key, testkit.SelfSigned(t, "derp.example.com"))
-		}},
+		"manual": {[]string{"DERP_CERT_MODE=manual", "DERP_DOMAIN=derp.example.com", "DERP_CERT_DIR=" + dir}, cert, func([]string) { issue() }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			env := testkit.Environ(t, tt.env...)

@@ -31,8 +31,31 @@ func TestScripts(t *testing.T) {
 			}
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"waitready": waitReady},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"waitready":  waitReady,
+			"waithealth": waitHealth,
+			// selfsigned CERT KEY NAME makes a self-signed certificate.
+			"selfsigned": func(ts *testscript.TestScript, _ bool, args []string) {
+				testkit.WritePair(t, ts.MkAbs(args[0]), ts.MkAbs(args[1]), testkit.SelfSigned(t, args[2]))
+			},
+		},
 	})
+}
+
+// waitHealth is the command waithealth TEXT: it waits until the health of the script's
+// relay has a text.
+func waitHealth(ts *testscript.TestScript, _ bool, args []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), testkit.Patience)
+	defer cancel()
+	if err := testkit.Retry(ctx, func(ctx context.Context) error {
+		report, _, err := admin.Client{Addr: ts.Getenv("DERP_ADMIN_ADDR")}.Ready(ctx)
+		if err == nil && !strings.Contains(report, args[0]) {
+			err = errors.New(report)
+		}
+		return err
+	}); err != nil {
+		ts.Fatalf("health lacks %q after %v: %v", args[0], testkit.Patience, err)
+	}
 }
 
 // waitReady is the command waitready: it waits until the script's relay is

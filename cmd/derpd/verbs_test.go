@@ -128,6 +128,10 @@ func TestUsageErrors(t *testing.T) {
 		`derpmap: invalid value "xml" for flag -format: want one of policy, head`: {"derpmap", "--format", "xml"},
 		"pin: DERP_CERT_MODE is off, so there is no pinned certificate":           {"pin"},
 		"derpd: pin: DERP_CERT_MODE is off, so":                                   {"pin", "--rotate"},
+		"pin: want --rotate or --accept, got both":                                {"pin", "--rotate", "--accept"},
+		`pin: unexpected argument "0123"; only --accept has one`:                  {"pin", "0123"},
+		`pin: unexpected argument "b"; see`:                                       {"pin", "--accept", "a", "b"},
+		`pin: invalid value "xml" for flag -format: want one of policy, head`:     {"pin", "--accept", "--format", "xml"},
 	} {
 		stdout, stderr, code := execute(t, env, args...)
 		if code != 2 || stdout != "" || !strings.Contains(stderr, want) {

@@ -108,12 +108,17 @@ func TestClientOfAnotherProgram(t *testing.T) {
 		"ready by another status": answer(http.StatusNoContent, "", "ready\n"),
 		"an error page":           answer(http.StatusServiceUnavailable, "text/html", "<html>"),
 		"a failed admission":      answer(http.StatusBadGateway, admissionType, `{"Admitted":true}`),
+		"a refusal of another":    answer(http.StatusConflict, "text/plain", "no"),
+		"a refusal that is none":  answer(http.StatusOK, refusalType, "no"),
 	} {
 		c := running(t, h)
 		if a, err := c.Admission(t.Context(), node); !errors.Is(err, NotDerpdError(c)) || a.Admitted {
 			t.Errorf("%s: %+v, %v", name, a, err)
 		}
 		if out, err := c.Map(t.Context(), "json"); !errors.Is(err, NotDerpdError(c)) {
+			t.Errorf("%s: %q, %v", name, out, err)
+		}
+		if out, err := c.AcceptPin(t.Context(), "", "json"); !errors.Is(err, NotDerpdError(c)) {
 			t.Errorf("%s: %q, %v", name, out, err)
 		}
 		if report, ready, err := c.Ready(t.Context()); !errors.Is(err, NotDerpdError(c)) || ready {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -160,6 +161,30 @@ func TestCertNameRecord(t *testing.T) {
 	for after, says := range map[time.Duration]bool{0: true, 7*day - time.Minute: true, 7*day + time.Minute: false} {
 		if got := m.warning(now.Add(after)); (got != "") != says {
 			t.Errorf("after %v health says %q", after, got)
+		}
+	}
+}
+
+// TestPinOfFiles asserts which files have a pin.
+func TestPinOfFiles(t *testing.T) {
+	w := newWorld(t)
+	for name, tt := range map[string]struct {
+		chain []*tls.Certificate
+		err   string
+	}{
+		"self-signed":  {[]*tls.Certificate{w.leaf(nil)}, ""},
+		"an authority": {w.chain(publicRoot), "is the certificate of an authority, so the map has no pin"},
+	} {
+		w.manual(tt.chain...)
+		c, err := config.Load(testkit.Environ(t, w.env...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch hash, until, err := Pin(c); {
+		case tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)):
+			t.Errorf("%s: %v, want %q", name, err, tt.err)
+		case tt.err == "" && (err != nil || hash != certs.Pin(tt.chain[0].Leaf) || !until.Equal(tt.chain[0].Leaf.NotAfter)):
+			t.Errorf("%s: %s, %v, %v", name, hash, until, err)
 		}
 	}
 }
