@@ -52,8 +52,8 @@ func TestOrdersOfCommandsAlone(t *testing.T) {
 	handler := order(func(http.ResponseWriter, *http.Request) { orders++ })
 	for _, tt := range []struct {
 		name, remote, local string
-		header                      http.Header
-		want                        int
+		header              http.Header
+		want                int
 	}{
 		{"a command", "127.0.0.1:1", "127.0.0.1:9090", http.Header{"Content-Type": {orderType}}, http.StatusOK},
 		{"a command, by IPv6", "[::1]:1", "[::1]:9090", http.Header{"Content-Type": {orderType}}, http.StatusOK},
