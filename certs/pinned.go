@@ -20,6 +20,8 @@ import (
 
 	"github.com/rs/zerolog"
 	"tailscale.com/atomicfile"
+
+	"derpd/internal/filekind"
 )
 
 const (
@@ -58,9 +60,9 @@ func LoadPinned(c PinnedConfig) (Manager, error) {
 }
 
 func (c PinnedConfig) load() (loaded, error) {
-	data, err := os.ReadFile(c.Path)
+	data, err := filekind.ReadFile(c.Path)
 	if errors.Is(err, fs.ErrNotExist) {
-		if pin, err := os.ReadFile(c.pinPath()); err == nil {
+		if pin, err := filekind.ReadFile(c.pinPath()); err == nil {
 			return loaded{}, fmt.Errorf("pinned certificate %s is lost: clients expect %s; restore it from a backup, or %s", c.Path, bytes.TrimSpace(pin), rotateHint)
 		}
 	}

@@ -1,24 +1,23 @@
 // Package filekind reads files as people bring them. An error names what a file
 // contains in place of what derpd reads, and the command that converts the file.
 //
-// [Read] and [Text] serve every file of text. pem.go splits a file into PEM
-// blocks, and binary.go recognises binary forms by their first bytes.
+// [Read] and [Text] serve every file of text, and file.go reads it. pem.go splits a
+// file into PEM blocks, and binary.go recognises binary forms by their first bytes.
 package filekind
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"strings"
 	"syscall"
 )
 
-// Read returns the content of a file. It refuses a directory, and text in UTF-16.
-// The error wraps the error of [os.ReadFile].
+// Read is [ReadFile], but also refuses text in UTF-16. For a directory, the error has
+// the fix.
 func Read(path string) ([]byte, error) {
-	data, err := os.ReadFile(path)
+	data, err := ReadFile(path)
 	if errors.Is(err, syscall.EISDIR) {
 		return nil, fmt.Errorf("%w; Docker makes a directory when the host has no such file: remove the directory, and put the file there", err)
 	}

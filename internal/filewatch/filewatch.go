@@ -7,8 +7,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
-	"os"
 	"time"
+
+	"derpd/internal/filekind"
 )
 
 // interval is the time between two readings of the files.
@@ -62,7 +63,7 @@ type Fingerprint [sha256.Size]byte
 func Read(paths []string) Fingerprint {
 	h := sha256.New()
 	for _, path := range paths {
-		data, err := os.ReadFile(path)
+		data, err := filekind.ReadFile(path)
 		// With the length, bytes that move from one file to the next change the
 		// hash.
 		_, _ = fmt.Fprintf(h, "%d %v\n", len(data), err)
