@@ -41,7 +41,7 @@ func DescribeCertName(name string) string {
 // is self-signed, empty if an authority has signed it. Clients with a pin accept one
 // certificate, not a chain (tlsdial's SetConfigExpectedCertHash).
 func (l *loaded) certName() string {
-	if len(l.cert.Certificate) == 1 && selfSigned(l.cert.Leaf) {
+	if len(l.cert.Certificate) == 1 && selfIssued(l.cert.Leaf) {
 		return Pin(l.cert.Leaf)
 	}
 	return ""

@@ -5,40 +5,29 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
-	"net/url"
 	"slices"
 	"strings"
 	"time"
 
 	"derpd/internal/filekind"
+	"derpd/internal/issuer"
 )
 
 // chain returns what clients get: the leaf, and each of its issuers that the file
 // has, after what it has signed. Copies and unrelated certificates are left out. The
-// order in the file does not matter.
+// order in the file does not matter. A self-signed certificate has no other issuer: the
+// one that it replaces may have the same name and key.
 func (p *pair) chain() []certificate {
 	chain := []certificate{p.leaf}
 	for i := 0; i < len(chain); i++ {
 		for _, c := range p.all {
 			known := slices.ContainsFunc(chain, func(other certificate) bool { return other.Equal(c.Certificate) })
-			if !known && signed(c, chain[i]) {
+			if !known && !issuer.SelfSigned(chain[i].Certificate) && issuer.Signed(chain[i].Certificate, c.Certificate) {
 				chain = append(chain, c)
 			}
 		}
 	}
 	return chain
-}
-
-// signed reports whether issuer has signed c. A signature with an algorithm that is
-// too weak to verify counts: clients refuse it, and verify says so.
-func signed(issuer, c certificate) bool {
-	if !bytes.Equal(issuer.RawSubject, c.RawIssuer) {
-		return false
-	}
-	err := issuer.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature)
-	_, weak := errors.AsType[x509.InsecureAlgorithmError](err)
-	return err == nil || weak
 }
 
 // unsent describes the blocks of the file that are not in the chain.
@@ -62,10 +51,10 @@ func (p *pair) unsent(chain []certificate) []string {
 // the authority that clients must trust in addition to the system's roots, or "".
 func (c ManualConfig) verify(p *pair, chain []certificate, now time.Time) (authority string, err error) {
 	leaf := chain[0]
-	if len(chain) == 1 && selfSigned(leaf.Certificate) {
+	if len(chain) == 1 && selfIssued(leaf.Certificate) {
 		return "", nil // pinned in the map: clients check its hash, names and dates
 	}
-	if weak(leaf.Certificate) {
+	if issuer.Weak(leaf.Certificate) {
 		return "", explainWeak(leaf)
 	}
 	options := x509.VerifyOptions{
@@ -77,7 +66,10 @@ func (c ManualConfig) verify(p *pair, chain []certificate, now time.Time) (autho
 		if i > 0 {
 			options.Intermediates.AddCert(link.Certificate)
 		}
-		if !slices.ContainsFunc(chain, func(issuer certificate) bool { return !issuer.Equal(link.Certificate) && signed(issuer, link) }) {
+		above := func(other certificate) bool {
+			return !other.Equal(link.Certificate) && issuer.Signed(link.Certificate, other.Certificate)
+		}
+		if !slices.ContainsFunc(chain, above) {
 			tops.AddCert(link.Certificate)
 		}
 	}
@@ -93,9 +85,9 @@ func (c ManualConfig) verify(p *pair, chain []certificate, now time.Time) (autho
 	}
 	for _, path := range paths {
 		switch top := path[len(path)-1]; {
-		case selfSigned(top):
+		case selfIssued(top):
 			return title(top), nil
-		case publicIssuer(top) == "" || noRoots(c.Roots):
+		case issuer.PublicURL(top) == "" || noRoots(c.Roots):
 			return top.Issuer.String(), nil
 		}
 	}
@@ -128,7 +120,7 @@ func (c ManualConfig) explainChain(chain []certificate, err error, now time.Time
 		}
 	}
 	for _, link := range chain {
-		if weak(link.Certificate) {
+		if issuer.Weak(link.Certificate) {
 			return explainWeak(link)
 		}
 	}
@@ -136,13 +128,6 @@ func (c ManualConfig) explainChain(chain []certificate, err error, now time.Time
 		return fmt.Errorf("%s is not for servers: its extended key usage, or that of an issuer, lacks serverAuth; get a certificate of a server", c.CertFile)
 	}
 	return fmt.Errorf("%s: every client refuses the chain: %w; get the certificate and its chain again", c.CertFile, err)
-}
-
-// weak reports whether clients refuse the signature of a certificate for its
-// algorithm, as crypto/x509 does. The signature of a root is not verified.
-func weak(c *x509.Certificate) bool {
-	list := []x509.SignatureAlgorithm{x509.SHA1WithRSA, x509.ECDSAWithSHA1, x509.DSAWithSHA1, x509.MD5WithRSA, x509.MD2WithRSA}
-	return slices.Contains(list, c.SignatureAlgorithm) && !selfSigned(c)
 }
 
 func explainWeak(c certificate) error {
@@ -167,7 +152,7 @@ func (c ManualConfig) explainMissing(p *pair, top *x509.Certificate) error {
 // fetchIssuer is the end of a message: the command that appends the issuer of a
 // certificate. It is empty if the certificate does not say where its issuer is.
 func (c ManualConfig) fetchIssuer(of *x509.Certificate, words string) string {
-	address := publicIssuer(of)
+	address := issuer.PublicURL(of)
 	if address == "" {
 		return ""
 	}
@@ -178,29 +163,6 @@ func (c ManualConfig) fetchIssuer(of *x509.Certificate, words string) string {
 	return fmt.Sprintf("; %s `(echo; curl -sL %s | %s) >> %s`", words, filekind.Quote(address), convert, filekind.Quote(c.CertFile))
 }
 
-// privateZones are the ends of names that public DNS does not have.
-var privateZones = []string{".local", ".localdomain", ".internal", ".intranet", ".private", ".corp", ".home", ".lan", ".arpa"}
-
-// publicIssuer returns the URL of the issuer's certificate, if the issuer is a public
-// authority by this URL. Public authorities use http, the default port and a public
-// name (CA/Browser Forum, TLS Baseline Requirements §7.1.2.7.7). Clients may have the
-// issuer of every other certificate installed.
-func publicIssuer(c *x509.Certificate) string {
-	for _, address := range c.IssuingCertificateURL {
-		u, err := url.Parse(address)
-		if err != nil || u.Scheme != "http" || u.Port() != "" {
-			return ""
-		}
-		host := strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
-		isPrivate := func(zone string) bool { return strings.HasSuffix(host, zone) }
-		if !strings.Contains(host, ".") || net.ParseIP(host) != nil || slices.ContainsFunc(privateZones, isPrivate) {
-			return ""
-		}
-	}
-	if len(c.IssuingCertificateURL) == 0 {
-		return ""
-	}
-	return c.IssuingCertificateURL[0]
-}
-
-func selfSigned(c *x509.Certificate) bool { return bytes.Equal(c.RawSubject, c.RawIssuer) }
+// selfIssued reports whether a certificate names itself as its issuer. An authority
+// with the same name may have signed it.
+func selfIssued(c *x509.Certificate) bool { return bytes.Equal(c.RawSubject, c.RawIssuer) }

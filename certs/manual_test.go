@@ -2,14 +2,17 @@ package certs_test
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdh"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
@@ -145,6 +148,7 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 	namesake := authority(t, "Test Intermediate", p.root, nil)
 	renewed := server(t, p.middle, nil)
 	self := testkit.SelfSigned(t, relayName)
+	replaced := testkit.NewCertificate(t, testkit.Certificate{Names: []string{relayName}, Key: self.PrivateKey.(crypto.Signer)})
 	other := testkit.SelfSigned(t, "other.example.com")
 	byRoot := server(t, p.root, nil)
 	rootWithURL := authority(t, "Root with URL", nil, withURL(issuerURL))
@@ -172,6 +176,30 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		t.Fatal(err)
 	}
 	pkcs1 := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(rsaKey)})
+	pkcs8 := func(key any) []byte {
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	}
+	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("GODEBUG", "rsa1024min=0")
+	short, err := rsa.GenerateKey(rand.Reader, 512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ed448, err := asn1.Marshal(struct {
+		Version   int
+		Algorithm pkix.AlgorithmIdentifier
+		Key       []byte
+	}{Algorithm: pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 3, 101, 113}}, Key: []byte("x")})
+	if err != nil {
+		t.Fatal(err)
+	}
 	exchange, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -202,6 +230,7 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		{name: "self-signed", cert: chain(self), key: testkit.KeyPEM(t, self), pin: true, sent: []*tls.Certificate{self}, log: silent},
 		{name: "self-signed with copies", cert: chain(self, self, self), key: testkit.KeyPEM(t, self), pin: true, sent: []*tls.Certificate{self}, log: `"block 3: a copy of block 1"`},
 		{name: "self-signed beside another", cert: chain(self, other), key: testkit.KeyPEM(t, self), pin: true, sent: []*tls.Certificate{self}, log: "not an issuer of the leaf"},
+		{name: "self-signed before the one that it replaces", cert: chain(self, replaced), key: testkit.KeyPEM(t, self), pin: true, sent: []*tls.Certificate{self}, log: "not an issuer of the leaf"},
 		{name: "authority named like its server", cert: chain(underSameName, sameName), key: testkit.KeyPEM(t, underSameName), sent: []*tls.Certificate{underSameName, sameName}, log: `"authority":"CN=derp.example.com"`},
 		{name: "Windows line ends", cert: bytes.ReplaceAll(chain(p.leaf, p.middle), []byte("\n"), []byte("\r\n")), key: bytes.ReplaceAll(key, []byte("\n"), []byte("\r\n")), log: needsRoot},
 		{name: "key and chain in both files", cert: join(key, chain(p.leaf, p.middle)), key: join(key, chain(p.leaf, p.middle)), sent: []*tls.Certificate{p.leaf, p.middle}},
@@ -286,7 +315,10 @@ func manualFiles(t *testing.T, p pki) []manualFile {
 		},
 		{name: "another kind of key", cert: chain(p.leaf, p.middle), key: pkcs1, want: "KEY is an RSA key, but the certificate in CRT is for an ECDSA key; put the key there with which the certificate was requested"},
 		{name: "key of the authority", cert: chain(p.leaf, p.middle), key: testkit.KeyPEM(t, p.middle), want: "KEY is the key of the authority CN=Test Intermediate (block 2 of CRT), not of the first certificate; put the key of CN=derp.example.com there"},
-		{name: "key that cannot sign", cert: chain(p.leaf), key: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: x25519}), want: "block 1 of KEY is a key that cannot sign (*ecdh.PrivateKey); want RSA, ECDSA or Ed25519"},
+		{name: "key that cannot sign", cert: chain(p.leaf), key: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: x25519}), want: "block 1 of KEY is a key that clients cannot use (*ecdh.PrivateKey); make the key and the certificate again, with an RSA key of 2048 bits or an ECDSA key with P-256"},
+		{name: "key of a curve that TLS lacks", cert: chain(p.leaf), key: pkcs8(p224), want: "block 1 of KEY is a key that clients cannot use (ECDSA with P-224); make the key and the certificate again, with an RSA key of 2048 bits or an ECDSA key with P-256"},
+		{name: "short key", cert: chain(p.leaf), key: pkcs8(short), want: "block 1 of KEY is a key that clients cannot use (RSA with 512 bits); make the key and the certificate again, with an RSA key of 2048 bits or an ECDSA key with P-256"},
+		{name: "key that Go lacks", cert: chain(p.leaf), key: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: ed448}), want: "block 1 of KEY (line N) is a key that clients cannot use: x509: PKCS#8 wrapping contained private key with unknown algorithm: 1.3.101.113; make the key and the certificate again, with an RSA key of 2048 bits or an ECDSA key with P-256"},
 		{name: "half a key", cert: chain(p.leaf), key: key[:100], want: "block 1 of KEY (line N) is damaged: its line -----END PRIVATE KEY----- is missing; copy the file again"},
 		{name: "nonsense as a key", cert: chain(p.leaf), key: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("x")}), want: "block 1 of KEY (line N) is not a private key that can be read; copy the file again"},
 		{name: "no key", cert: chain(p.leaf), key: []byte("\n"), want: "KEY is empty; write the file again"},

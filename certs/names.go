@@ -67,7 +67,7 @@ func covered(leaf *x509.Certificate) string {
 func (c ManualConfig) explainName(leaf *x509.Certificate, name string) error {
 	if cn := leaf.Subject.CommonName; len(leaf.DNSNames) == 0 && len(leaf.IPAddresses) == 0 && cn != "" {
 		command := "openssl req -x509 -days 3650 -out " + filekind.Quote(c.CertFile)
-		if !selfSigned(leaf) {
+		if !selfIssued(leaf) {
 			command = "openssl req -new -out " + filekind.Quote(c.CertFile+".csr")
 		}
 		command += fmt.Sprintf(" -key %s -subj %s -addext %s", filekind.Quote(c.KeyFile), filekind.Quote("/CN="+cn), altNames(c.Names))

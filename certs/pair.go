@@ -4,6 +4,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -105,26 +106,35 @@ func readKeys(blocks []filekind.Block) (keys []crypto.Signer, err error) {
 func readKey(b filekind.Block) (crypto.Signer, error) {
 	file := filekind.Quote(b.Path)
 	switch {
-	case b.Err != nil:
-		return nil, b.Err
-	case b.Encrypted:
+	case b.Encrypted && b.Err == nil:
 		return nil, fmt.Errorf("%s has a passphrase; remove it with `%s`", b.Path, filekind.Replace("openssl pkey -in "+file+" -out", b.Path))
 	case b.Label == "OPENSSH PRIVATE KEY":
 		return nil, fmt.Errorf("%s is a key in the form of OpenSSH; bring the key with which the certificate was requested, as PEM", b.Path)
 	}
-	key, err := filekind.ParseKey(b.DER)
+	key, err := b.Key()
 	if err != nil {
-		return nil, fmt.Errorf("%s (line %d) is not a private key that can be read; copy the file again", b, b.Line)
+		return nil, err
 	}
+	kind := ""
 	switch key := key.(type) {
 	case *rsa.PrivateKey:
-		return key, nil
+		// crypto/rsa signs with no smaller key, and crypto/tls of clients
+		// verifies with no larger one.
+		if bits := key.N.BitLen(); bits >= 1024 && bits <= 8192 {
+			return key, nil
+		}
+		kind = fmt.Sprintf("RSA with %d bits", key.N.BitLen())
 	case *ecdsa.PrivateKey:
-		return key, nil
+		if key.Curve != elliptic.P224() { // TLS has no signatures with it
+			return key, nil
+		}
+		kind = "ECDSA with P-224"
 	case ed25519.PrivateKey:
 		return key, nil
+	default:
+		kind = fmt.Sprintf("%T", key)
 	}
-	return nil, fmt.Errorf("%s is a key that cannot sign (%T); want RSA, ECDSA or Ed25519", b, key)
+	return nil, fmt.Errorf("%s is a key that clients cannot use (%s); make the key and the certificate again, with %s", b, kind, filekind.GoodKeys)
 }
 
 // belongs reports whether a certificate is for a key.

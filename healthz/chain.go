@@ -1,7 +1,6 @@
 package healthz
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/x509"
 	"fmt"
@@ -10,6 +9,8 @@ import (
 	"time"
 
 	"tailscale.com/net/bakedroots"
+
+	"derpd/internal/issuer"
 )
 
 // judgeChain verifies the chain as sent. A root that this machine does not know is a
@@ -34,7 +35,7 @@ func (c Clients) judgeChain(sent []*x509.Certificate, now time.Time) Verdict {
 		return verdict
 	}
 	top := path[len(path)-1]
-	if verdict, bad := v.judgeUse(top, now); bad {
+	if verdict, bad := v.judgeUse(path, now); bad {
 		return verdict
 	}
 	root := issuerName(top)
@@ -43,9 +44,9 @@ func (c Clients) judgeChain(sent []*x509.Certificate, now time.Time) Verdict {
 			return warning("clients need "+root+" installed: only "+c.PrivateName+" has it", ownRootFix)
 		}
 	}
-	if top == leaf && !selfSigned(leaf) && len(leaf.IssuingCertificateURL) > 0 {
+	if address := issuer.PublicURL(leaf); top == leaf && address != "" && !issuer.SelfSigned(leaf) {
 		return failed(fmt.Sprintf("the certificate of %s, which issued the relay's, is not sent", root),
-			fmt.Sprintf("append it to the certificate file (%s has it)", leaf.IssuingCertificateURL[0]))
+			fmt.Sprintf("append it to the certificate file (%s has it)", address))
 	}
 	return c.unknownRoot(root)
 }
@@ -97,9 +98,14 @@ func (v verification) judgeDates(path []*x509.Certificate, known []*x509.CertPoo
 
 // judgeUse verifies the path with its last certificate as the root. The rest of the
 // chain must be good for every client.
-func (v verification) judgeUse(top *x509.Certificate, now time.Time) (Verdict, bool) {
+func (v verification) judgeUse(path []*x509.Certificate, now time.Time) (Verdict, bool) {
+	for _, cert := range path {
+		if issuer.Weak(cert) {
+			return failed(fmt.Sprintf("the certificate of %s is signed with %s, which clients refuse", called(cert), cert.SignatureAlgorithm), "have it signed with SHA-256"), true
+		}
+	}
 	roots := x509.NewCertPool()
-	roots.AddCert(top)
+	roots.AddCert(path[len(path)-1])
 	if _, err := v.run(roots, now, x509.ExtKeyUsageAny); err != nil {
 		return failed("clients cannot verify the chain: "+strings.TrimPrefix(err.Error(), "x509: "), "replace the certificate file"), true
 	}
@@ -115,16 +121,16 @@ func pathOf(sent []*x509.Certificate, now time.Time) []*x509.Certificate {
 	path := sent[:1:1]
 	for {
 		last := path[len(path)-1]
-		if selfSigned(last) {
+		if issuer.SelfSigned(last) {
 			return path
 		}
 		var next *x509.Certificate
-		for _, issuer := range sent[1:] {
-			if !bytes.Equal(issuer.RawSubject, last.RawIssuer) || slices.Contains(path, issuer) || !signedBy(last, issuer) {
+		for _, c := range sent[1:] {
+			if slices.Contains(path, c) || !issuer.Signed(last, c) {
 				continue
 			}
 			if next == nil || outOfDate(next, now) != "" {
-				next = issuer
+				next = c
 			}
 		}
 		if next == nil {
@@ -132,16 +138,6 @@ func pathOf(sent []*x509.Certificate, now time.Time) []*x509.Certificate {
 		}
 		path = append(path, next)
 	}
-}
-
-// signedBy reports whether the issuer's key made the signature, whatever the issuer
-// may be used for.
-func signedBy(c, issuer *x509.Certificate) bool {
-	return issuer.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil
-}
-
-func selfSigned(c *x509.Certificate) bool {
-	return bytes.Equal(c.RawSubject, c.RawIssuer) && signedBy(c, c)
 }
 
 // called is the name of a certificate in messages.

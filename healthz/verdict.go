@@ -90,7 +90,7 @@ func (c Clients) Judge(sent []*x509.Certificate, now time.Time) Verdict {
 	case c.Pinned():
 		v = c.judgePin(sent, now)
 	default:
-		v = c.judgeChain(sent, now)
+		v = onPlatforms(c.judgeChain(sent, now), pathOf(sent, now))
 	}
 	v.Until = nextDate(sent, now, v.Until)
 	return v

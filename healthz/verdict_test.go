@@ -3,6 +3,8 @@ package healthz
 import (
 	"context"
 	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -104,6 +106,13 @@ func TestJudge(t *testing.T) {
 	late := made(t, public, "Late", authority, expired)
 	early := made(t, public, "Early", authority, tomorrow)
 	oldRoot := made(t, nil, "Old Root", authority, expired)
+	days := func(n int) func(*testkit.Certificate) {
+		return func(c *testkit.Certificate) { c.NotAfter = c.NotBefore.AddDate(0, 0, n) }
+	}
+	sha1 := made(t, public, "Old Intermediate", authority, changed(func(c *x509.Certificate) { c.SignatureAlgorithm = x509.ECDSAWithSHA1 }))
+	issuerAt := func(addresses ...string) func(*testkit.Certificate) {
+		return changed(func(c *x509.Certificate) { c.IssuingCertificateURL = addresses })
+	}
 	chain := func(list ...*tls.Certificate) []*tls.Certificate { return list }
 
 	for _, tt := range []struct {
@@ -141,6 +150,12 @@ func TestJudge(t *testing.T) {
 		{"a private intermediate after an expired one", chain(ofThird, thirdExpired, third), Clients{}, Warn, `clients need "Private Root" installed`},
 		{"a private root in a variable", chain(ofPrivate), Clients{Private: testkit.Pool(private), PrivateName: "DERP_ROOTS"}, Warn, `clients need "Private Root" installed: only DERP_ROOTS has it`},
 		{"Cloudflare's origin", chain(made(t, origin, judgedName)), Clients{}, Warn, `only Cloudflare's proxy trusts "CloudFlare Origin SSL Certificate Authority"`},
+		{"a private root, and its address in a directory", chain(made(t, private, judgedName, issuerAt("ldap:///CN=CA", "http://pki.example.com/ca.crt"))), Clients{}, Warn, `clients need "Private Root" installed`},
+		{"a private root, and its address at a private name", chain(made(t, private, judgedName, issuerAt("http://pki.corp.internal/ca.crt"))), Clients{}, Warn, `clients need "Private Root" installed`},
+		{"825 days", chain(made(t, good, judgedName, days(825)), good), Clients{}, OK, ""},
+		{"a private root and 826 days", chain(made(t, private, judgedName, days(826))), Clients{}, Warn, `clients need "Private Root" installed: this machine does not know it, and clients on macOS and iOS refuse the lifetime`},
+		{"a pin and 826 days", chain(made(t, nil, judgedName, days(826))), Clients{CertName: "own"}, OK, ""},
+		{"a weak signature of an intermediate", chain(made(t, sha1, judgedName), sha1), Clients{}, Fail, `the certificate of "Old Intermediate" is signed with ECDSA-SHA1, which clients refuse; have it signed with SHA-256`},
 		{"no roots here", chain(ofPrivate), Clients{Roots: x509.NewCertPool()}, Warn, "this machine has no root certificates"},
 		{"a self-signed certificate without a pin", chain(self), Clients{}, Warn, `clients need "derp.example.com" installed`},
 
@@ -184,6 +199,40 @@ func TestJudge(t *testing.T) {
 				t.Errorf("a client with the root ends with %v, but the verdict is %v", err, v.Level)
 			}
 		})
+	}
+}
+
+// TestPlatforms asserts the warnings about what Go's verifier accepts, and those of other
+// systems refuse.
+func TestPlatforms(t *testing.T) {
+	short, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shortKey := func(c *testkit.Certificate) { c.Key = short }
+	root := made(t, nil, "Root", authority, shortKey)
+	strong, weak := made(t, root, "Strong", authority), made(t, root, "Weak", authority, shortKey)
+	for _, tt := range []struct {
+		name string
+		sent []*tls.Certificate
+		want string
+	}{
+		{"a short key of the root", []*tls.Certificate{made(t, strong, judgedName), strong, root}, ""},
+		{"a short key", []*tls.Certificate{made(t, strong, judgedName, shortKey), strong}, "clients on macOS, iOS and Windows refuse the RSA key of derp.example.com, which has 1024 bits; get a certificate with an RSA key of 2048 bits or an ECDSA key"},
+		{"a short key of an issuer", []*tls.Certificate{made(t, weak, judgedName), weak}, `clients on macOS, iOS and Windows refuse the RSA key of "Weak", which has 1024 bits; get a certificate with an RSA key of 2048 bits or an ECDSA key`},
+		{"826 days", []*tls.Certificate{made(t, strong, judgedName, func(c *testkit.Certificate) { c.NotAfter = c.NotBefore.AddDate(0, 0, 826) }), strong}, "clients on macOS and iOS refuse the lifetime of the certificate of derp.example.com, which is 826 days; get a certificate of at most 825 days"},
+	} {
+		var sent []*x509.Certificate
+		for _, c := range tt.sent {
+			sent = append(sent, c.Leaf)
+		}
+		c := Clients{HostName: judgedName, Roots: testkit.Pool(root)}
+		if v := c.Judge(sent, time.Now()); v.String() != tt.want || v.Err() != nil || (v.Level == Warn) != (tt.want != "") {
+			t.Errorf("%s: %v %q", tt.name, v.Level, v)
+		}
+		if err := handshake(t, c, testkit.Pool(root), tt.sent); err != nil {
+			t.Errorf("%s: a client in Go ends with %v", tt.name, err)
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package filekind
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/pem"
 	"fmt"
 	"strings"
@@ -43,7 +44,35 @@ func (b Block) Certificate() (*x509.Certificate, error) {
 	case kindOf(b.DER) == pkcs7:
 		return nil, fmt.Errorf("%s is PKCS#7 under the label of a certificate; run `%s`", b, Replace("sed 's/ CERTIFICATE-/ PKCS7-/' "+Quote(b.Path)+" | openssl pkcs7 -print_certs -out", b.Path))
 	}
+	if b.whole() {
+		return nil, fmt.Errorf("%s (line %d) is a certificate that clients cannot read: %w; make it again, for %s", b, b.Line, err, GoodKeys)
+	}
 	return nil, fmt.Errorf("%s (line %d) is damaged: %w; copy the file again", b, b.Line, err)
+}
+
+// GoodKeys are the keys that every client accepts.
+const GoodKeys = "an RSA key of 2048 bits or an ECDSA key with P-256"
+
+// Key parses a block of a private key.
+func (b Block) Key() (any, error) {
+	if b.Err != nil {
+		return nil, b.Err
+	}
+	key, err := ParseKey(b.DER)
+	switch {
+	case err == nil:
+		return key, nil
+	case b.whole():
+		return nil, fmt.Errorf("%s (line %d) is a key that clients cannot use: %w; make the key and the certificate again, with %s", b, b.Line, err, GoodKeys)
+	}
+	return nil, fmt.Errorf("%s (line %d) is not a private key that can be read; copy the file again", b, b.Line)
+}
+
+// whole reports whether nothing of the content is missing.
+func (b Block) whole() bool {
+	var value asn1.RawValue
+	rest, err := asn1.Unmarshal(b.DER, &value)
+	return err == nil && len(rest) == 0
 }
 
 // Certificates returns the certificates of a file. It refuses a damaged one, and a
