@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"context"
 	"expvar"
+	"net"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/coder/websocket"
 	"tailscale.com/net/wsconn"
@@ -24,7 +26,8 @@ func (r *Relay) webSockets(next http.Handler) http.Handler {
 			next.ServeHTTP(w, req)
 			return
 		}
-		c, err := websocket.Accept(w, req, &websocket.AcceptOptions{
+		below := &hijacked{ResponseWriter: w}
+		c, err := websocket.Accept(below, req, &websocket.AcceptOptions{
 			Subprotocols:    []string{"derp"},
 			OriginPatterns:  []string{"*"},
 			CompressionMode: websocket.CompressionDisabled, // packets are encrypted
@@ -41,9 +44,47 @@ func (r *Relay) webSockets(next http.Handler) http.Handler {
 			webSocketAccepts.Add(1)
 		}
 		// The request's context ends with this function, and a held session may not.
-		conn := wsconn.NetConn(context.Background(), c, websocket.MessageBinary, req.RemoteAddr)
+		conn := webSocket{wsconn.NetConn(context.Background(), c, websocket.MessageBinary, req.RemoteAddr), below.conn, c}
 		s := newSession(r.sessions, conn, nil, remoteAddr(req, conn))
 		r.sessions.add(s)
 		r.server.Accept(context.Background(), s, bufio.NewReadWriter(bufio.NewReader(s), nil), req.RemoteAddr)
 	})
+}
+
+// webSocket is a connection over a WebSocket. Deadlines and Close act on the
+// connection below. Those of package websocket do not: its closing handshake reads
+// the rest of the client's message, without a limit on length or time.
+type webSocket struct {
+	net.Conn
+	below  net.Conn
+	socket *websocket.Conn
+}
+
+// Close implements [net.Conn]. It sends no close frame.
+func (c webSocket) Close() error {
+	err := c.below.Close()
+	_ = c.socket.CloseNow()
+	return err
+}
+
+// SetDeadline implements [net.Conn].
+func (c webSocket) SetDeadline(t time.Time) error { return c.below.SetDeadline(t) }
+
+// SetReadDeadline implements [net.Conn].
+func (c webSocket) SetReadDeadline(t time.Time) error { return c.below.SetReadDeadline(t) }
+
+// SetWriteDeadline implements [net.Conn].
+func (c webSocket) SetWriteDeadline(t time.Time) error { return c.below.SetWriteDeadline(t) }
+
+// hijacked is an [http.ResponseWriter] that keeps its hijacked connection.
+type hijacked struct {
+	http.ResponseWriter
+	conn net.Conn
+}
+
+// Hijack implements [http.Hijacker].
+func (h *hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffered, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	h.conn = conn
+	return conn, buffered, err
 }
