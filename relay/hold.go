@@ -109,11 +109,14 @@ func (t *teller) admit(next AdmitFunc) AdmitFunc {
 // hold takes over the connection of a refused client from derpserver. It returns
 // false if the connection must be closed.
 func (t *teller) hold(s *session) bool {
-	if t == nil || !s.unanswered() {
+	if t == nil {
 		return false
 	}
 	node, end := s.state()
-	r, refused := t.take(node)
+	r, refused := t.take(node) // for every connection, so that no refusal is kept
+	if !s.unanswered() {
+		return false
+	}
 	if !refused && end == nil && t.disallowed(s, node) {
 		r, refused = refusal{"app", "this relay does not admit the app of this client", heldRefused}, true
 	}

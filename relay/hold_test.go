@@ -143,6 +143,23 @@ func TestHoldEnds(t *testing.T) {
 	}
 }
 
+// A refusal is forgotten with its connection, also when the connection cannot be
+// held because something writes to it.
+func TestRefusalIsForgotten(t *testing.T) {
+	s := sessionOf(new(recorder), nil)
+	all := s.all
+	all.teller = newTeller(Config{})
+	s.node = key.NewNode().Public()
+	refuse := all.teller.admit(func(context.Context, key.NodePublic, netip.Addr) error { return errors.New("refused") })
+	_ = refuse(t.Context(), s.node, netip.Addr{})
+	s.writeMu.Lock()
+	_ = s.Close()
+	s.writeMu.Unlock()
+	if len(all.teller.refused) != 0 {
+		t.Error("a refusal is kept after its connection")
+	}
+}
+
 // A key has one held connection: a newer one takes its place, but not at once.
 func TestHoldOfOneKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

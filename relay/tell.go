@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"tailscale.com/derp"
@@ -42,6 +43,10 @@ func (r *Relay) Told() Told {
 // connection was inside a frame.
 const retellEvery = 20 * time.Millisecond
 
+// tellAtOnce limits the concurrent writes of a text. Each client that does not read
+// takes one of them for textTimeout.
+const tellAtOnce = 64
+
 // Tell sets the health problem of this relay in every connected client that has
 // another one, or removes it with an empty text, until ctx ends. Later clients are
 // reached by the next Tell. [Told] counts the texts under reason.
@@ -53,36 +58,56 @@ func (r *Relay) Tell(ctx context.Context, reason, text string) {
 	all.mu.Lock()
 	list := slices.Collect(maps.Keys(all.open))
 	all.mu.Unlock()
-	for {
-		list = slices.DeleteFunc(list, func(s *session) bool {
-			done, sent := s.tell(text)
-			if sent && text != "" {
+	slots := make(chan struct{}, tellAtOnce)
+	var writing sync.WaitGroup
+	defer writing.Wait()
+	tell := func(s *session) (done bool) {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
+			return true
+		}
+		write, done := s.tell(text)
+		if write == nil {
+			<-slots
+			return done
+		}
+		writing.Go(func() {
+			if write() == nil && text != "" {
 				all.teller.count(reason)
 			}
-			return done || ctx.Err() != nil
+			<-slots
 		})
+		return true
+	}
+	for {
+		list = slices.DeleteFunc(list, tell)
 		if len(list) == 0 || !sleep(ctx, retellEvery) {
 			return
 		}
 	}
 }
 
-// tell writes a text to an admitted client. It is not done while derpserver is
-// writing.
-func (s *session) tell(text string) (done, sent bool) {
+// tell returns the function that writes a text to an admitted client, or nil if
+// there is nothing to write now. The caller must call it. It is not done while
+// derpserver is writing.
+func (s *session) tell(text string) (write func() error, done bool) {
 	if !s.writeMu.TryLock() {
-		return false, false
+		return nil, false
 	}
-	defer s.writeMu.Unlock()
 	switch {
 	case s.told == text || s.writeErr != nil || !s.out.answered():
-		return true, false
-	case !s.out.between():
-		return false, false
+		done = true
+	case s.out.between():
+		s.told = text
+		return func() error {
+			defer s.writeMu.Unlock()
+			s.writeErr = s.insert(healthFrame(text))
+			return s.writeErr
+		}, true
 	}
-	s.told = text
-	s.writeErr = s.insert(healthFrame(text))
-	return true, s.writeErr == nil
+	s.writeMu.Unlock()
+	return nil, done
 }
 
 // unanswered reports whether derpserver has sent its key and nothing else: it has

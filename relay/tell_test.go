@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/coder/websocket"
@@ -223,8 +224,8 @@ func TestTell(t *testing.T) {
 			}
 		}
 	})
-	texts := make(chan string, 1000)
-	var packets int
+	texts, first := make(chan string, 1000), make(chan struct{})
+	begun := sync.OnceFunc(func() { close(first) })
 	traffic.Go(func() {
 		defer close(texts)
 		for {
@@ -235,7 +236,7 @@ func TestTell(t *testing.T) {
 			}
 			switch m := message.(type) {
 			case derp.ReceivedPacket:
-				packets++
+				begun()
 				if len(m.Data) != 1300 {
 					t.Errorf("a packet of %d bytes", len(m.Data))
 				}
@@ -246,6 +247,7 @@ func TestTell(t *testing.T) {
 			}
 		}
 	})
+	testkit.Receive(t, "the first packet", first)
 	const rounds = 100
 	for i := range rounds {
 		text := fmt.Sprint("text ", i)
@@ -271,9 +273,6 @@ func TestTell(t *testing.T) {
 	}
 	stop()
 	traffic.Wait()
-	if packets == 0 {
-		t.Error("no packet arrived between the texts")
-	}
 	if told := r.Told(); told.Texts["test"] != 2*(rounds+1) || told.Held != 0 {
 		t.Errorf("told %+v, want %d texts to two clients", told, 2*(rounds+1))
 	}
@@ -289,7 +288,11 @@ func TestTell(t *testing.T) {
 func TestTellBetweenFrames(t *testing.T) {
 	below := new(recorder)
 	s := sessionOf(below, nil)
-	if done, sent := s.tell("early"); !done || sent {
+	tell := func(text string) (done, sent bool) {
+		write, done := s.tell(text)
+		return done, write != nil && write() == nil
+	}
+	if done, sent := tell("early"); !done || sent {
 		t.Errorf("before the first frame: done %t, sent %t", done, sent)
 	}
 	whole := frame(3000)
@@ -298,22 +301,58 @@ func TestTellBetweenFrames(t *testing.T) {
 		if _, err := s.Write(part); err != nil {
 			t.Fatal(err)
 		}
-		if done, sent := s.tell("x"); sent || done && part[0] == 0 {
+		if done, sent := tell("x"); sent || done && part[0] == 0 {
 			t.Errorf("inside a frame: done %t, sent %t", done, sent)
 		}
 	}
 	if _, err := s.Write(whole[2000:]); err != nil {
 		t.Fatal(err)
 	}
-	if done, sent := s.tell("x"); !done || !sent {
+	if done, sent := tell("x"); !done || !sent {
 		t.Errorf("after the frame: done %t, sent %t", done, sent)
 	}
 	if got, want := below.bytes(), append(bytes.Clone(whole), byte(derp.FrameHealth), 0, 0, 0, 1, 'x'); !bytes.Equal(got, want) {
 		t.Errorf("%d bytes sent, want the frame and then the text: %d", len(got), len(want))
 	}
 	s.writeMu.Lock() // as during a write that blocks
-	if done, sent := s.tell("y"); done || sent {
+	if done, sent := tell("y"); done || sent {
 		t.Errorf("during a write: done %t, sent %t", done, sent)
 	}
 	s.writeMu.Unlock()
+}
+
+// A client that does not read delays no text for another client.
+func TestTellPastStuckClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		all, _ := holding(maxHeld)
+		const stuck = tellAtOnce - 1
+		far := make([]net.Conn, stuck+1)
+		for i := range far {
+			var near net.Conn
+			near, far[i] = net.Pipe()
+			s := newSession(all, near, nil, near.RemoteAddr())
+			all.add(s)
+			info := frame(100)
+			info[0] = byte(derp.FrameServerInfo)
+			go func() { _, _ = s.Write(info) }()
+			if _, err := io.ReadFull(far[i], make([]byte, len(info))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		begun := time.Now()
+		go func() { (&Relay{sessions: all}).Tell(t.Context(), "test", "a text") }()
+		if _, err := io.ReadFull(far[stuck], make([]byte, len(healthFrame("a text")))); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(begun); took > 0 {
+			t.Errorf("the text took %s past %d clients that do not read", took, stuck)
+		}
+		<-time.After(textTimeout + deadlineStep)
+		synctest.Wait()
+		if told := (&Relay{sessions: all}).Told().Texts["test"]; told != 1 {
+			t.Errorf("%d texts are counted, want 1", told)
+		}
+		all.end()
+	})
 }
