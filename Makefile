@@ -133,7 +133,7 @@ e2e-all: image peers $(DERPER) ## test as e2e does, with the scenarios that take
 lint: $(GOLANGCI_LINT) $(ACTIONLINT) ## check the code, go.mod, the scripts and the workflows
 	$(GOLANGCI_LINT) run
 	go mod tidy -e -diff 2>/dev/null || go mod tidy -e -diff
-	shellcheck .ci/* .github/ci .github/merge docker/bases/make docker/derpd-update
+	shellcheck .ci/* .github/ci .github/merge .github/publish docker/bases/make docker/derpd-update
 	$(ACTIONLINT)
 
 .PHONY: fmt

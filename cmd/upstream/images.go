@@ -13,13 +13,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
-// images reads public images from registries, without a login.
+// images reads images from registries. Where `docker login` has stored a login, images
+// uses it: a package on GitHub is private at first, and so may others be.
 type images struct {
 	// registry is the URL of the registry that is used for every image; empty
 	// for the registry in the image's name.
@@ -36,6 +38,10 @@ const (
 	baseDigest = "org.opencontainers.image.base.digest"
 )
 
+func options(ctx context.Context) []remote.Option {
+	return []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
+}
+
 // digest returns the digest of an image for all its platforms.
 func (i images) digest(ctx context.Context, image string) (string, error) {
 	ref, err := i.reference(image)
@@ -44,7 +50,7 @@ func (i images) digest(ctx context.Context, image string) (string, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
-	found, err := remote.Head(ref, remote.WithContext(ctx))
+	found, err := remote.Head(ref, options(ctx)...)
 	if err != nil {
 		return "", registryError(err)
 	}
@@ -60,7 +66,7 @@ func (i images) labels(ctx context.Context, image string) (map[string]string, er
 	}
 	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
-	found, err := remote.Get(ref, remote.WithContext(ctx))
+	found, err := remote.Get(ref, options(ctx)...)
 	if err != nil {
 		return nil, registryError(err)
 	}
@@ -120,10 +126,15 @@ func (i images) reference(image string) (name.Reference, error) {
 	return repository.Tag(ref.Identifier()), nil
 }
 
-// registryError turns the answer "not found" into errNoImage.
+// registryError turns the answer "not found" into errNoImage, and adds the fix to a
+// refusal.
 func registryError(err error) error {
-	if answer, ok := errors.AsType[*transport.Error](err); ok && answer.StatusCode == http.StatusNotFound {
+	answer, ok := errors.AsType[*transport.Error](err)
+	switch {
+	case ok && answer.StatusCode == http.StatusNotFound:
 		return errNoImage
+	case ok && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden):
+		return fmt.Errorf("%w; use docker login, or make the image public", err)
 	}
 	return err
 }

@@ -5,7 +5,7 @@
 // release workflow.
 //
 // It works in the current directory, the root of derpd's repository. Modules come
-// from GOPROXY, as for the go command. When GITHUB_OUTPUT names a file, results
+// from GOPROXY, as for the go command, and logins of registries from `docker login`. When GITHUB_OUTPUT names a file, results
 // for a workflow are appended to that file.
 package main
 
@@ -43,14 +43,17 @@ const usage = `usage: upstream [flags] [command]
   verify IMAGE...  check a published image: platforms, labels, user, health check,
                    size, files, and the release that its program prints; for this
                    machine's platform, the program is run
+  copy IMAGE NAME...
+                   give a published image more names, in any registry; all its
+                   platforms, attestations and its digest stay the same
   vuln             fail if the code that is used has known vulnerabilities;
                    succeed, and print so, if their database cannot be reached
 
   --write             take the newer versions, if derpd builds and its tests pass
   --govulncheck FILE  the govulncheck program
   --registry URL      take all images from this registry
-  --timeout DURATION  limit of each question to the module proxy, and of verify for
-                      each image (default 5m)
+  --timeout DURATION  limit of each question to the module proxy, and of verify and
+                      copy for each image (default 5m)
 `
 
 func main() {
@@ -109,6 +112,8 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 		out, err = printBase(ctx, u.images, args[1:], stdout)
 	case args[0] == "verify" && len(args) >= 2:
 		err = (&verifier{images: u.images, timeout: *timeout, stdout: stdout}).verify(ctx, args[1:])
+	case args[0] == "copy" && len(args) >= 3:
+		err = u.images.copy(ctx, *timeout, args[1], args[2:], stdout)
 	case args[0] == "vuln" && len(args) == 1:
 		err = u.refuseVulnerable(ctx)
 	default:

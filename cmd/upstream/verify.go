@@ -19,8 +19,8 @@ import (
 // name them.
 var published = []string{"linux/386", "linux/amd64", "linux/arm/v7", "linux/arm64"}
 
-// verifier checks published images as anybody can read them: by the registry's API
-// and without a login.
+// verifier checks published images by the registry's API, and says so if they cannot be
+// read without a login.
 type verifier struct {
 	images  images
 	timeout time.Duration // limit of everything about one image
@@ -32,6 +32,9 @@ type verifier struct {
 	releases map[string]string
 }
 
+// line is the format of a line: verdict, platform, check and text.
+const line = "%-6s%-14s%-15s%s\n"
+
 // say prints the outcome of one check. The text is printed if there is no problem.
 func (v *verifier) say(platform, check string, problem error, format string, args ...any) {
 	verdict, text := "ok", fmt.Sprintf(format, args...)
@@ -41,7 +44,7 @@ func (v *verifier) say(platform, check string, problem error, format string, arg
 		// Answers of registries may have several lines.
 		verdict, text = "fail", strings.Join(strings.Fields(problem.Error()), " ")
 	}
-	_, _ = fmt.Fprintf(v.stdout, "%-6s%-14s%-15s%s\n", verdict, platform, check, text)
+	_, _ = fmt.Fprintf(v.stdout, line, verdict, platform, check, text)
 }
 
 // verify checks images and prints a line for each check. It checks everything before
@@ -70,10 +73,14 @@ func (v *verifier) image(ctx context.Context, image string) error {
 	limited, cancel := context.WithTimeout(ctx, v.timeout)
 	defer cancel()
 	_, _ = fmt.Fprintln(v.stdout, image)
-	found, err := remote.Get(ref, remote.WithContext(limited))
+	found, err := remote.Get(ref, options(limited)...)
 	if err != nil {
 		v.say("all", "read", v.explained(registryError(err)), "")
 		return ctx.Err()
+	}
+	// A private registry may be what the publisher wants.
+	if _, err := remote.Head(ref, remote.WithContext(limited)); err != nil {
+		_, _ = fmt.Fprintf(v.stdout, line, "note", "all", "public", "not readable without a login; people can pull it when you make it public")
 	}
 	key := ref.Context().Name() + "@" + found.Digest.String()
 	release, read := v.releases[key]

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"testing"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // Registry is a running registry of images: distribution, which Docker Hub and others
@@ -28,6 +30,27 @@ var listening = regexp.MustCompile(`msg="listening on ([^"]+)"`)
 // when the program that DERPD_REGISTRY names has not been built.
 func StartRegistry(t testing.TB) *Registry {
 	t.Helper()
+	return startRegistry(t, "")
+}
+
+// StartPrivateRegistry starts a registry as StartRegistry does. It answers only to a
+// login by this user and password.
+func StartPrivateRegistry(t testing.TB, user, password string) *Registry {
+	t.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "htpasswd")
+	if err := os.WriteFile(file, []byte(user+":"+string(hash)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return startRegistry(t, fmt.Sprintf("auth: {htpasswd: {realm: derpd, path: %q}}\n", file))
+}
+
+// startRegistry starts a registry with more lines of configuration.
+func startRegistry(t testing.TB, more string) *Registry {
+	t.Helper()
 	const variable = "DERPD_REGISTRY"
 	program := os.Getenv(variable)
 	if program == "" {
@@ -40,7 +63,7 @@ func StartRegistry(t testing.TB) *Registry {
 	r := &Registry{Storage: filepath.Join(dir, "storage")}
 	file := filepath.Join(dir, "config.yml")
 	text := fmt.Sprintf("version: 0.1\nlog: {level: info}\nstorage: {filesystem: {rootdirectory: %q}}\nhttp: {addr: \"127.0.0.1:0\"}\n", r.Storage)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(text+more), 0o600); err != nil {
 		t.Fatal(err)
 	}
 
