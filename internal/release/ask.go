@@ -29,6 +29,9 @@ type Answer struct {
 	Newest string // derpd 1.104.9-1, or tailscale.com v1.104.9
 	Newer  bool   // than the build
 	Text   string // one line for people, with how to update if Newer
+	// GitHub is the reason for which GOPROXY was asked instead of the build's repository.
+	// It is nil if the repository answered, or is not on GitHub.
+	GitHub error
 }
 
 // Asker asks whether a release is newer than a build. It uses HTTPS_PROXY,
@@ -42,8 +45,8 @@ type Asker struct {
 }
 
 // New returns an Asker for a build. goProxy is the value of GOPROXY; empty is Go's
-// default. It is used only if the repository of the build is not known, or not on
-// GitHub.
+// default. It is used if the repository of the build is not known, not on GitHub, or
+// GitHub has no answer.
 func New(b Build, goProxy string) *Asker {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	// The next question comes after hours.
@@ -59,10 +62,25 @@ func New(b Build, goProxy string) *Asker {
 func (a *Asker) Ask(ctx context.Context) (Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
-	if repository, ok := onGitHub(a.build.Source); ok {
-		return a.askGitHub(ctx, repository)
+	repository, ok := onGitHub(a.build.Source)
+	if !ok {
+		return a.askProxies(ctx, a.timeout)
 	}
-	return a.askProxies(ctx)
+	// From mainland China GitHub's API often cannot be reached, a mirror of modules can.
+	half := a.timeout / 2
+	limited, stop := context.WithTimeout(ctx, half)
+	defer stop()
+	answer, github := a.askGitHub(limited, repository)
+	if github == nil {
+		return answer, nil
+	}
+	answer, err := a.askProxies(ctx, half)
+	if err != nil {
+		return Answer{}, fmt.Errorf("%w; then %w", github, err)
+	}
+	answer.GitHub = github
+	answer.Text += fmt.Sprintf("; asked GOPROXY for Tailscale, because the releases of derpd are not known: %v", github)
+	return answer, nil
 }
 
 // compared returns the answer for two versions of what.

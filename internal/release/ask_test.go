@@ -109,6 +109,46 @@ func TestAskGitHub(t *testing.T) {
 	}
 }
 
+// TestGitHubOrProxies asserts that a published build asks GOPROXY when GitHub has no
+// answer, and says so.
+func TestGitHubOrProxies(t *testing.T) {
+	good := server(t, text(http.StatusOK, versions))
+	for name, tt := range map[string]struct {
+		github   http.HandlerFunc
+		goProxy  string
+		upstream string
+		newer    bool
+		want     []string
+	}{
+		"newer": {text(http.StatusForbidden, "blocked"), good, "v1.104.7", true, []string{
+			"tailscale.com v1.104.9 is out (here: v1.104.7); take a newer release of derpd, or run `make upstream` in its sources; asked GOPROXY for Tailscale, because the releases of derpd are not known: http://",
+			"/repos/someone/derpd/releases/latest: answered 403 Forbidden; try again later, or set HTTPS_PROXY if GitHub cannot be reached from here",
+		}},
+		"same":        {text(http.StatusNotFound, ""), good, "v1.104.9", false, []string{"tailscale.com v1.104.9 is the newest release; asked GOPROXY for Tailscale, because", "answered 404"}},
+		"hangs":       {hang, good, "v1.104.7", true, []string{"v1.104.9 is out", "/latest: no answer in time; "}},
+		"both hang":   {hang, server(t, hang), "v1.104.7", false, []string{"/latest: no answer in time; try again later, or set HTTPS_PROXY if GitHub cannot be reached from here; then GOPROXY: http://", ": no answer in time; set GOPROXY"}},
+		"off":         {limited, "off", "v1.104.7", false, []string{"too many requests", "; then GOPROXY: off names no proxy to ask; set GOPROXY"}},
+		"not needed":  {latest("v1.104.9-1"), server(t, hang), "v1.104.7", true, []string{"derpd 1.104.9-1 is out (here: 1.104.7-1); pull"}},
+		"both refuse": {text(http.StatusForbidden, ""), server(t, text(http.StatusForbidden, "")), "v1.104.7", false, []string{"/latest: answered 403", "; then GOPROXY: http://"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := New(Build{Version: "1.104.7-1", Upstream: tt.upstream, Source: "https://github.com/someone/derpd"}, tt.goProxy)
+			a.github = server(t, tt.github)
+			if strings.Contains(name, "hang") {
+				a.timeout = time.Second
+			}
+			for _, part := range tt.want {
+				assertAnswer(t, a, tt.newer, part)
+			}
+			answer, _ := a.Ask(t.Context())
+			if instead := strings.Contains(answer.Text, "asked GOPROXY"); instead != (answer.GitHub != nil) {
+				t.Errorf("%s, GitHub %v", answer.Text, answer.GitHub)
+			}
+		})
+	}
+}
+
 // assertAnswer asks, and compares the text or the error. Both are one line.
 func assertAnswer(t *testing.T, a *Asker, newer bool, want string) {
 	t.Helper()

@@ -20,14 +20,14 @@ const howToSetProxy = "set GOPROXY to a module proxy that can be reached from he
 // askProxies asks the module proxies of GOPROXY for the versions of tailscale.com,
 // in the order that go.dev/ref/mod#goproxy-protocol describes: after a comma the
 // next one is asked if the one before has no such module, after a pipe if it failed
-// in any way.
-func (a *Asker) askProxies(ctx context.Context) (Answer, error) {
+// in any way. limit is the time for all of them.
+func (a *Asker) askProxies(ctx context.Context, limit time.Duration) (Answer, error) {
 	list := a.goProxy
 	if strings.Trim(list, " ,|") == "" {
 		list = defaultProxies
 	}
 	// One proxy that does not answer leaves time for the others.
-	share := a.timeout / time.Duration(1+strings.Count(list, ",")+strings.Count(list, "|"))
+	share := limit / time.Duration(1+strings.Count(list, ",")+strings.Count(list, "|"))
 	var failures []string
 	for list != "" {
 		entry, next := list, ""

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,6 +23,7 @@ type updates struct {
 	mu     sync.Mutex
 	answer release.Answer // last one; guarded by mu
 	asOf   time.Time      // of answer, zero before the first one; guarded by mu
+	logged []string       // newer releases; guarded by mu
 	err    error          // of the last question; guarded by mu
 }
 
@@ -44,15 +46,20 @@ func (u *updates) run(ctx context.Context) error {
 	}
 }
 
-// keep stores the result of a question, and logs a newer release once.
+// keep stores the result of a question, and logs each newer release once.
 func (u *updates) keep(answer release.Answer, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	// Without GitHub, a newer release of derpd on the same Tailscale cannot be seen.
+	if err == nil && answer.GitHub != nil && !answer.Newer && u.answer.Newer {
+		err = answer.GitHub
+	}
 	u.err = err
 	if err != nil {
 		return
 	}
-	if answer.Newer && answer.Newest != u.answer.Newest {
+	if answer.Newer && !slices.Contains(u.logged, answer.Newest) {
+		u.logged = append(u.logged, answer.Newest)
 		u.log.Warn().Str("newest", answer.Newest).Str("fix", answer.Text).Msg("a newer release is out")
 	}
 	u.answer, u.asOf = answer, time.Now()

@@ -111,6 +111,8 @@ func TestUpdatesJitter(t *testing.T) {
 	const every, relays, questions = 24 * time.Hour, 20, 5
 	synctest.Test(t, func(t *testing.T) {
 		firsts := make(map[time.Duration]bool)
+		var latest time.Duration
+		shortest, longest := every, every // between two questions
 		for range relays {
 			ctx, cancel := context.WithCancel(t.Context())
 			var asked []time.Time
@@ -126,12 +128,14 @@ func TestUpdatesJitter(t *testing.T) {
 				t.Error(err)
 			}
 			first := asked[0].Sub(start)
-			firsts[first] = true
+			firsts[first], latest = true, max(latest, first)
 			if first >= every/10 {
 				t.Errorf("the first question is after %v", first)
 			}
 			for i, at := range asked[1:] {
-				if gap := at.Sub(asked[i]); gap < every*9/10 || gap > every*11/10 {
+				gap := at.Sub(asked[i])
+				shortest, longest = min(shortest, gap), max(longest, gap)
+				if gap < every*9/10 || gap > every*11/10 {
 					t.Errorf("question %d is %v after the one before", i+2, gap)
 				}
 			}
@@ -139,5 +143,42 @@ func TestUpdatesJitter(t *testing.T) {
 		if len(firsts) < relays/2 {
 			t.Errorf("%d relays ask at %d times", relays, len(firsts))
 		}
+		// The chance that random times fail here is one in a million.
+		if latest < every/20 || shortest > every*95/100 || longest < every*105/100 {
+			t.Errorf("the last relay begins after %v, and intervals are %v to %v", latest, shortest, longest)
+		}
 	})
+}
+
+// TestUpdatesWithoutGitHub asserts that a newer release stays known while only a module
+// proxy answers, and that each one is logged once.
+func TestUpdatesWithoutGitHub(t *testing.T) {
+	log := new(logBuffer)
+	u := &updates{log: zerolog.New(log)}
+	derpd := release.Answer{Newest: "derpd 1.104.7-2", Newer: true, Text: "derpd 1.104.7-2 is out"}
+	instead := errors.New("api.github.com: no answer in time")
+	same := release.Answer{Newest: "tailscale.com v1.104.7", Text: "v1.104.7 is the newest release", GitHub: instead}
+	newer := release.Answer{Newest: "tailscale.com v1.104.9", Newer: true, Text: "v1.104.9 is out", GitHub: instead}
+	none := release.Answer{Newest: "derpd 1.104.9-1", Text: "derpd 1.104.9-1 is the newest release"}
+	for _, step := range []struct {
+		answer release.Answer
+		level  healthz.Level
+		want   string
+	}{
+		{same, healthz.OK, "v1.104.7 is the newest release, as of "},
+		{derpd, healthz.Warn, "derpd 1.104.7-2 is out"},
+		{same, healthz.Warn, "derpd 1.104.7-2 is out, as of 0s ago; no answer since: api.github.com: no answer in time"},
+		{newer, healthz.Warn, "v1.104.9 is out"},
+		{derpd, healthz.Warn, "derpd 1.104.7-2 is out"},
+		{newer, healthz.Warn, "v1.104.9 is out"},
+		{none, healthz.OK, "derpd 1.104.9-1 is the newest release, as of "},
+	} {
+		u.keep(step.answer, nil)
+		if got := u.check(t.Context()); got.Level != step.level || !strings.HasPrefix(got.Detail, step.want) {
+			t.Errorf("%v, want %v %s", got, step.level, step.want)
+		}
+	}
+	if count := strings.Count(log.String(), "a newer release is out"); count != 2 {
+		t.Errorf("%d lines, want one for each newer release:\n%s", count, log)
+	}
 }
