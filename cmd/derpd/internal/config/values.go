@@ -48,7 +48,7 @@ func (p *problems) duration(name, value, examples string, lowest time.Duration) 
 	case err != nil || d < 0:
 		p.add(name, "want a duration such as %s, got %q", examples, value)
 	case d < lowest:
-		p.add(name, "want at least %s, got %q", lowest, value)
+		p.add(name, "want at least %s, such as %s, got %q", strings.TrimSuffix(lowest.String(), "0m0s"), examples, value)
 	}
 	return d
 }
