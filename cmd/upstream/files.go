@@ -16,12 +16,15 @@ const (
 	changelog  = "CHANGELOG.md"
 )
 
+// versioned are the files that name versions. A newer version changes no other file.
+var versioned = []string{"go.mod", "go.sum", dockerfile, "README.md", "README.zh-CN.md", changelog}
+
 // fileSet maps the names of files to their texts.
 type fileSet map[string]string
 
 func readFiles() (fileSet, error) {
 	files := fileSet{}
-	for _, name := range []string{"go.mod", "go.sum", dockerfile, "README.md", "README.zh-CN.md", changelog} {
+	for _, name := range versioned {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			return nil, err

@@ -46,6 +46,8 @@ const usage = `usage: upstream [flags] [command]
   copy IMAGE NAME...
                    give a published image more names, in any registry; all its
                    platforms, attestations and its digest stay the same
+  check-patch FILE check a patch of the last commit: it may have nothing but what
+                   --write writes; print its release
   vuln             fail if the code that is used has known vulnerabilities;
                    succeed, and print so, if their database cannot be reached
 
@@ -114,6 +116,8 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 		err = (&verifier{images: u.images, timeout: *timeout, stdout: stdout}).verify(ctx, args[1:])
 	case args[0] == "copy" && len(args) >= 3:
 		err = u.images.copy(ctx, *timeout, args[1], args[2:], stdout)
+	case args[0] == "check-patch" && len(args) == 2:
+		out, err = checkPatch(ctx, env, args[1], stdout)
 	case args[0] == "vuln" && len(args) == 1:
 		err = u.refuseVulnerable(ctx)
 	default:
