@@ -37,7 +37,7 @@ func (v *verifier) binary(ctx context.Context, platform string, program []byte, 
 	v.say(platform, "upstream", problem, "%s %s", tailscale, upstream)
 
 	text := fmt.Sprintf("derpd %s, %s %s", release, tailscale, upstream)
-	if platform == runtime.GOOS+"/"+runtime.GOARCH {
+	if !v.static && platform == runtime.GOOS+"/"+runtime.GOARCH {
 		v.say(platform, "prints", prints(ctx, program, text), "%s", text)
 		return
 	}

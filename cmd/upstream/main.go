@@ -5,8 +5,8 @@
 // release workflow.
 //
 // It works in the current directory, the root of derpd's repository. Modules come
-// from GOPROXY, as for the go command, and logins of registries from `docker login`. When GITHUB_OUTPUT names a file, results
-// for a workflow are appended to that file.
+// from GOPROXY, as for the go command, and logins of registries from `docker login`.
+// When GITHUB_OUTPUT names a file, results for a workflow are appended to that file.
 package main
 
 import (
@@ -54,6 +54,7 @@ const usage = `usage: upstream [flags] [command]
   --write             take the newer versions, if derpd builds and its tests pass
   --govulncheck FILE  the govulncheck program
   --registry URL      take all images from this registry
+  --static            verify without running the program, for jobs with rights
   --timeout DURATION  limit of each question to the module proxy, and of verify and
                       copy for each image (default 5m)
 `
@@ -85,6 +86,7 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	flags.SetOutput(io.Discard)
 	write := flags.Bool("write", false, "")
 	govulncheck := flags.String("govulncheck", "govulncheck", "")
+	static := flags.Bool("static", false, "")
 	registry := flags.String("registry", "", "")
 	timeout := flags.Duration("timeout", fetchTimeout, "")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -113,7 +115,7 @@ func run(ctx context.Context, args, env []string, stdout io.Writer) error {
 	case args[0] == "base" && len(args) <= 2:
 		out, err = printBase(ctx, u.images, args[1:], stdout)
 	case args[0] == "verify" && len(args) >= 2:
-		err = (&verifier{images: u.images, timeout: *timeout, stdout: stdout}).verify(ctx, args[1:])
+		err = (&verifier{images: u.images, timeout: *timeout, static: *static, stdout: stdout}).verify(ctx, args[1:])
 	case args[0] == "copy" && len(args) >= 3:
 		err = u.images.copy(ctx, *timeout, args[1], args[2:], stdout)
 	case args[0] == "check-patch" && len(args) == 2:

@@ -32,11 +32,7 @@ func committed(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
 	for _, name := range append([]string{".github/merge", "cmd/upstream/main.go", "LICENSE"}, versioned...) {
-		text, err := os.ReadFile(filepath.Join(root, name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		put(t, filepath.Join(dir, name), string(text))
+		put(t, filepath.Join(dir, name), read(t, filepath.Join(root, name)))
 	}
 	gitIn(t, dir, "init", "--quiet")
 	gitIn(t, dir, "add", ".")
@@ -57,14 +53,11 @@ func put(t *testing.T, path, text string) {
 // edit replaces text in a file.
 func edit(t *testing.T, path, old, replacement string) {
 	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Contains(text, []byte(old)) {
+	text := read(t, path)
+	if !strings.Contains(text, old) {
 		t.Fatalf("%s has no %q", path, old)
 	}
-	put(t, path, strings.Replace(string(text), old, replacement, 1))
+	put(t, path, strings.Replace(text, old, replacement, 1))
 }
 
 // newTailscale takes a newer Tailscale, as upstream --write does, with a fix of a
@@ -217,10 +210,7 @@ func remove(t *testing.T, path string) {
 // sameLength changes the first hash of a go.sum to another one.
 func sameLength(t *testing.T, path string) {
 	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := []byte(read(t, path))
 	at := bytes.Index(text, []byte("h1:")) + len("h1:")
 	text[at] ^= 1 // another character of base64
 	put(t, path, string(text))

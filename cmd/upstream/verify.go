@@ -24,6 +24,7 @@ var published = []string{"linux/386", "linux/amd64", "linux/arm/v7", "linux/arm6
 type verifier struct {
 	images  images
 	timeout time.Duration // limit of everything about one image
+	static  bool          // not to run the image's program
 	stdout  io.Writer
 
 	checks, failed int // lines that were printed
