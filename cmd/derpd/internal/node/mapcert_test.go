@@ -227,3 +227,38 @@ func TestCertNameFileIsBroken(t *testing.T) {
 		})
 	}
 }
+
+// replacing is a manager whose certificate is replaced after the first look at it.
+type replacing struct {
+	certs.Manager
+	before certs.Status
+	looks  int
+}
+
+func (r *replacing) Status() certs.Status {
+	if r.looks++; r.looks == 1 {
+		return r.before
+	}
+	return r.Manager.Status()
+}
+
+// TestReplacedDuringAProbe asserts that the new certificate is not judged by the old
+// pin.
+func TestReplacedDuringAProbe(t *testing.T) {
+	n := begin(t, testkit.Environ(t))
+	other := testkit.SelfSigned(t, "127.0.0.1")
+	log := new(logBuffer)
+	fake := &Node{
+		config: n.config, log: zerolog.New(log), listeners: n.listeners, probe: n.probe, eyes: newEyes(nil), health: n.health,
+		certs: &replacing{Manager: n.certs, before: certs.Status{Leaf: other.Leaf, Chain: other.Certificate, Pin: certs.Pin(other.Leaf)}},
+	}
+	if _, err := fake.probeDERP(t.Context()); err == nil {
+		t.Error("the probe accepts another certificate than it asked about")
+	}
+	if log.String() != "" {
+		t.Errorf("the new certificate is judged by the old pin:\n%s", log.String())
+	}
+	if _, err := fake.probeDERP(t.Context()); err != nil {
+		t.Errorf("the next probe: %v", err)
+	}
+}

@@ -120,7 +120,14 @@ func (n *Node) probeDERP(ctx context.Context) (time.Duration, error) {
 		}
 		probe.Leaf, probe.CertName = s.Leaf, s.Pin
 		probe.Host = probedName(s.Leaf, n.config.Domains, s.Pin != "")
-		probe.Judge = func(sent []*x509.Certificate) healthz.Verdict { return n.judgeSent(sent, s.Pin) }
+		probe.Judge = func(sent []*x509.Certificate) healthz.Verdict {
+			// A certificate that was replaced meanwhile does not belong to this
+			// pin. The next probe judges it.
+			if !s.Leaf.Equal(n.certs.Status().Leaf) {
+				return healthz.Verdict{}
+			}
+			return n.judgeSent(sent, s.Pin)
+		}
 	}
 	return probe.Run(ctx)
 }
