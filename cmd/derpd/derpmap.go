@@ -18,12 +18,14 @@ func printMap(ctx context.Context, c *call) error {
 	if err := c.parse(0); err != nil {
 		return err
 	}
-	conf, err := config.Load(c.env)
+	// A running relay may serve while its next configuration is invalid.
+	addr, _ := config.AdminAddr(c.env)
+	out, err := admin.Client{Addr: addr}.Map(ctx, string(*format))
 	if err != nil {
-		return c.configError(err)
-	}
-	out, err := admin.Client{Addr: conf.Listen.Admin}.Map(ctx, string(*format))
-	if err != nil {
+		conf, invalid := config.Load(c.env)
+		if invalid != nil {
+			return c.configError(invalid)
+		}
 		if _, other := errors.AsType[admin.NotDerpdError](err); other {
 			_, _ = fmt.Fprintf(c.stderr, "derpd: DERP_ADMIN_ADDR: %v; the map is made from the configuration\n", err)
 		}

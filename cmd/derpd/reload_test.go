@@ -51,6 +51,9 @@ func TestNewCertificateIsServed(t *testing.T) {
 			if line := p.logged(t, "certificate files are invalid")[0]; line["level"] != "error" || line["error"] == "" {
 				t.Errorf("logged %v", line)
 			}
+			if _, stderr, code := execute(t, append(env, "DERP_ADMIN_ADDR="+p.admin), "derpmap"); code != 0 {
+				t.Errorf("the running relay gives no map: %s", stderr)
+			}
 			text := p.page(t, "/metrics")
 			for _, want := range []string{"\nderpd_certificate_reloads_total 1\n", "\nderpd_certificate_reload_errors_total 1\n", "\nderpd_certificate_failing 1\n"} {
 				if !strings.Contains(text, want) {

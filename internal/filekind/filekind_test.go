@@ -101,6 +101,8 @@ func TestKinds(t *testing.T) {
 		{"UTF-16, big endian without a mark", func(*testing.T) []byte { return wide(text, big) }, "F is in UTF-16; run `iconv -f UTF-16BE -t UTF-8 F > F.new && cp F.new F && rm F.new`", 2},
 		{"two blocks on a line", func(*testing.T) []byte { return join(strings.TrimSuffix(one, "\n"), one) }, "block 2 of F begins on line L, where the block before it ends; run `sed -i 's/----------BEGIN /-----\\n-----BEGIN /g' F`", 2},
 		{"indented", func(*testing.T) []byte { return join("    ", strings.ReplaceAll(text, "\n", "\n    ")) }, "block 1 of F is indented on line 1; run `sed -i 's/^[[:blank:]]*//' F`", 2},
+		{"escaped line ends", func(*testing.T) []byte { return join(strings.ReplaceAll(text, "\n", `\n`), "\n") }, "F has \\n in place of line ends; run `sed -i 's/\\\\n/\\n/g' F`", 2},
+		{"JSON with a certificate", func(*testing.T) []byte { return join(`{"certificate":"`, strings.ReplaceAll(text, "\n", `\n`), `"}`) }, "F is JSON, not PEM; export the certificate and the key from the program that wrote it", 0},
 		{"text before a block", func(*testing.T) []byte { return join("tls.crt: |", text) }, "block 1 of F has other text before it on line 1; copy the file again", 0},
 		{"DER", func(*testing.T) []byte { return der }, "F is a certificate in DER form; run `openssl x509 -inform DER -in F -out F.new && cp F.new F && rm F.new`", 1},
 		{"key in DER", func(*testing.T) []byte { return keyBlock.Bytes }, "F is a private key in DER form; run `openssl pkey -inform DER -in F -out F.new && cp F.new F && rm F.new`", 1},
@@ -270,6 +272,7 @@ func TestCertificates(t *testing.T) {
 		string(testkit.KeyPEM(t, self)): path + " has no certificate, and begins with PRIVATE KEY; put PEM certificates there",
 		one + strings.ReplaceAll(one, "END", "FIN"): "block 2 of " + path + " (line ",
 		"nonsense": path + " has no PEM block",
+		"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n": "block 1 of " + path + " (line 1) is a certificate that clients cannot read: x509: malformed ",
 	} {
 		write(t, path, []byte(text))
 		list, err := filekind.Certificates(path)

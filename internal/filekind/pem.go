@@ -115,6 +115,12 @@ func Blocks(path string, data []byte) ([]Block, error) {
 	if err := Text(path, data); err != nil {
 		return nil, err
 	}
+	switch escaped := bytes.Contains(data, []byte(`-----\n`)); {
+	case escaped && bytes.TrimSpace(data)[0] == '{':
+		return nil, noBlock(path, data)
+	case escaped:
+		return nil, fmt.Errorf("%s has \\n in place of line ends; run `sed -i 's/\\\\n/\\n/g' %s`", path, Quote(path))
+	}
 	var list []Block
 	for at := bytes.Index(data, []byte(begin)); at >= 0; {
 		next := bytes.Index(data[at+1:], []byte(begin))

@@ -76,6 +76,7 @@ type Config struct {
 	Listen      Listen
 	Storage     Storage
 	Certificate Certificate
+	Roots       Roots
 	Admission   Admission
 	Sources     []Source // of admission; an open relay has none
 	TellClients bool     // whether clients get reasons and warnings
@@ -127,6 +128,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	var fallback string
 	c.Certificate, fallback = parseCertificate(p, e.CertificateEnv, c.Domains, c.Storage)
 	roots := parseRoots(p, e)
+	c.Roots = roots.own
 	if c.Certificate.Mode == ModeLetsEncrypt {
 		c.Certificate.ACME, c.Certificate.Challenges = parseACME(p, e, c.Domains, c.Listen, c.Storage, roots)
 	}

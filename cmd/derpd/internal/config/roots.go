@@ -14,9 +14,16 @@ type RootsEnv struct {
 // oldRoots is the old name of DERP_CA_ROOTS.
 const oldRoots = "DERP_ACME_CA_ROOTS"
 
+// Roots are the roots of the file alone, without the system's.
+type Roots struct {
+	Pool     *x509.CertPool // nil for none
+	Variable string         // the variable that names the file
+}
+
 // roots verify the servers that the relay asks. A nil pool stands for the system's
 // roots.
 type roots struct {
+	own       Roots
 	authority *x509.CertPool // for the ACME authority
 	others    *x509.CertPool // for all others
 }
@@ -49,8 +56,9 @@ func parseRoots(p *problems, e *environment) roots {
 		own.AddCert(root)
 		all.AddCert(root)
 	}
+	found := roots{own: Roots{own, variable}, authority: all, others: all}
 	if variable == oldRoots {
-		return roots{authority: own, others: all}
+		found.authority = own
 	}
-	return roots{authority: all, others: all}
+	return found
 }

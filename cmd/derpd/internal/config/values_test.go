@@ -166,6 +166,9 @@ func TestRoots(t *testing.T) {
 			"DERP_CERT_MODE=off DERP_DOMAIN=b.example.com",
 		} {
 			c := good(t, append(strings.Fields(env), variable+"="+path)...)
+			if !c.Roots.Pool.Equal(own) || c.Roots.Variable != variable {
+				t.Errorf("%s: the roots of the file are of %s", env, c.Roots.Variable)
+			}
 			if !c.Mesh.Roots.Equal(all) {
 				t.Errorf("%s, %s: other roots for the other nodes", env, variable)
 			}
@@ -174,7 +177,7 @@ func TestRoots(t *testing.T) {
 			}
 		}
 	}
-	if c := good(t, "DERP_DOMAIN=b.example.com"); c.Mesh.Roots != nil || c.Certificate.ACME.Roots != nil {
+	if c := good(t, "DERP_DOMAIN=b.example.com"); c.Roots.Pool != nil || c.Mesh.Roots != nil || c.Certificate.ACME.Roots != nil {
 		t.Error("roots without the variable")
 	}
 }

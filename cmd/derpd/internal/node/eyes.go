@@ -36,7 +36,7 @@ func systemRoots() *x509.CertPool {
 
 // clients is what clients verify the certificate by. pin is the CertName of the map.
 func clients(c *config.Config, pin string) healthz.Clients {
-	verify := healthz.Clients{CertName: pin, Private: c.Certificate.ACME.Roots, PrivateName: "DERP_ACME_CA_ROOTS"}
+	verify := healthz.Clients{CertName: pin, Private: c.Roots.Pool, PrivateName: c.Roots.Variable}
 	if len(c.Domains) > 0 {
 		verify.HostName = c.Domains[0]
 	}
