@@ -31,8 +31,9 @@ const (
 	maxHeld = 256
 
 	// heldBytes are read from a held client and discarded. Further bytes stay in
-	// the socket, until TCP stops the client.
-	heldBytes = 1 << 20
+	// the socket, until TCP stops the client. The kernel's buffer of a socket grows
+	// with the bytes that are read fast, up to several megabytes.
+	heldBytes = 64 << 10
 
 	// replacedAfter is the least age at which a held connection gives its place to
 	// a newer one of the same key. Two machines with one key replace each other.
