@@ -35,7 +35,8 @@ func (r *Relay) arrived(at port, first []byte, peer net.Addr) {
 }
 
 // arrivedProxied inspects a connection that begins with a PROXY header. Evidence of
-// a misdirected client is a peer in a private network, or a client's payload.
+// a misdirected client is a peer in a private network, or a client's payload, or a
+// peer that sends headers for minutes.
 func (r *Relay) arrivedProxied(payload []byte, peer net.Addr) {
 	kind, addr := UnexpectedProxyHeader, peerAddr(peer)
 	if r.config.ProxyProtocol {
@@ -87,9 +88,10 @@ func isDERP(r *http.Request) bool {
 }
 
 // isProxied reports whether there is a sign of a proxy between client and relay.
-// Clients always use TLS, so a request without TLS has passed a proxy.
+// Clients always use TLS and HTTP/1.1, so a request without TLS, or of HTTP/1.0 as
+// nginx sends by default, has passed a proxy.
 func isProxied(r *http.Request) bool {
-	if r.TLS == nil {
+	if r.TLS == nil || !r.ProtoAtLeast(1, 1) {
 		return true
 	}
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)

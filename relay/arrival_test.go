@@ -152,6 +152,7 @@ func TestArrivalsWithoutUpgrade(t *testing.T) {
 	for name, tt := range map[string]struct {
 		header http.Header
 		plain  bool // no TLS: the proxy ends it
+		old    bool // HTTP/1.0
 		from   string
 		client bool
 	}{
@@ -165,7 +166,9 @@ func TestArrivalsWithoutUpgrade(t *testing.T) {
 		"a browser":                              {header: browser, plain: true},
 		"a browser's other WebSocket":            {header: with(browser, "Sec-Websocket-Protocol", "chat"), plain: true},
 		"curl through the proxy":                 {header: with(with(browser, "User-Agent", "curl/8"), "X-Forwarded-For", "192.0.2.1"), plain: true},
+		"a client behind bare nginx, over TLS":   {header: derphttp, old: true, client: true},
 		"a scanner in Go without a proxy":        {header: derphttp},
+		"an old scanner":                         {header: browser, old: true},
 		"another upgrade":                        {header: with(browser, "Upgrade", "h2c"), plain: true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -174,6 +177,9 @@ func TestArrivalsWithoutUpgrade(t *testing.T) {
 			req.Header, req.RemoteAddr = tt.header, direct
 			if tt.from != "" {
 				req.RemoteAddr = tt.from
+			}
+			if tt.old {
+				req.Proto, req.ProtoMinor = "HTTP/1.0", 0
 			}
 			if !tt.plain {
 				req.TLS = new(tls.ConnectionState)

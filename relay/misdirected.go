@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"net/netip"
 	"sync"
 	"time"
 
@@ -47,6 +48,10 @@ const (
 	misdirectedFor   = 5 * time.Minute // until the state ends after the last arrival
 )
 
+// recursFor is the time after which PROXY headers from one address are evidence of a
+// proxy. Clients connect through a proxy all day, and a scanner goes on.
+const recursFor = 5 * time.Minute
+
 // MisdirectedState is the state of one [Misdirection].
 type MisdirectedState struct {
 	Misdirection Misdirection
@@ -71,6 +76,9 @@ type arrivals struct {
 	times int       // arrivals of clients in this state, misdirectedApart from each other
 	last  time.Time // last arrival of a client
 	apart time.Time // last arrival that increased times
+
+	peer        netip.Addr // address whose PROXY headers may recur
+	since, seen time.Time  // first and last header of peer
 }
 
 func newMisdirections(log zerolog.Logger, begun func(Misdirection)) *misdirections {
@@ -81,13 +89,13 @@ func newMisdirections(log zerolog.Logger, begun func(Misdirection)) *misdirectio
 // of this relay.
 func (m *misdirections) note(kind Misdirection, client bool, peer string) {
 	m.log.Debug().Str("reason", string(kind)).Bool("client", client).Str("peer", peer).Msg("connection arrives misdirected")
-	if m.add(kind, client, time.Now()) && m.begun != nil {
+	if m.add(kind, client, peer, time.Now()) && m.begun != nil {
 		m.begun(kind)
 	}
 }
 
 // add reports whether this arrival begins a state.
-func (m *misdirections) add(kind Misdirection, client bool, now time.Time) (begins bool) {
+func (m *misdirections) add(kind Misdirection, client bool, peer string, now time.Time) (begins bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	a := m.all[kind]
@@ -96,6 +104,9 @@ func (m *misdirections) add(kind Misdirection, client bool, now time.Time) (begi
 		m.all[kind] = a
 	}
 	a.count++
+	if kind == UntrustedProxyHeader || kind == UnexpectedProxyHeader {
+		client = a.recurs(peer, now) || client
+	}
 	if !client {
 		return false
 	}
@@ -109,6 +120,21 @@ func (m *misdirections) add(kind Misdirection, client bool, now time.Time) (begi
 	a.apart = now
 	a.times++
 	return a.times == misdirectedTimes
+}
+
+// recurs reports whether PROXY headers of peer have been coming for recursFor.
+// Proxies in the internet often send the header alone, without a client's bytes.
+func (a *arrivals) recurs(peer string, now time.Time) bool {
+	addr, _ := netip.ParseAddrPort(peer)
+	switch {
+	case now.Sub(a.seen) >= recursFor:
+		a.peer, a.since, a.seen = addr.Addr(), now, now
+	case a.peer == addr.Addr():
+		a.seen = now
+	default:
+		return false
+	}
+	return now.Sub(a.since) >= recursFor
 }
 
 // states returns the state of every kind.

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -51,6 +52,45 @@ func TestMisdirectionStates(t *testing.T) {
 				for _, s := range states[1:] {
 					if s.Count != 0 || s.Now {
 						t.Errorf("%+v, want no arrival", s)
+					}
+				}
+			})
+		})
+	}
+}
+
+// PROXY headers from one address are evidence of a proxy when they keep coming, past
+// headers from other addresses. Bursts and returning scanners are none.
+func TestRecurringProxyHeaders(t *testing.T) {
+	const proxy, scanner = "192.0.2.1", "198.51.100.1"
+	every := func(pause time.Duration, n int) []time.Duration { return slices.Repeat([]time.Duration{pause}, n) }
+	for name, tt := range map[string]struct {
+		kind    Misdirection
+		pauses  []time.Duration
+		between string // another address that arrives after each
+		now     bool
+	}{
+		"a proxy":               {UnexpectedProxyHeader, every(20*time.Second, 20), "", true},
+		"a proxy, not trusted":  {UntrustedProxyHeader, every(20*time.Second, 20), "", true},
+		"a proxy of one client": {UntrustedProxyHeader, every(2*time.Minute, 6), "", true},
+		"a proxy and scanners":  {UntrustedProxyHeader, every(20*time.Second, 20), scanner, true},
+		"four minutes":          {UntrustedProxyHeader, every(10*time.Second, 25), "", false},
+		"a daily scanner":       {UntrustedProxyHeader, every(10*time.Minute, 20), "", false},
+		"TLS of a scanner":      {TLSOnPlainPort, every(20*time.Second, 20), "", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newMisdirections(zerolog.Nop(), nil)
+				for i, pause := range tt.pauses {
+					<-time.After(pause)
+					m.note(tt.kind, false, fmt.Sprintf("%s:%d", proxy, 4000+i))
+					if tt.between != "" {
+						m.note(tt.kind, false, tt.between+":1")
+					}
+				}
+				for _, s := range m.states(time.Now()) {
+					if s.Now != (tt.now && s.Misdirection == tt.kind) {
+						t.Errorf("%+v, want %v of %s", s, tt.now, tt.kind)
 					}
 				}
 			})
