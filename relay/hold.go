@@ -16,16 +16,20 @@ import (
 	"tailscale.com/types/key"
 )
 
-// ErrSourceUnavailable is wrapped by the error of an [AdmitFunc] that could not ask
-// who may connect. Clients get a text of its own.
-var ErrSourceUnavailable = errors.New("source of admission unavailable")
+// Errors that the error of an [AdmitFunc] wraps when nobody was asked, or could
+// answer, whether the client may connect. Clients get a text of each.
+var (
+	ErrSourceUnavailable = errors.New("source of admission unavailable")
+	ErrBusy              = errors.New("too many new nodes at once")
+)
 
 const (
-	// heldRefused and heldUnavailable, and up to a quarter more, are the times for
-	// which a refused client is held. Each message resets the backoff of tailscaled:
-	// without the hold it would connect ten times a second. The text ends when the
-	// client is admitted, at its next connection.
-	heldRefused, heldUnavailable = 40 * time.Second, 20 * time.Second
+	// heldRefused, heldUnavailable and heldBusy, and up to a quarter more, are the
+	// times for which a refused client is held. Each message resets the backoff of
+	// tailscaled: without the hold it would connect ten times a second. The text
+	// ends when the client is admitted, at its next connection. A member that is
+	// new may be among the busy ones, and its next attempt may succeed.
+	heldRefused, heldUnavailable, heldBusy = 40 * time.Second, 20 * time.Second, 5 * time.Second
 
 	// maxHeld limits the held connections. Each takes the memory of an idle client.
 	maxHeld = 256
@@ -97,8 +101,11 @@ func (t *teller) admit(next AdmitFunc) AdmitFunc {
 			return nil
 		}
 		r := refusal{"refused", "this relay does not admit this node, whose key is " + node.ShortString() + "; the owner of the relay can admit it", heldRefused}
-		if errors.Is(err, ErrSourceUnavailable) {
+		switch {
+		case errors.Is(err, ErrSourceUnavailable):
 			r = refusal{"unavailable", "this relay cannot ask who may use it now", heldUnavailable}
+		case errors.Is(err, ErrBusy):
+			r = refusal{"busy", "too many new nodes connect to this relay now; the next attempt may succeed", heldBusy}
 		}
 		t.mu.Lock()
 		defer t.mu.Unlock()

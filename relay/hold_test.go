@@ -59,8 +59,11 @@ func refuse(t *testing.T, all *sessions, node key.NodePublic, private key.NodePr
 	}
 	if r.reason != "" {
 		_ = all.teller.admit(func(context.Context, key.NodePublic, netip.Addr) error {
-			if r.reason == "unavailable" {
+			switch r.reason {
+			case "unavailable":
 				return ErrSourceUnavailable
+			case "busy":
+				return ErrBusy
 			}
 			return errors.New("refused")
 		})(t.Context(), node, netip.Addr{})
@@ -114,6 +117,7 @@ func TestHoldEnds(t *testing.T) {
 	}{
 		"refused":           {byRefusal, func(refusedConn) {}, 40 * time.Second, 50 * time.Second},
 		"unavailable":       {byOutage, func(refusedConn) {}, 20 * time.Second, 25 * time.Second},
+		"busy":              {refusal{reason: "busy"}, func(refusedConn) {}, 5 * time.Second, 6250 * time.Millisecond},
 		"the client leaves": {byRefusal, func(c refusedConn) { <-time.After(5 * time.Second); _ = c.Close() }, 5 * time.Second, 5 * time.Second},
 		"not refused":       {refusal{}, func(refusedConn) {}, 0, 0}, // closed at the key, as for a bad first frame
 	} {

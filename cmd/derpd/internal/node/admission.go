@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -49,8 +50,11 @@ func (n *Node) admit() relay.AdmitFunc {
 			return nil
 		}
 		err := n.gate.Admit(ctx, node, addr)
-		if admit.IsUnavailable(err) {
+		switch {
+		case admit.IsUnavailable(err):
 			return fmt.Errorf("%w: %w", relay.ErrSourceUnavailable, err)
+		case errors.Is(err, admit.ErrTooMany):
+			return fmt.Errorf("%w: %w", relay.ErrBusy, err)
 		}
 		return err
 	}

@@ -17,6 +17,7 @@ import (
 	"derpd/certs"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/internal/testkit"
+	"derpd/relay/admit"
 )
 
 // nextText returns the next text that a client gets.
@@ -138,5 +139,36 @@ func TestRefusedClientsAreTold(t *testing.T) {
 		if took := time.Since(begun); took > 5*time.Second {
 			t.Errorf("the stop took %s", took)
 		}
+	}
+}
+
+// TestBusyIsTold asserts that a new node that nobody was asked about is not told that
+// it must be admitted.
+func TestBusyIsTold(t *testing.T) {
+	answers := make(chan struct{})
+	source := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-answers:
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(source.Close)
+	n := begin(t, testkit.Environ(t, "DERP_VERIFY_CLIENT_URL="+source.URL))
+	r := region(t, parsePolicy(t, n.printed))
+	texts := make(chan string, admit.QuestionsRunning+1)
+	for range admit.QuestionsRunning + 1 {
+		c := testkit.RegionClient(t, r, key.NewNode())
+		go func() {
+			message, err := c.Recv()
+			texts <- fmt.Sprintf("%v %v", message, err)
+		}()
+	}
+	const want = "too many new nodes connect to this relay now; the next attempt may succeed"
+	if got := testkit.Receive(t, "the first text", texts); !strings.Contains(got, want) {
+		t.Errorf("told %q, want %q", got, want)
+	}
+	close(answers)
+	if text := scrape(t, n); !strings.Contains(text, `derpd_told_total{reason="busy"} 1`) {
+		t.Errorf("metrics:\n%s", text)
 	}
 }
