@@ -25,11 +25,15 @@ UPSTREAM := $(shell sed -n 's/^\ttailscale\.com //p' go.mod)
 DERPER   := $(TOOLS)/derper-$(UPSTREAM)
 
 # A registry for the image and a reverse proxy that ends TLS. Both take minutes to
-# build. Tests that need one are skipped, and say so, when it is missing.
+# build, and no other target builds them. Tests that need one are skipped without it.
 REGISTRY_VERSION := v3.1.2
 REGISTRY         := $(TOOLS)/registry-$(REGISTRY_VERSION)
 CADDY_VERSION    := v2.11.9
 CADDY            := $(TOOLS)/caddy-$(CADDY_VERSION)
+
+# Names the programs without which tests were skipped. go test does not print that.
+skipped = for target in registry:$(REGISTRY) caddy:$(CADDY); do \
+	[ -x "$${target\#*:}" ] || echo "SKIPPED: tests that need $${target\#*:}; make $${target%%:*} builds it"; done
 
 .DEFAULT_GOAL := help
 .PHONY: help
@@ -45,6 +49,7 @@ test: peers $(DERPER) ## run all tests, in any order, with the race detector
 	@# Fills the build cache, which the test in internal/compat uses.
 	CGO_ENABLED=0 go build -trimpath -o /dev/null ./cmd/derpd
 	go test -race -shuffle=on -timeout 10m ./...
+	@$(skipped)
 
 .PHONY: peers
 peers: $(addprefix $(PEERS)/,tailscaled tailscale containerboot headscale) ## build the real tailscaled and headscale that tests use
@@ -122,10 +127,12 @@ E2E := go test -tags e2e -count=1 -v -timeout 45m ./docker/e2e
 .PHONY: e2e
 e2e: image peers $(DERPER) ## test the image with docker compose and real nodes; uses ports 443, 80 and 3478
 	$(E2E) $(if $(RUN),-run 'TestScenarios/$(RUN)',-short)
+	@$(skipped)
 
 .PHONY: e2e-all
 e2e-all: image peers $(DERPER) ## test as e2e does, with the scenarios that take long
 	$(E2E)
+	@$(skipped)
 
 # tidy also checks modules that only the tests of dependencies need. -e ignores
 # modules that cannot be fetched, but prints them. The output is shown only on failure.

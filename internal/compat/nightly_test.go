@@ -1,6 +1,7 @@
 package compat
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -53,8 +54,8 @@ func systemctl() int {
 }
 
 // systemd is the double of systemd, for one service with docker/derpd.service's
-// settings: Restart=on-failure, but not after exit code 2, RestartSec=100ms,
-// TimeoutStopSec=5, and at most five starts in ten seconds.
+// settings: Restart=on-failure, but not after exit code 2, RestartSec=2, TimeoutStopSec=5
+// and StartLimitIntervalSec=0.
 type systemd struct {
 	t      *testing.T
 	binary string
@@ -64,7 +65,6 @@ type systemd struct {
 	running  *exec.Cmd  // nil if none
 	ended    chan struct{}
 	state    string // as systemctl is-active prints it
-	starts   []time.Time
 	restarts int // by systemctl
 	stopping bool
 }
@@ -97,12 +97,16 @@ func newSystemd(t *testing.T, socket, binary string, env []string) *systemd {
 
 func (s *systemd) answer(conn net.Conn) {
 	defer func() { _ = conn.Close() }()
-	var verb, service string
-	if _, err := fmt.Fscanln(conn, &verb, &service); err != nil || service != "derpd" {
-		s.t.Errorf("systemctl %s %s: %v", verb, service, err)
-	}
+	line, err := bufio.NewReader(conn).ReadString('\n')
+	command := strings.TrimSpace(line)
 	code, word := 0, "done"
-	switch verb {
+	service := command[strings.LastIndex(command, " ")+1:]
+	switch verb := strings.TrimSuffix(command, " "+service); verb {
+	case "show --property=LoadState --value":
+		word = "loaded"
+		if service != "derpd" {
+			word = "not-found"
+		}
 	case "restart":
 		s.stop()
 		s.mu.Lock()
@@ -110,9 +114,6 @@ func (s *systemd) answer(conn net.Conn) {
 		s.mu.Unlock()
 		code = s.start()
 	case "reset-failed":
-		s.mu.Lock()
-		s.starts = nil
-		s.mu.Unlock()
 	case "is-active":
 		s.mu.Lock()
 		word = s.state
@@ -121,21 +122,16 @@ func (s *systemd) answer(conn net.Conn) {
 			code = 3
 		}
 	default:
-		s.t.Errorf("the double does not know systemctl %s", verb)
+		s.t.Errorf("the double does not know systemctl %s: %v", command, err)
 	}
 	_, _ = fmt.Fprintln(conn, code, word)
 }
 
-// start starts the service unless it was started too often.
+// start starts the service.
 func (s *systemd) start() (code int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stopping = false
-	if n := len(s.starts); n >= 5 && time.Since(s.starts[n-5]) < 10*time.Second {
-		s.state = "failed"
-		return 1
-	}
-	s.starts = append(s.starts, time.Now())
 	cmd := exec.CommandContext(context.Background(), s.binary)
 	cmd.Env = s.env
 	if err := cmd.Start(); err != nil {
@@ -160,7 +156,7 @@ func (s *systemd) start() (code int) {
 		}
 		s.mu.Unlock()
 		if again {
-			<-time.After(100 * time.Millisecond)
+			<-time.After(2 * time.Second)
 			s.mu.Lock()
 			again = s.state == "activating" && !s.stopping
 			s.mu.Unlock()
@@ -472,7 +468,7 @@ func broken(real, script string) string {
 func TestNightlyUpdate(t *testing.T) {
 	first, second := link(t, "1.0.0"), link(t, "2.0.0")
 	for name, test := range map[string]func(t *testing.T, first, second string){
-		"good": good, "the build fails": buildFails, "cure": cure, "lock": lock, "terminated": terminated, "killed": killed, "pull": pull,
+		"good": good, "the build fails": buildFails, "cure": cure, "stopped": stopped, "disk full": diskFull, "neither is ready": neither, "lock": lock, "terminated": terminated, "killed": killed, "pull": pull,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // most of the time is waiting
@@ -579,7 +575,15 @@ func buildFails(t *testing.T, first, second string) {
 func cure(t *testing.T, first, second string) {
 	t.Helper()
 	n := newNightly(t, first)
+	n.install(t, "real", first)
+	n.write(t, "install/derpd", broken(n.at("real"), `serves "$@" && exit 2`))
 	n.system.stop()
+	n.system.start()
+	testkit.Until(t, "the relay to fail", func() bool {
+		n.system.mu.Lock()
+		defer n.system.mu.Unlock()
+		return n.system.state == "failed"
+	})
 	n.next(t, second)
 	r := n.run(t)
 	r.want(t, 0, 1, "updated from derpd 1.0.0")
@@ -587,6 +591,81 @@ func cure(t *testing.T, first, second string) {
 		t.Error("no line about the relay before the update")
 	}
 	n.runs(t, second, "derpd.old")
+}
+
+// stopped asserts that a relay that its operator stopped is not started, also if that was
+// during the build, and that it is updated when it was started again.
+func stopped(t *testing.T, first, second string) {
+	t.Helper()
+	n := newNightly(t, first)
+	n.next(t, second)
+	n.system.stop()
+	n.run(t).want(t, 0, 0, "derpd is stopped, and was left alone")
+	n.system.start()
+	n.awaitReady(t)
+	n.runs(t, first)
+
+	if err := errors.Join(syscall.Mkfifo(n.at("gate"), 0o644), os.Chmod(n.at("gate"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		gate, _ := os.OpenFile(n.at("gate"), os.O_WRONLY, 0) // waits for the build
+		n.system.stop()
+		_ = gate.Close()
+	}()
+	n.run(t).want(t, 1, 0, "derpd was stopped during the build, and was left alone")
+	if err := os.Remove(n.at("gate")); err != nil {
+		t.Fatal(err)
+	}
+	n.lists(t, "install", "derpd")
+	n.lists(t, "state", "lock")
+	n.system.start()
+	n.awaitReady(t)
+	n.runs(t, first)
+	n.run(t).want(t, 0, 1, "updated from derpd 1.0.0")
+	n.run(t, "UPDATE_SERVICE=relay").want(t, 1, 0, "UPDATE_SERVICE: the state of the service relay is not-found; name the relay's service")
+}
+
+// diskFull asserts that a relay is left alone when there is no room for a second binary,
+// or for none.
+func diskFull(t *testing.T, first, second string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("mounting a small disk needs root")
+	}
+	n := newNightly(t, first)
+	n.system.stop()
+	for i, message := range []string{"the new binary could not be copied to ", "the old binary could not be copied to "} {
+		size := int64(i+1)*int64(len(read(t, first))) + 1<<20
+		if err := syscall.Mount("none", n.at("install"), "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
+			t.Skipf("mounting a small disk: %v", err)
+		}
+		t.Cleanup(func() { _ = syscall.Unmount(n.at("install"), syscall.MNT_DETACH) })
+		n.install(t, "install/derpd", first)
+		n.next(t, second)
+		n.system.start()
+		n.awaitReady(t)
+		n.run(t).want(t, 1, 0, message+n.at("install/derpd"))
+		n.runs(t, first)
+		n.lists(t, "state", "lock")
+		n.system.stop()
+	}
+}
+
+// neither asserts that a new binary is tried again when the old one was not ready either,
+// as without network.
+func neither(t *testing.T, first, second string) {
+	t.Helper()
+	n := newNightly(t, first)
+	n.next(t, second)
+	r := n.run(t, "DERP_ADMIN_ADDR="+testkit.FreeAddr(t), "UPDATE_READY_SECONDS=3")
+	r.want(t, 1, 2, "the new binary was not ready: derpd: no relay answers")
+	if !strings.Contains(r.output, "; the old one is back, and not ready either: ") {
+		t.Error("the last line does not say that the old relay is not ready")
+	}
+	n.runs(t, first)
+	n.lists(t, "state", "lock")
+	n.run(t).want(t, 0, 1, "updated from derpd 1.0.0")
 }
 
 // lock asserts that a second run ends at once while the first one builds.
