@@ -76,6 +76,11 @@ func (c ManualConfig) verify(p *pair, chain []certificate, now time.Time) (autho
 	if _, err := leaf.Verify(options); err == nil {
 		return "", nil
 	}
+	if options.Roots = c.Private; c.Private != nil {
+		if paths, err := leaf.Verify(options); err == nil {
+			return title(paths[0][len(paths[0])-1]), nil
+		}
+	}
 	// Clients may trust an authority that this machine does not trust. Such a
 	// client still refuses everything that is wrong below the last certificate.
 	options.Roots = tops

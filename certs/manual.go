@@ -24,6 +24,9 @@ type ManualConfig struct {
 	// certName is the Pin of the new [Status]. Changed must not call the manager.
 	Changed func(certName string)
 
+	// Private are roots that only this relay is known to have; nil for none.
+	Private *x509.CertPool
+
 	Log zerolog.Logger
 }
 

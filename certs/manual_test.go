@@ -442,6 +442,25 @@ func TestManualWithoutRoots(t *testing.T) {
 	}
 }
 
+// An issuer among the private roots is not missing, but clients need it.
+func TestManualWithPrivateRoots(t *testing.T) {
+	p := newPKI(t)
+	dir := t.TempDir()
+	var log bytes.Buffer
+	c := certs.ManualConfig{
+		CertFile: filepath.Join(dir, "tls.crt"), KeyFile: filepath.Join(dir, "tls.key"),
+		Names: []string{relayName}, Roots: testkit.Pool(authority(t, "Other Root", nil, nil)), Private: testkit.Pool(p.middle), Log: zerolog.New(&log),
+	}
+	testkit.WritePair(t, c.CertFile, c.KeyFile, server(t, p.middle, withURL(issuerURL)))
+	if _, err := certs.LoadManual(c); err != nil || !strings.Contains(log.String(), `"authority":"CN=Test Intermediate"`) {
+		t.Errorf("%v, logged %s", err, log.String())
+	}
+	c.Private = testkit.Pool(p.root)
+	if _, err := certs.LoadManual(c); err == nil || !strings.Contains(err.Error(), "is missing") {
+		t.Errorf("the root alone does not complete the chain: %v", err)
+	}
+}
+
 // derper refuses a pair that does not load, and a certificate without its host name
 // (cmd/derper/cert.go). What derper serves and derpd refuses, a client refuses that
 // trusts the authority's root.

@@ -31,6 +31,9 @@ func (c Clients) judgeChain(sent []*x509.Certificate, now time.Time) Verdict {
 		return verdict
 	}
 	path := pathOf(sent, now)
+	if c.Private != nil {
+		known = append(known, c.Private)
+	}
 	if verdict, bad := v.judgeDates(path, known, now); bad {
 		return verdict
 	}
@@ -44,7 +47,7 @@ func (c Clients) judgeChain(sent []*x509.Certificate, now time.Time) Verdict {
 			return warning("clients need "+root+" installed: only "+c.PrivateName+" has it", ownRootFix)
 		}
 	}
-	if address := issuer.PublicURL(leaf); top == leaf && address != "" && !issuer.SelfSigned(leaf) {
+	if address := issuer.PublicURL(leaf); top == leaf && address != "" && !issuer.SelfSigned(leaf) && !c.noRoots() {
 		return failed(fmt.Sprintf("the certificate of %s, which issued the relay's, is not sent", root),
 			fmt.Sprintf("append it to the certificate file (%s has it)", address))
 	}
@@ -60,11 +63,15 @@ func (c Clients) unknownRoot(root string) Verdict {
 	switch {
 	case strings.Contains(strings.ToLower(root), "cloudflare origin"):
 		return warning("only Cloudflare's proxy trusts "+root+", and clients do not", "use a certificate of a public authority")
-	case c.Roots == nil || c.Roots.Equal(x509.NewCertPool()):
+	case c.noRoots():
 		return warning("this machine has no root certificates, so it is unknown whether clients have "+root, "install the package ca-certificates, or set SSL_CERT_FILE")
 	}
 	return warning("clients need "+root+" installed: this machine does not know it", ownRootFix)
 }
+
+// noRoots reports whether this machine has no roots, and cannot tell a public authority
+// from another.
+func (c Clients) noRoots() bool { return c.Roots == nil || c.Roots.Equal(x509.NewCertPool()) }
 
 // verification verifies one leaf in different ways.
 type verification struct {

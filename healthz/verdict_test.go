@@ -93,6 +93,9 @@ func TestJudge(t *testing.T) {
 	pin := func(c *tls.Certificate) string { return "sha256-raw:" + testkit.Hash(c.Leaf) }
 	meta := made(t, nil, "derpkey0123")
 	fetchable := changed(func(c *x509.Certificate) { c.IssuingCertificateURL = []string{"http://issuer.example/i.crt"} })
+	inside := changed(func(c *x509.Certificate) {
+		c.IssuingCertificateURL = []string{"ldap:///CN=x", "http://ca.corp.internal/i.crt"}
+	})
 	usage := func(list ...x509.ExtKeyUsage) func(*testkit.Certificate) {
 		return changed(func(c *x509.Certificate) { c.ExtKeyUsage = list })
 	}
@@ -149,6 +152,9 @@ func TestJudge(t *testing.T) {
 		{"a private root that is not sent", chain(ofPrivate), Clients{}, Warn, `clients need "Private Root" installed: this machine does not know it`},
 		{"a private intermediate after an expired one", chain(ofThird, thirdExpired, third), Clients{}, Warn, `clients need "Private Root" installed`},
 		{"a private root in a variable", chain(ofPrivate), Clients{Private: testkit.Pool(private), PrivateName: "DERP_ROOTS"}, Warn, `clients need "Private Root" installed: only DERP_ROOTS has it`},
+		{"an expired private root in a variable", chain(made(t, oldRoot, judgedName)), Clients{Private: testkit.Pool(oldRoot), PrivateName: "DERP_ROOTS"}, Fail, `the certificate of "Old Root" expired on `},
+		{"a private issuer that its own network has", chain(made(t, private, judgedName, inside)), Clients{}, Warn, `clients need "Private Root" installed: this machine does not know it`},
+		{"no roots here, and a public issuer", chain(made(t, private, judgedName, fetchable)), Clients{Roots: x509.NewCertPool()}, Warn, "this machine has no root certificates"},
 		{"Cloudflare's origin", chain(made(t, origin, judgedName)), Clients{}, Warn, `only Cloudflare's proxy trusts "CloudFlare Origin SSL Certificate Authority"`},
 		{"a private root, and its address in a directory", chain(made(t, private, judgedName, issuerAt("ldap:///CN=CA", "http://pki.example.com/ca.crt"))), Clients{}, Warn, `clients need "Private Root" installed`},
 		{"a private root, and its address at a private name", chain(made(t, private, judgedName, issuerAt("http://pki.corp.internal/ca.crt"))), Clients{}, Warn, `clients need "Private Root" installed`},

@@ -42,7 +42,7 @@ type Certificate struct {
 
 // parseCertificate decides the mode, and reads the files of mode manual. It
 // returns a warning if it uses mode pinned in place of manual.
-func parseCertificate(p *problems, env CertificateEnv, domains []string, storage Storage) (c Certificate, fallback string) {
+func parseCertificate(p *problems, env CertificateEnv, domains []string, storage Storage, roots Roots) (c Certificate, fallback string) {
 	c = Certificate{
 		Mode:   parseMode(p, env.Mode, domains),
 		Pinned: certs.PinnedConfig{Path: filepath.Join(storage.CertDir, "pinned.pem"), Names: domains},
@@ -54,6 +54,7 @@ func parseCertificate(p *problems, env CertificateEnv, domains []string, storage
 	if c.Manual.CertFile == "" {
 		return c, ""
 	}
+	c.Manual.Private = roots.Pool
 	// derper makes a self-signed certificate in this one case; derpd uses the
 	// pinned one.
 	if _, err := os.Stat(c.Manual.CertFile); env.CertFile == "" && errors.Is(err, fs.ErrNotExist) && net.ParseIP(domains[0]) != nil {

@@ -126,9 +126,9 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	c.Listen = parseListen(p, e.ListenEnv, e.Mode == ModeOff)
 	c.Storage = parseStorage(p, e.StorageEnv)
 	var fallback string
-	c.Certificate, fallback = parseCertificate(p, e.CertificateEnv, c.Domains, c.Storage)
 	roots := parseRoots(p, e)
 	c.Roots = roots.own
+	c.Certificate, fallback = parseCertificate(p, e.CertificateEnv, c.Domains, c.Storage, c.Roots)
 	if c.Certificate.Mode == ModeLetsEncrypt {
 		c.Certificate.ACME, c.Certificate.Challenges = parseACME(p, e, c.Domains, c.Listen, c.Storage, roots)
 	}

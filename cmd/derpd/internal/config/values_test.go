@@ -172,6 +172,9 @@ func TestRoots(t *testing.T) {
 			if !c.Mesh.Roots.Equal(all) {
 				t.Errorf("%s, %s: other roots for the other nodes", env, variable)
 			}
+			if !c.Roots.Pool.Equal(own) || c.Roots.Variable != variable {
+				t.Errorf("%s, %s: the private roots are %+v", env, variable, c.Roots)
+			}
 			if c.Certificate.Mode == ModeLetsEncrypt && !c.Certificate.ACME.Roots.Equal(authority) {
 				t.Errorf("%s, %s: other roots for the authority's server", env, variable)
 			}

@@ -101,7 +101,10 @@ func (n *Node) checkCertificate(context.Context) healthz.Result {
 	verdict := n.verdict()
 	left := time.Until(s.Leaf.NotAfter)
 	line := fmt.Sprintf("%s, %s, %s", mode, strings.Join(names, " "), remaining(left))
-	if verdict.Level == healthz.Fail {
+	switch {
+	case verdict.Level == healthz.Fail && s.Err != nil: // why there is no better one
+		return healthz.Failf("%s; %v", verdict, s.Err)
+	case verdict.Level == healthz.Fail:
 		return healthz.Failf("%s", verdict)
 	}
 	parts := []string{line}

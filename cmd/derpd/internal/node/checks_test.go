@@ -49,7 +49,7 @@ func TestCheckCertificate(t *testing.T) {
 		"valid":             {config.ModeLetsEncrypt, status(publicRoot, 73*time.Hour, 49*time.Hour, nil), healthz.OK, "letsencrypt, " + names + ", 2 days left"},
 		"none yet":          {config.ModeLetsEncrypt, certs.Status{Err: cause}, healthz.Fail, "waiting for derp.example.com: the authority is away"},
 		"renewal fails":     {config.ModeLetsEncrypt, status(publicRoot, 90*day, 49*time.Hour, cause), healthz.Warn, "letsencrypt, " + names + ", 2 days left; the authority is away"},
-		"expired":           {config.ModeLetsEncrypt, status(publicRoot, 90*day, -time.Hour, cause), healthz.Fail, "the certificate of derp.example.com expired on "},
+		"expired":           {config.ModeLetsEncrypt, status(publicRoot, 90*day, -time.Hour, cause), healthz.Fail, "; renew it; the authority is away"},
 		"a private root":    {config.ModeLetsEncrypt, status(private, 73*time.Hour, 49*time.Hour, nil), healthz.Warn, "2 days left; clients need \"Test Root\" installed: this machine does not know it; "},
 		"private and old":   {config.ModeManual, status(private, 90*day, 49*time.Hour, nil), healthz.Warn, "; renew the files"},
 		"and no renewal":    {config.ModeLetsEncrypt, status(private, 90*day, 49*time.Hour, cause), healthz.Warn, "; the authority is away"},
