@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"io"
 	"net"
 	"net/http"
@@ -90,7 +91,7 @@ func TestRefusedIsTold(t *testing.T) {
 		"WebSocket without TLS": {false, webSocket(nil)},
 	} {
 		t.Run(kind, func(t *testing.T) {
-			member, other, away := key.NewNode(), key.NewNode(), key.NewNode()
+			member, other, away, many := key.NewNode(), key.NewNode(), key.NewNode(), key.NewNode()
 			c := Config{Log: zerolog.Nop(), TellClients: true, DisallowApps: []string{"unwanted"}}
 			c.Admit = func(_ context.Context, node key.NodePublic, _ netip.Addr) error {
 				switch node {
@@ -98,6 +99,8 @@ func TestRefusedIsTold(t *testing.T) {
 					return nil
 				case away.Public():
 					return fmt.Errorf("%w: no answer from 10.1.2.3", ErrSourceUnavailable)
+				case many.Public():
+					return ErrBusy
 				}
 				return errors.New("secret of the operator")
 			}
@@ -117,6 +120,7 @@ func TestRefusedIsTold(t *testing.T) {
 			}{
 				{stranger, "", "this relay does not admit this node, whose key is " + stranger.Public().ShortString() + "; the owner of the relay can admit it"},
 				{away, "", "this relay cannot ask who may use it now"},
+				{many, "", "too many new nodes connect to this relay now; the next attempt may succeed"},
 				{member, "unwanted", "this relay does not admit the app of this client"},
 			} {
 				refused := tt.new(t, ln, who.private, who.app)
@@ -138,13 +142,13 @@ func TestRefusedIsTold(t *testing.T) {
 				ends = append(ends, end)
 			}
 			testkit.Exchange(t, inside, connect(t, ln, served, other)) // fails for the packets of refused clients
-			if got, want := webSocketAccepts.Value()-accepts, int64(3); strings.HasPrefix(kind, "WebSocket") && got != want {
+			if got, want := webSocketAccepts.Value()-accepts, int64(4); strings.HasPrefix(kind, "WebSocket") && got != want {
 				t.Errorf("%d WebSockets counted, want %d", got, want)
 			}
-			told := r.Told()
-			if told.Held != 3 || told.Texts["refused"] != 1 || told.Texts["unavailable"] != 1 || told.Texts["app"] != 1 {
-				t.Errorf("told %+v, want 3 held and one text each", told)
-			}
+			testkit.Until(t, "four clients are held, and one text of each kind is counted", func() bool {
+				told := r.Told()
+				return told.Held == 4 && maps.Equal(told.Texts, map[string]int64{"busy": 1, "refused": 1, "unavailable": 1, "app": 1})
+			})
 			for _, end := range ends {
 				select {
 				case err := <-end:

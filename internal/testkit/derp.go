@@ -107,10 +107,13 @@ func Admitted(t testing.TB, c *derphttp.Client) error {
 	if err != nil {
 		return err
 	}
-	if _, ok := message.(derp.ServerInfoMessage); !ok {
-		return fmt.Errorf("the first message is %T, want derp.ServerInfoMessage", message)
+	switch m := message.(type) {
+	case derp.ServerInfoMessage:
+		return nil
+	case derp.HealthMessage:
+		return fmt.Errorf("refused with the text %q", m.Problem)
 	}
-	return nil
+	return fmt.Errorf("the first message is %T, want derp.ServerInfoMessage", message)
 }
 
 // MustAdmit is [Admitted] for clients that the relay must admit.

@@ -86,6 +86,7 @@ type Gate struct {
 	mu          sync.Mutex
 	states      []State                     // by the index of the source; guarded by mu
 	counts      Counts                      // guarded by mu
+	limited     time.Time                   // when a node was last refused without a question; guarded by mu
 	refusedKeys map[key.NodePublic]struct{} // since the last summary, at most maxRefusedKeys; guarded by mu
 }
 

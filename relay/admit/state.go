@@ -90,6 +90,14 @@ func (g *Gate) Counts() Counts {
 	return g.counts
 }
 
+// LastLimited returns when a node was last refused without a question, because there
+// were too many; zero for never.
+func (g *Gate) LastLimited() time.Time {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.limited
+}
+
 // maxRefusedKeys limits the memory that refused nodes take between two
 // summaries.
 const maxRefusedKeys = 10_000
@@ -110,6 +118,7 @@ func (g *Gate) count(node key.NodePublic, d decision) {
 		g.counts.Unavailable++
 	case limited:
 		g.counts.Limited++
+		g.limited = time.Now()
 	}
 	if len(g.refusedKeys) < maxRefusedKeys {
 		g.refusedKeys[node] = struct{}{}

@@ -152,6 +152,9 @@ func (n *Node) checkSTUN(ctx context.Context) healthz.Result {
 	return healthz.Okf("%s", line)
 }
 
+// limitedWarning is how long health reports a node that was refused without a question.
+const limitedWarning = 10 * time.Minute
+
 func (n *Node) checkAdmission(context.Context) healthz.Result {
 	if n.gate == nil {
 		return healthz.Warnf("open: anybody who finds this relay can use it; %s", config.HowToClose())
@@ -174,6 +177,13 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 	counts := n.gate.Counts()
 	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
 		counts.Admitted, counts.Refused+counts.Unavailable+counts.Limited, counts.Kept, counts.Disconnected)
+	if last := n.gate.LastLimited(); time.Since(last) < limitedWarning {
+		done += fmt.Sprintf("; %d nodes were refused without a question, the last one %s ago, because too many new nodes connect at the same time; "+
+			"nodes that were admitted before are not concerned", counts.Limited, age(last))
+		if len(bad) == 0 {
+			return healthz.Warnf("%s; %s", strings.Join(good, ", "), done)
+		}
+	}
 	if len(bad) > 0 {
 		return healthz.Warnf("%d of %d sources need attention: %s; %s", len(bad), len(bad)+len(good), strings.Join(bad, "; "), done)
 	}

@@ -38,7 +38,7 @@ func TestCheckCertificate(t *testing.T) {
 		return certs.Status{Leaf: made.Leaf, Chain: made.Certificate, Err: err}
 	}
 	private := testkit.NewAuthority(t)
-	const names, sixDays = "derp.example.com 198.18.0.1", 160 * time.Hour
+	const names = "derp.example.com 198.18.0.1"
 	cause := errors.New("the authority is away")
 	for name, tt := range map[string]struct {
 		mode   string

@@ -1,26 +1,35 @@
 package node
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strings"
+	"syscall"
 	"time"
 	"unicode/utf16"
 
 	"derpd/internal/testkit"
 )
 
+// path is the path of the certificate file or the key file.
+func (w *world) path(extension string) string { return filepath.Join(w.dir, eyesName+extension) }
+
 // rewrite changes the content of the certificate file or the key file.
 func (w *world) rewrite(extension string, f func([]byte) []byte) {
 	w.Helper()
-	path := filepath.Join(w.dir, eyesName+extension)
-	data, err := os.ReadFile(path)
+	data, err := os.ReadFile(w.path(extension))
 	if err != nil {
 		w.Fatal(err)
 	}
-	if err := os.WriteFile(path, f(data), 0o600); err != nil {
+	if err := os.WriteFile(w.path(extension), f(data), 0o600); err != nil {
 		w.Fatal(err)
 	}
 }
@@ -28,9 +37,8 @@ func (w *world) rewrite(extension string, f func([]byte) []byte) {
 // openssl replaces a file by what openssl makes of it.
 func (w *world) openssl(extension string, arguments ...string) {
 	w.Helper()
-	path := filepath.Join(w.dir, eyesName+extension)
 	made := filepath.Join(w.TempDir(), "made")
-	output(w.T, w.dir, nil, program(w.T, "openssl", "/usr/bin/openssl"), append(arguments, "-in", path, "-out", made)...)
+	output(w.T, w.dir, nil, program(w.T, "openssl", "/usr/bin/openssl"), append(arguments, "-in", w.path(extension), "-out", made)...)
 	w.rewrite(extension, func([]byte) []byte {
 		data, err := os.ReadFile(made)
 		if err != nil {
@@ -40,19 +48,72 @@ func (w *world) openssl(extension string, arguments ...string) {
 	})
 }
 
+var commands = regexp.MustCompile("`([^`]*)`")
+
+// byItsCommands runs the commands in an error, without a terminal. The passphrase is
+// x, and an HTTP proxy answers every download with the certificate in the file
+// "issuer".
+func byItsCommands(w *world, err error) {
+	w.Helper()
+	proxy := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		http.ServeFile(rw, r, filepath.Join(w.dir, "issuer"))
+	}))
+	defer proxy.Close()
+	found := commands.FindAllStringSubmatch(err.Error(), -1)
+	if len(found) == 0 {
+		w.Fatalf("no command in %v", err)
+	}
+	for _, command := range found {
+		run := exec.CommandContext(w.Context(), "sh", "-c", command[1])
+		run.Dir, run.Stdin = w.dir, strings.NewReader("x\n")
+		run.Env = append(os.Environ(), "http_proxy="+proxy.URL)
+		run.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		if out, err := run.CombinedOutput(); err != nil {
+			w.Fatalf("%s: %v\n%s", command[1], err, out)
+		}
+	}
+}
+
+// wide encodes a file as Windows PowerShell 5 does.
+func wide(pem []byte) (encoded []byte) {
+	for _, unit := range utf16.Encode([]rune("\ufeff" + string(pem))) {
+		encoded = binary.LittleEndian.AppendUint16(encoded, unit)
+	}
+	return encoded
+}
+
+func withMark(pem []byte) []byte { return append([]byte("\ufeff"), pem...) }
+
+// onOneLine joins two blocks, as cat does with a file without a last line end.
+func onOneLine(pem []byte) []byte {
+	return []byte(strings.ReplaceAll(string(pem), "-----\n-----", "----------"))
+}
+
 // fileRows are about the files of mode manual, as people bring them.
 func fileRows() []situation {
 	past := time.Now().Add(-time.Minute)
 	refused := func(name, words string, begin func(*world)) situation {
 		return situation{name: name, begin: begin, start: words}
 	}
-	return []situation{
+	mended := func(name, words string, begin func(*world)) situation {
+		return situation{name: name, begin: begin, start: words, mend: byItsCommands}
+	}
+	return slices.Concat(renewalRows(), []situation{
 		refused("no files", "DERP_CERT_FILE: ", func(w *world) { w.set("DERP_CERT_MODE=manual", "DERP_CERT_DIR="+w.dir) }),
 		refused("an expired leaf", "/derp.example.com.crt expired on ", func(w *world) { w.manual(w.chain(publicRoot, until(past))...) }),
 		refused("a leaf of tomorrow", "/derp.example.com.crt is not valid before ", func(w *world) { w.manual(w.chain(publicRoot, from(time.Now().Add(24*time.Hour)))...) }),
 		refused("another name", "/derp.example.com.crt covers other.example.com, not derp.example.com", func(w *world) { w.manual(w.chain(publicRoot, forNames("other.example.com"))...) }),
-		refused("a missing intermediate", `the certificate of "CN=Intermediate", which signed CN=derp.example.com, is missing`, func(w *world) { w.manual(w.chain(publicRoot, with(fetchable))[0]) }),
-		refused("the issuer before the leaf", "DERP_CERT_FILE: ", func(w *world) {
+		refused("a wildcard for a name below", "a wildcard stands for exactly one label", func(w *world) { w.manual(w.chain(publicRoot, forNames("*.com"))...) }),
+		refused("an issuer that has expired", `derp.example.com.crt (CN=Intermediate), which signed the certificate or its issuer, expired on `, func(w *world) {
+			i := w.intermediate(publicRoot, until(past))
+			w.manual(w.leaf(i), i)
+		}),
+		mended("a missing intermediate", `the certificate of "CN=Intermediate", which signed CN=derp.example.com, is missing; append it to the file: `, func(w *world) {
+			chain := w.chain(publicRoot, with(fetchable))
+			w.manual(chain[0])
+			w.keep("issuer", chain[1].Certificate[0])
+		}),
+		mended("the issuer before the leaf", "derp.example.com.crt is the leaf's; put it first, before CN=Intermediate", func(w *world) {
 			chain := w.chain(publicRoot)
 			w.manual(chain...)
 			w.rewrite(".crt", func([]byte) []byte { return testkit.ChainPEM(chain[1], chain[0]) })
@@ -76,30 +137,43 @@ func fileRows() []situation {
 			lower := w.intermediate(upper)
 			w.manual(w.leaf(lower), lower, upper, publicRoot)
 		}),
-		refused("two blocks on one line", "DERP_CERT_FILE: ", func(w *world) {
+		mended("two blocks on one line", "block 2 of ", func(w *world) {
 			w.manual(w.chain(publicRoot)...)
-			w.rewrite(".crt", func(pem []byte) []byte {
-				return slices.Concat(pem[:len(pem)/4], []byte("-----END CERTIFICATE----------BEGIN CERTIFICATE-----"), pem[len(pem)/4:])
-			})
+			w.rewrite(".crt", onOneLine)
 		}),
-		refused("UTF-16", "DERP_CERT_FILE: ", func(w *world) {
+		mended("a byte order mark", "derp.example.com.crt has a byte order mark; run `", func(w *world) {
 			w.manual(w.chain(publicRoot)...)
-			w.rewrite(".crt", func(pem []byte) (wide []byte) {
-				for _, unit := range utf16.Encode([]rune("\ufeff" + string(pem))) {
-					wide = binary.LittleEndian.AppendUint16(wide, unit)
-				}
-				return wide
-			})
+			w.rewrite(".crt", withMark)
 		}),
-		refused("DER", "DERP_CERT_FILE: ", func(w *world) {
+		mended("a key with a byte order mark", "derp.example.com.key has a byte order mark; run `", func(w *world) {
+			w.manual(w.chain(publicRoot)...)
+			w.rewrite(".key", withMark)
+		}),
+		mended("UTF-16", "derp.example.com.crt is in UTF-16; run `iconv ", func(w *world) {
+			w.manual(w.chain(publicRoot)...)
+			w.rewrite(".crt", wide)
+		}),
+		mended("DER", "derp.example.com.crt is a certificate in DER form; run `openssl x509 ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.openssl(".crt", "x509", "-outform", "der")
 		}),
-		refused("PFX", "DERP_CERT_FILE: ", func(w *world) {
+		mended("a key in DER", "derp.example.com.key is a private key in DER form; run `openssl pkey ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
-			w.openssl(".crt", "pkcs12", "-export", "-passout", "pass:x", "-inkey", filepath.Join(w.dir, eyesName+".key"))
+			w.openssl(".key", "pkey", "-outform", "der")
 		}),
-		refused("a key with a passphrase", "DERP_CERT_FILE: ", func(w *world) {
+		{
+			name: "PFX",
+			begin: func(w *world) {
+				w.manual(w.leaf(publicRoot))
+				w.openssl(".crt", "pkcs12", "-export", "-passout", "pass:x", "-inkey", w.path(".key"))
+			},
+			start: "derp.example.com.crt is PKCS#12 (PFX); run `openssl pkcs12 ",
+			mend: func(w *world, err error) {
+				byItsCommands(w, err)
+				w.set("DERP_CERT_FILE="+w.path(".crt.pem"), "DERP_KEY_FILE="+w.path(".key.pem"))
+			},
+		},
+		mended("a key with a passphrase", "derp.example.com.key has a passphrase; remove it with `openssl pkey ", func(w *world) {
 			w.manual(w.leaf(publicRoot))
 			w.openssl(".key", "pkey", "-aes256", "-passout", "pass:x")
 		}),
@@ -107,40 +181,101 @@ func fileRows() []situation {
 			w.manual(w.leaf(publicRoot))
 			w.rewrite(".key", func([]byte) []byte { return testkit.KeyPEM(w, w.leaf(publicRoot)) })
 		}),
-		refused("a name in the common name alone", "DERP_CERT_FILE: ", func(w *world) {
+		mended("a name in the common name alone", "names derp.example.com in its common name alone, which clients ignore; make it again with a subject alternative name: `openssl req -x509 ", func(w *world) {
 			w.manual(w.leaf(nil, forNames(eyesName), with(noNames)))
 		}),
 		{
-			name:  "a renewal",
-			begin: func(w *world) { w.manual(w.chain(publicRoot, until(time.Now().AddDate(0, 0, 20)))...) },
-			then: func(w *world) {
-				next := w.chain(publicRoot)
-				w.replace(next...)
-				w.serves(next[0])
+			name: "the key in the place of the certificate",
+			begin: func(w *world) {
+				w.manual(w.chain(publicRoot)...)
+				w.swap()
+			},
+			start: "swap the two files",
+			mend:  func(w *world, _ error) { w.swap() },
+		},
+		{
+			name: "one file for the certificate and the key",
+			begin: func(w *world) {
+				chain := w.chain(publicRoot)
+				w.manual(chain...)
+				both := w.keep("both.pem", slices.Concat(testkit.KeyPEM(w, chain[0]), testkit.ChainPEM(chain...)))
+				w.set("DERP_CERT_FILE="+both, "DERP_KEY_FILE="+both)
 			},
 		},
-		everywhere(`clients need "Private Root" installed`, situation{
-			name:  "a renewal by another authority",
-			begin: func(w *world) { w.manual(w.chain(publicRoot)...) },
-			then: func(w *world) {
-				root := rootNamed(w, "Private Root")
-				w.replace(append(w.chain(root), root)...)
+		{
+			name: "a self-signed certificate and its copy",
+			begin: func(w *world) {
+				c := w.leaf(nil)
+				w.manual(c, c)
 			},
+		},
+		everywhere(`clients need "Private Root" installed: this machine does not know it`, situation{
+			name: "a leaf of a private authority alone, which the client has",
+			begin: func(w *world) {
+				root := rootNamed(w, "Private Root")
+				w.client.AddCert(root.Leaf)
+				w.manual(w.leaf(root))
+			},
+		}),
+		everywhere(`clients need "Private Root" installed: this machine does not know it`, situation{
+			// As Active Directory's certificate services make it.
+			name: "a leaf of a private authority alone, fetchable in its own network",
+			begin: func(w *world) {
+				root := rootNamed(w, "Private Root")
+				w.client.AddCert(root.Leaf)
+				w.manual(w.leaf(root, with(func(c *x509.Certificate) {
+					c.IssuingCertificateURL = []string{"ldap:///CN=Private%20Root", "http://pki.corp.internal/root.crt"}
+				})))
+			},
+		}),
+		everywhere(`clients need "Private Root" installed: this machine does not know it`, situation{
+			name:   "a leaf of a private authority alone, which the client lacks",
+			begin:  func(w *world) { w.manual(w.leaf(rootNamed(w, "Private Root"))) },
 			client: "certificate signed by unknown authority", lacks: "Private Root",
 		}),
-		{
-			name:  "a renewal for another name",
-			begin: func(w *world) { w.manual(w.chain(publicRoot)...) },
-			then:  func(w *world) { w.replace(w.chain(publicRoot, forNames("other.example.com"))...) },
-			// The old certificate is served.
-			health: "the new files are invalid", log: "certificate files are invalid",
+		onlyRoots("DERP_CA_ROOTS", "root", func(w *world, root *tls.Certificate) {
+			w.client.AddCert(root.Leaf)
+			w.manual(w.leaf(root))
+		}),
+		onlyRoots("DERP_ACME_CA_ROOTS", "root", func(w *world, root *tls.Certificate) {
+			w.client.AddCert(root.Leaf)
+			w.manual(w.chain(root)...)
+		}),
+		onlyRoots("DERP_CA_ROOTS", "issuer of a leaf that says where it is", func(w *world, root *tls.Certificate) {
+			w.client.AddCert(root.Leaf)
+			w.manual(w.leaf(root, with(fetchable)))
+		}),
+	})
+}
+
+// onlyRoots is a row of a chain that only the roots in a variable complete.
+func onlyRoots(variable, what string, begin func(w *world, root *tls.Certificate)) situation {
+	return everywhere(`clients need "Private Root" installed: only `+variable+" has it", situation{
+		name: "a " + what + " that only " + variable + " has",
+		begin: func(w *world) {
+			root := rootNamed(w, "Private Root")
+			begin(w, root)
+			w.set(variable + "=" + w.keep("roots.pem", testkit.ChainPEM(root)))
 		},
-		{
-			name: "files that nobody renews",
-			begin: func(w *world) {
-				w.manual(w.chain(publicRoot, from(time.Now().AddDate(0, 0, -80)), until(time.Now().AddDate(0, 0, 10)))...)
-			},
-			health: "renew the files",
-		},
+	})
+}
+
+// keep writes a file, and returns its path.
+func (w *world) keep(name string, data []byte) string {
+	w.Helper()
+	path := filepath.Join(w.dir, name)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		w.Fatal(err)
+	}
+	return path
+}
+
+// swap exchanges the certificate file and the key file.
+func (w *world) swap() {
+	w.Helper()
+	for _, way := range [][2]string{{".crt", ".swap"}, {".key", ".crt"}, {".swap", ".key"}} {
+		if err := os.Rename(w.path(way[0]), w.path(way[1])); err != nil {
+			w.Fatal(err)
+		}
 	}
 }

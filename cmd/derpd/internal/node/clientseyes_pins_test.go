@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"derpd/certs"
@@ -67,6 +68,15 @@ func (w *world) rotate(c certs.PinnedConfig, begin time.Time) {
 	if err := certs.RotatePinned(c, begin); err != nil {
 		w.Fatal(err)
 	}
+}
+
+// livesSixDays sets a pinned certificate that lives for sixDays, of an age.
+func (w *world) livesSixDays(age time.Duration) {
+	w.Helper()
+	begin := time.Now().Add(-age)
+	c := w.leaf(nil, from(begin), until(begin.Add(sixDays)))
+	w.pinned()
+	w.keep("pinned.pem", slices.Concat(testkit.ChainPEM(c), testkit.KeyPEM(w, c)))
 }
 
 // pinRows are about maps with the hash of a self-signed certificate.
@@ -173,6 +183,12 @@ func pinRows() []situation {
 				w.replace(w.leaf(nil))
 			},
 		}),
+		{name: "a new pinned certificate of six days", begin: func(w *world) { w.livesSixDays(time.Hour) }},
+		{
+			name:   "an old pinned certificate of six days",
+			begin:  func(w *world) { w.livesSixDays(130 * time.Hour) },
+			health: "make a new one with `derpd pin --rotate`",
+		},
 		everywhere("the certificate of derp.example.com expired on ", situation{
 			name:   "a pinned certificate that expires while the relay runs",
 			begin:  func(w *world) { w.rotate(w.pinned(), soon().AddDate(-10, 0, 0)) },
