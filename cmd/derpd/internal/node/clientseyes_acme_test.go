@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -25,7 +26,7 @@ func (w *world) renewed(lifetime, left time.Duration) {
 	name, end := freshName("eyes"), time.Now().Add(left)
 	chain := w.chain(publicRoot, forNames(name), from(end.Add(-lifetime)), until(end))
 	w.set("DERP_CERT_MODE=letsencrypt", "DERP_DOMAIN="+name, "DERP_ACME_CA="+noAuthority, "DERP_CERT_DIR="+w.dir)
-	base := filepath.Join("certificates", (&certmagic.ACMEIssuer{CA: noAuthority}).IssuerKey(), name, name)
+	base := strings.TrimSuffix(certmagic.StorageKeys.SiteCert((&certmagic.ACMEIssuer{CA: noAuthority}).IssuerKey(), name), ".crt")
 	if err := os.MkdirAll(filepath.Dir(filepath.Join(w.dir, base)), 0o700); err != nil {
 		w.Fatal(err)
 	}
