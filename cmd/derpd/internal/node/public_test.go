@@ -1,15 +1,19 @@
 package node
 
 import (
+	"crypto/tls"
 	"errors"
 	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/rs/zerolog"
 
+	"derpd/certs"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/host"
 	"derpd/internal/testkit"
@@ -65,5 +69,53 @@ func TestNoPinnedCertificateWithoutName(t *testing.T) {
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the start left something behind: %v", err)
+	}
+}
+
+// TestStoppedMapNotesTheCertificate asserts that the map of a relay that does not run
+// has the warnings about its certificate.
+func TestStoppedMapNotesTheCertificate(t *testing.T) {
+	const name = "derp.example.com"
+	private := testkit.NewAuthority(t)
+	for what, tt := range map[string]struct {
+		chain []*tls.Certificate // nil for mode pinned
+		roots *tls.Certificate   // of DERP_CA_ROOTS
+		want  string             // in the comments; empty for no comment about the certificate
+	}{
+		"public":                   {chain: []*tls.Certificate{testkit.NewCertificate(t, testkit.Certificate{Names: []string{name}, Issuer: publicRoot})}},
+		"private":                  {chain: []*tls.Certificate{testkit.NewCertificate(t, testkit.Certificate{Names: []string{name}, Issuer: private})}, want: `# The certificate: clients need "Test Root" installed: this machine does not know it.`},
+		"private in DERP_CA_ROOTS": {chain: []*tls.Certificate{testkit.NewCertificate(t, testkit.Certificate{Names: []string{name}, Issuer: private})}, roots: private, want: `# The certificate: clients need "Test Root" installed: only DERP_CA_ROOTS has it.`},
+		"self-signed":              {chain: []*tls.Certificate{testkit.SelfSigned(t, name)}},
+		"pinned":                   {},
+	} {
+		dir := t.TempDir()
+		env := testkit.Environ(t, "DERP_DOMAIN="+name, "DERP_CERT_MODE=pinned", "DERP_CERT_DIR="+dir)
+		if tt.chain == nil {
+			if err := certs.RotatePinned(certs.PinnedConfig{Path: filepath.Join(dir, "pinned.pem"), Names: []string{name}}, time.Now()); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			testkit.WritePair(t, filepath.Join(dir, name+".crt"), filepath.Join(dir, name+".key"), tt.chain...)
+			env = append(env, "DERP_CERT_MODE=manual")
+		}
+		if tt.roots != nil {
+			file("roots.pem", string(testkit.ChainPEM(tt.roots)))(t, dir)
+			env = append(env, "DERP_CA_ROOTS="+filepath.Join(dir, "roots.pem"))
+		}
+		c, err := config.Load(testkit.LastOfEach(env))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, format := range []string{"policy", "headscale"} {
+			text, err := StoppedMap(t.Context(), c, format)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The policy format has // for comments.
+			got := strings.ReplaceAll(string(text), "// ", "# ")
+			if tt.want == "" && strings.Contains(got, "The certificate: ") || tt.want != "" && (!strings.Contains(got, tt.want) || !strings.Contains(got, "# To correct it: ")) {
+				t.Errorf("%s, %s: want %q in\n%s", what, format, tt.want, text)
+			}
+		}
 	}
 }
