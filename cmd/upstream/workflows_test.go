@@ -76,6 +76,8 @@ func (w workflow) problems() []string {
 				refuse(name, "setup-go with a cache")
 			case action == "actions/cache" || strings.HasPrefix(action, "actions/cache/"):
 				refuse(name, "a cache")
+			case action == "docker/setup-buildx-action" && s.With["cache-binary"] != "false":
+				refuse(name, "a cache of buildx")
 			case action == "docker/build-push-action" && (s.With["cache-from"] != "" || s.With["cache-to"] != ""):
 				refuse(name, "a cache of images")
 			case action == "actions/checkout" && (j.Permissions == nil || (*j.Permissions)["contents"] != "write") && s.With["persist-credentials"] != "false":
@@ -173,6 +175,7 @@ func TestWorkflowRules(t *testing.T) {
 		"strangers start it with rights":             {"test.yml", "pull_request:", "pull_request_target:"},
 		"actions/checkout@v6 is not pinned":          {"test.yml", "actions/checkout@d23441a48e516b6c34aea4fa41551a30e30af803", "actions/checkout@v6"},
 		"has no comment with its version":            {"test.yml", " # v6.1.0", ""},
+		"a cache of buildx": {"release.yml", "        with:\n          cache-binary: false\n", ""},
 		"setup-go with a cache":                      {"release.yml", "          cache: false\n", ""},
 		"a token stays in .git":                      {"test.yml", "persist-credentials: false", "persist-credentials: true"},
 		"an expression in a script":                  {"test.yml", "run: .github/ci", "run: echo ${{ github.head_ref }}"},
