@@ -72,6 +72,7 @@ func (b *batch) serve(ctx context.Context) (failed error) {
 			if n, failed = transfer(unix.SYS_RECVMMSG, fd, b.in[:]); failed != nil {
 				return !errors.Is(failed, unix.EAGAIN)
 			}
+			b.server.failures.Succeeded()
 			b.send(fd, b.answer(n))
 		}
 		return false

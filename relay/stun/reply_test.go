@@ -5,10 +5,14 @@ import (
 	"encoding/binary"
 	"hash/crc32"
 	"net/netip"
+	"strings"
 	"testing"
 
+	"github.com/rs/zerolog"
 	"tailscale.com/net/pktinfo"
 	upstream "tailscale.com/net/stun"
+
+	"derpd/internal/caught"
 )
 
 // fingerprinted corrects the fingerprint of a request.
@@ -75,5 +79,25 @@ func TestAllocations(t *testing.T) {
 		if got := testing.AllocsPerRun(100, func() { s.reply(tt.packet, control, tt.from) }); got != tt.want {
 			t.Errorf("%s: %v allocations, want %v", tt.name, got, tt.want)
 		}
+	}
+}
+
+// A panic costs the reply to one request, and the loop goes on. Here the counters of
+// the server are missing.
+func TestPanicEndsOneRequest(t *testing.T) {
+	var log bytes.Buffer
+	s := Server{log: zerolog.New(&log)}
+	s.SetOpen(true)
+	before := caught.Count()
+	for range 3 {
+		if reply, source := s.reply(upstream.Request(upstream.TxID{1}), nil, netip.MustParseAddrPort("192.0.2.3:1")); reply != nil || source != nil {
+			t.Errorf("got %x and %x", reply, source)
+		}
+	}
+	if n := caught.Count() - before; n != 3 {
+		t.Errorf("%d panics counted, want 3", n)
+	}
+	if lines := strings.Count(log.String(), "\n"); lines != 1 || !strings.Contains(log.String(), `"level":"error"`) || !strings.Contains(log.String(), "stun.go") || strings.Contains(log.String(), "192.0.2.3") {
+		t.Errorf("want one error with the stack and no address, got %s", log.String())
 	}
 }

@@ -11,6 +11,7 @@ func (s *Server) serveSingly(context.Context) error {
 		if err != nil {
 			return err
 		}
+		s.failures.Succeeded()
 		if reply, source := s.reply(packet[:n], control[:controlLen], from); reply != nil {
 			_, _, err := s.conn.WriteMsgUDPAddrPort(reply, source, from)
 			s.sent(1, err)

@@ -13,13 +13,15 @@ import (
 	"github.com/rs/zerolog"
 	"tailscale.com/net/pktinfo"
 	upstream "tailscale.com/net/stun"
+
+	"derpd/internal/accept"
+	"derpd/internal/caught"
 )
 
 const (
-	packetSize    = 1500                  // buffer of one packet; a request has 40 bytes
-	controlSize   = 128                   // room for the pktinfo messages of IPv4 and of IPv6
-	receiveBuffer = 1 << 20               // over a thousand requests; the kernel's limit is net.core.rmem_max
-	retryAfter    = 10 * time.Millisecond // pause after a failed read
+	packetSize    = 1500    // buffer of one packet; a request has 40 bytes
+	controlSize   = 128     // room for the pktinfo messages of IPv4 and of IPv6
+	receiveBuffer = 1 << 20 // over a thousand requests; the kernel's limit is net.core.rmem_max
 )
 
 // Config configures a [Server].
@@ -43,6 +45,7 @@ type Server struct {
 	pktinfo  bool                        // the kernel reports the address that a request was sent to
 	open     atomic.Bool
 	counters counters
+	failures *accept.Failures
 
 	gateways    []netip.Addr
 	refused     atomic.Uint64 // requests from a gateway
@@ -51,7 +54,7 @@ type Server struct {
 
 // New returns a closed server. If New fails, the caller must close the socket.
 func New(c Config) (*Server, error) {
-	s := &Server{conn: c.Conn, log: c.Log, gateways: c.Gateways}
+	s := &Server{conn: c.Conn, log: c.Log, gateways: c.Gateways, failures: accept.NewFailures("stun", c.Log)}
 	s.counters.init()
 	err := pktinfo.Enable(c.Conn)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
@@ -83,17 +86,26 @@ func (s *Server) Run(ctx context.Context) error {
 			return nil
 		}
 		s.counters.readError.Add(1)
-		s.log.Debug().Err(err).Msg("stun read failed")
-		<-time.After(retryAfter)
+		select {
+		case <-time.After(s.failures.Failed(err)):
+		case <-ctx.Done():
+		}
 	}
 }
 
 // reply returns the reply to a packet, or nil. It also returns the control message
-// that sends the reply from the address of the request, in the memory of control.
+// that sends the reply from the address of the request, in the memory of control. A
+// panic ends that request alone.
 func (s *Server) reply(packet, control []byte, from netip.AddrPort) (reply, source []byte) {
 	if !s.open.Load() {
 		return nil, nil
 	}
+	defer func() {
+		if v := recover(); v != nil {
+			caught.Panic(s.log, "STUN request", v)
+			reply, source = nil, nil
+		}
+	}()
 	tx, err := upstream.ParseBindingRequest(packet)
 	if err != nil || len(packet) == packetSize { // a full buffer may lack the end of a packet
 		s.counters.notSTUN.Add(1)

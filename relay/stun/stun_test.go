@@ -450,14 +450,14 @@ func TestReadErrors(t *testing.T) {
 		begin := time.Now()
 		start(t, s)
 		testkit.Until(t, "5 read errors", func() bool { return s.counters.readError.Value() >= 5 })
-		if took := time.Since(begin); took < 4*retryAfter {
-			t.Errorf("5 reads within %s, want pauses of %s between them", took, retryAfter)
+		if took := time.Since(begin); took < 75*time.Millisecond {
+			t.Errorf("5 reads within %s, want pauses of 5, 10, 20 and 40 ms between them", took)
 		}
 		if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 		c.expect(c.request())
-		if got := values(t, "stun", s.Metrics())[`stun_requests{disposition="read_error"}`]; got < 5 || got > int64(time.Since(begin)/retryAfter)+1 {
+		if got := values(t, "stun", s.Metrics())[`stun_requests{disposition="read_error"}`]; got < 5 {
 			t.Errorf("%d read errors counted", got)
 		}
 	})

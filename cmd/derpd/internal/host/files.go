@@ -9,6 +9,25 @@ import (
 // minOpenFiles is enough for a few thousand clients: each needs one open file.
 const minOpenFiles = 4096
 
+// maxReserve is the number of descriptors that strangers leave: for the self-check,
+// the admin and health listeners, questions about clients, and files.
+const maxReserve = 64
+
+// LastDescriptor is the highest descriptor of a user who leaves a part of the reserve
+// to others: 1 leaves all of it, 2 leaves half. It is 0 if there is no limit to know.
+func LastDescriptor(part int) int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0
+	}
+	return lastDescriptor(limit.Cur, part)
+}
+
+func lastDescriptor(limit uint64, part int) int {
+	limit = min(limit, 1<<30) // RLIM_INFINITY among others
+	return int(limit-min(maxReserve, limit/4)/uint64(part)) - 1
+}
+
 // OpenFilesWarning describes a limit on open files that is too low for a relay.
 // It is empty when the limit is high enough. Go has already raised the soft
 // limit to the hard limit.

@@ -16,3 +16,18 @@ func TestOpenFilesWarning(t *testing.T) {
 		}
 	}
 }
+
+func TestLastDescriptor(t *testing.T) {
+	for _, tt := range []struct {
+		limit uint64
+		part  int
+		want  int
+	}{
+		{64, 1, 47}, {64, 2, 55}, {256, 1, 191}, {256, 2, 223}, {65536, 1, 65471},
+		{1<<64 - 1, 1, 1<<30 - 65}, // RLIM_INFINITY
+	} {
+		if got := lastDescriptor(tt.limit, tt.part); got != tt.want {
+			t.Errorf("limit %d, part %d: %d, want %d", tt.limit, tt.part, got, tt.want)
+		}
+	}
+}

@@ -10,7 +10,11 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"derpd/cmd/derpd/internal/config"
+	"derpd/cmd/derpd/internal/host"
+	"derpd/internal/accept"
 )
 
 // Both values are derper's defaults. A client that acknowledges nothing for
@@ -29,6 +33,8 @@ type listeners struct {
 	admin  net.Listener
 	health net.Listener
 	stun   *net.UDPConn
+
+	retried []*accept.Listener // all but stun, once retry was called
 }
 
 // BindError is a failure to listen on an address of the configuration.
@@ -71,6 +77,28 @@ func listen(ctx context.Context, c config.Listen) (*listeners, error) {
 		return nil, BindError{errors.Join(errs...)}
 	}
 	return &l, nil
+}
+
+// retry makes every TCP listener survive the errors of accept. The public ones leave
+// descriptors to all others, and the health listener leaves some to the admin
+// listener: an orchestrator restarts a relay whose /livez does not answer.
+func (l *listeners) retry(log zerolog.Logger) {
+	for _, of := range []struct {
+		ln      *net.Listener
+		name    string
+		highest int
+	}{
+		{&l.https, "https", host.LastDescriptor(1)},
+		{&l.http, "http", host.LastDescriptor(1)},
+		{&l.health, "health", host.LastDescriptor(2)},
+		{&l.admin, "admin", 0},
+	} {
+		if *of.ln != nil {
+			retried := accept.Listen(*of.ln, accept.Config{Name: of.name, Highest: of.highest, Log: log})
+			*of.ln = retried
+			l.retried = append(l.retried, retried)
+		}
+	}
 }
 
 // close closes every socket. A second call has no effect.

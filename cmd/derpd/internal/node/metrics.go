@@ -5,6 +5,7 @@ import (
 
 	"tailscale.com/metrics"
 
+	"derpd/internal/caught"
 	"derpd/relay"
 )
 
@@ -50,6 +51,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
 		}
 	}
+	list = append(list, n.listenerMetrics()...)
 	list = append(append(list, relay.ProcessMetrics()...), n.toldMetrics()...)
 	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
@@ -60,7 +62,22 @@ type (
 	sourceLabel   struct{ Source string }
 	nodeLabel     struct{ Node string }
 	reasonLabel   struct{ Reason string }
+	listenerLabel struct{ Listener string }
 )
+
+func (n *Node) listenerMetrics() []expvar.KeyValue {
+	failed := &metrics.MultiLabelMap[listenerLabel]{Type: "counter", Help: "Errors of accept since the start, after which the listener went on."}
+	refused := &metrics.MultiLabelMap[listenerLabel]{Type: "counter", Help: "Connections closed at once since the start, because the descriptors left are a reserve."}
+	for _, l := range n.listeners.retried {
+		failed.Set(listenerLabel{l.Name()}, number(int64(l.Failures())))
+		refused.Set(listenerLabel{l.Name()}, number(int64(l.Refused())))
+	}
+	return []expvar.KeyValue{
+		{Key: "derpd_accept_errors_total", Value: failed},
+		{Key: "derpd_accept_refused_total", Value: refused},
+		{Key: "counter_derpd_panics_total", Value: number(int64(caught.Count()))},
+	}
+}
 
 func (n *Node) admissionMetrics() []expvar.KeyValue {
 	if n.gate == nil {

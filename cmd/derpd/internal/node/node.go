@@ -96,6 +96,7 @@ func New(ctx context.Context, c *config.Config, o Options) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	l.retry(o.Log)
 	n := &Node{
 		config: c, options: o, log: o.Log, listeners: l,
 		probe: newProbeKeys(), eyes: newEyes(o.Roots), serving: make(chan struct{}), address: make(chan struct{}),
