@@ -118,6 +118,9 @@ func (g *Gate) Admit(ctx context.Context, node key.NodePublic, addr netip.Addr) 
 	return err
 }
 
+// Remembers reports whether a source has admitted the node within the grace.
+func (g *Gate) Remembers(node key.NodePublic) bool { return g.memory.holds(node) }
+
 // IsUnavailable reports whether an error of [Gate.Admit] or [Gate.AskAll] means that
 // a source gave no answer.
 func IsUnavailable(err error) bool { return errors.Is(err, errUnavailable) }

@@ -66,6 +66,7 @@ type sharedByAll struct {
 // parsedSources are the sources of one kind.
 type parsedSources struct {
 	list     []Source
+	later    []Source // that close a relay without any source when they appear
 	warnings []string
 
 	// open is true if the operator has switched this kind of source off.
@@ -100,24 +101,26 @@ func HowToClose() string {
 	return "to close it, set " + either(settings)
 }
 
-// parseAdmission returns the sources, in the order in which they are asked, and
-// warnings.
-func parseAdmission(p *problems, e *environment, roots roots) (Admission, []Source, []string) {
-	a := Admission{
+// parseAdmission returns the sources, in the order in which they are asked, those that
+// close an open relay when they appear, and warnings.
+func parseAdmission(p *problems, e *environment, roots roots) (a Admission, sources, later []Source, warnings []string) {
+	a = Admission{
 		Grace:        p.duration("DERP_VERIFY_GRACE", e.Grace, durationExamples, 0),
 		Interval:     p.duration("DERP_VERIFY_INTERVAL", e.Interval, durationExamples, time.Second),
 		DisallowApps: p.list("DERP_DISALLOW_APPS", e.DisallowApps),
 	}
-	var sources []Source
-	var warnings []string
 	for _, env := range e.sources {
 		parsed := env.parse(p, sharedByAll{grace: a.Grace, interval: a.Interval, files: e.files, roots: roots.others})
 		sources = append(sources, parsed.list...)
+		later = append(later, parsed.later...)
 		warnings = append(warnings, parsed.warnings...)
 		a.OpenOnOrder = a.OpenOnOrder || parsed.open
 	}
 	a.OpenOnOrder = a.OpenOnOrder && len(sources) == 0
-	return a, sources, warnings
+	if len(sources) > 0 {
+		later = nil
+	}
+	return a, sources, later, warnings
 }
 
 const durationExamples = "24h, 5m or 30s"

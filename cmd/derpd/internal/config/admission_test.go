@@ -281,19 +281,22 @@ func TestSourcesShare(t *testing.T) {
 	second := &recordingEnv{parsed: parsedSources{list: []Source{{Name: "b"}}, warnings: []string{"w2"}}}
 	e.sources = []sourceEnv{first, second}
 	extra := x509.NewCertPool()
-	a, sources, warnings := parseAdmission(p, e, roots{others: extra})
+	first.parsed.later = []Source{{Name: "c"}}
+	a, sources, later, warnings := parseAdmission(p, e, roots{others: extra})
 	for _, env := range []*recordingEnv{first, second} {
 		equal(t, "shared", env.got, sharedByAll{
 			grace: 2 * time.Hour, interval: 3 * time.Second, files: map[string]string{"DERP_REGION_NAME": dir + "/name"}, roots: extra,
 		})
 	}
 	equal(t, "sources", sources, []Source{{Name: "a"}, {Name: "b"}})
+	equal(t, "later, with sources", later, nil)
 	equal(t, "warnings", warnings, []string{"w1", "w2"})
 	equal(t, "open on order", a.OpenOnOrder, false)
 	first.parsed.list, second.parsed.list = nil, nil
-	a, _, _ = parseAdmission(p, e, roots{})
+	a, _, later, _ = parseAdmission(p, e, roots{})
 	equal(t, "open on order", a.OpenOnOrder, true)
+	equal(t, "later", later, []Source{{Name: "c"}})
 	first.parsed.open = false
-	a, _, _ = parseAdmission(p, e, roots{})
+	a, _, _, _ = parseAdmission(p, e, roots{})
 	equal(t, "open on order", a.OpenOnOrder, false)
 }

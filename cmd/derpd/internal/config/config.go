@@ -79,6 +79,7 @@ type Config struct {
 	Roots       Roots
 	Admission   Admission
 	Sources     []Source // of admission; an open relay has none
+	Later       []Source // of admission, that close an open relay when their Target appears
 	TellClients bool     // whether clients get reasons and warnings
 	Region      Region
 	Mesh        relay.MeshConfig // without Describe
@@ -135,7 +136,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	refuseUnused(p, e, c.Certificate.Mode)
 	storageWarnings := checkStorage(p, c.Storage, c.Certificate, e.CertDir != "", checkPin)
 	var admissionWarnings []string
-	c.Admission, c.Sources, admissionWarnings = parseAdmission(p, e, roots)
+	c.Admission, c.Sources, c.Later, admissionWarnings = parseAdmission(p, e, roots)
 	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellClients)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
@@ -160,7 +161,7 @@ func optional(s string) []string {
 	return []string{s}
 }
 
-// Open reports whether anybody may use the relay.
+// Open reports whether anybody may use the relay when it starts.
 func (c *Config) Open() bool { return len(c.Sources) == 0 }
 
 // Meshed reports whether this node is one of several.

@@ -17,14 +17,10 @@ import (
 	"derpd/relay/admit"
 )
 
-// newGate returns the gate of the configured sources. It is nil for an open
-// relay.
-func newGate(c *config.Config, log zerolog.Logger) (*admit.Gate, error) {
-	if c.Open() {
-		return nil, nil
-	}
+// newGate returns the gate of sources.
+func newGate(c *config.Config, configured []config.Source, log zerolog.Logger) (*admit.Gate, error) {
 	var sources []admit.Source
-	for _, s := range c.Sources {
+	for _, s := range configured {
 		source, err := s.New(log)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", s.Variable, err)
@@ -40,16 +36,22 @@ func newGate(c *config.Config, log zerolog.Logger) (*admit.Gate, error) {
 	}), nil
 }
 
-// admit is nil for an open relay.
+// runGate runs a gate until ctx ends.
+func (n *Node) runGate(ctx context.Context, gate *admit.Gate) error {
+	return gate.Run(ctx, admit.Clients{List: n.connected, Disconnect: n.relay.Disconnect})
+}
+
+// admit is nil for a relay that stays open.
 func (n *Node) admit() relay.AdmitFunc {
-	if n.gate == nil {
+	if n.gate.Load() == nil && !n.mayClose() {
 		return nil
 	}
 	return func(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
-		if n.probe.has(node) {
+		gate := n.gate.Load()
+		if gate == nil || n.probe.has(node) {
 			return nil
 		}
-		err := n.gate.Admit(ctx, node, addr)
+		err := gate.Admit(ctx, node, addr)
 		switch {
 		case admit.IsUnavailable(err):
 			return fmt.Errorf("%w: %w", relay.ErrSourceUnavailable, err)
@@ -69,9 +71,10 @@ func (n *Node) connected() map[key.NodePublic]netip.Addr {
 
 // admission answers `derpd admit`.
 func (n *Node) admission(ctx context.Context, node key.NodePublic) admin.Admission {
-	if n.gate == nil {
+	gate := n.gate.Load()
+	if gate == nil {
 		return admin.OpenAdmission()
 	}
-	answers, err := n.gate.AskAll(ctx, node)
+	answers, err := gate.AskAll(ctx, node)
 	return admin.NewAdmission(answers, err, n.config.Admission.Grace)
 }

@@ -51,6 +51,30 @@ func answer(status int, body string) http.HandlerFunc {
 	}
 }
 
+// running is the status of a tailscaled that has its network map.
+const running = `{"BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`
+
+// localAPI answers like tailscaled's LocalAPI (ipn/localapi, serveWhoIs and
+// serveStatus).
+func localAPI(status string, isMember func(key.NodePublic) bool) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/localapi/v0/status" {
+			answer(http.StatusOK, status)(w, r)
+			return
+		}
+		var k key.NodePublic
+		if r.URL.Path != "/localapi/v0/whois" || k.UnmarshalText([]byte(r.FormValue("addr"))) != nil {
+			http.Error(w, "invalid 'addr' parameter", http.StatusBadRequest)
+			return
+		}
+		if !isMember(k) {
+			http.Error(w, "no match for IP:port", http.StatusNotFound)
+			return
+		}
+		answer(http.StatusOK, `{"Node":{"ID":1},"UserProfile":{"ID":1}}`)(w, r)
+	})
+}
+
 // TestAdmissionSources connects a member and a stranger to a relay with each
 // kind of source. Only the member is admitted.
 func TestAdmissionSources(t *testing.T) {
@@ -66,25 +90,8 @@ func TestAdmissionSources(t *testing.T) {
 	}))
 	t.Cleanup(admissionURL.Close)
 
-	// The handler answers like tailscaled's LocalAPI (ipn/localapi,
-	// serveWhoIs and serveStatus).
 	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
-	serveSocket(t, socket, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/localapi/v0/status" {
-			answer(http.StatusOK, `{"BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`)(w, r)
-			return
-		}
-		var k key.NodePublic
-		if r.URL.Path != "/localapi/v0/whois" || k.UnmarshalText([]byte(r.FormValue("addr"))) != nil {
-			http.Error(w, "invalid 'addr' parameter", http.StatusBadRequest)
-			return
-		}
-		if !isMember(k) {
-			http.Error(w, "no match for IP:port", http.StatusNotFound)
-			return
-		}
-		answer(http.StatusOK, `{"Node":{"ID":1},"UserProfile":{"ID":1}}`)(w, r)
-	}))
+	serveSocket(t, socket, localAPI(running, isMember))
 
 	file := filepath.Join(t.TempDir(), "keys")
 	if err := os.WriteFile(file, []byte("# mine\n"+member.Public().String()+" # laptop\n"), 0o600); err != nil {
@@ -262,7 +269,7 @@ func TestRevocation(t *testing.T) {
 			if err := testkit.Admitted(t, other); err != nil {
 				t.Error(err)
 			}
-			if counts := n.gate.Counts(); counts.Disconnected != 1 {
+			if counts := n.gate.Load().Counts(); counts.Disconnected != 1 {
 				t.Errorf("counted %+v, want one disconnected", counts)
 			}
 			if _, ok := n.connected()[member.Public()]; !ok {

@@ -56,7 +56,8 @@ func TestCheckAdmission(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = r.Close() }()
-	n := &Node{gate: gate, relay: r}
+	n := &Node{config: &config.Config{Sources: []config.Source{{}}}, relay: r}
+	n.gate.Store(gate)
 	if got := n.checkAdmission(t.Context()); got.Level != healthz.Warn || got.Detail != "1 of 4 sources need attention: odd: the key ends soon; admitted 0, refused 0, kept by grace 0, disconnected 0" {
 		t.Errorf("before any question: %+v", got)
 	}

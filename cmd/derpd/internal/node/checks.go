@@ -156,11 +156,12 @@ func (n *Node) checkSTUN(ctx context.Context) healthz.Result {
 const limitedWarning = 10 * time.Minute
 
 func (n *Node) checkAdmission(context.Context) healthz.Result {
-	if n.gate == nil {
+	gate := n.gate.Load()
+	if gate == nil {
 		return healthz.Warnf("open: anybody who finds this relay can use it; %s", config.HowToClose())
 	}
 	var good, bad []string
-	for _, s := range n.gate.States() {
+	for _, s := range gate.States() {
 		switch {
 		case s.Err != nil && s.AsOf.IsZero():
 			bad = append(bad, fmt.Sprintf("%s: %v", s.Source, s.Err))
@@ -174,10 +175,10 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 			good = append(good, fmt.Sprintf("%s, as of %s ago", s.Source, age(s.AsOf)))
 		}
 	}
-	counts := n.gate.Counts()
+	counts := gate.Counts()
 	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
 		counts.Admitted, counts.Refused+counts.Unavailable+counts.Limited, counts.Kept, counts.Disconnected)
-	if last := n.gate.LastLimited(); time.Since(last) < limitedWarning {
+	if last := gate.LastLimited(); time.Since(last) < limitedWarning {
 		done += fmt.Sprintf("; %d nodes were refused without a question, the last one %s ago, because too many new nodes connect at the same time; "+
 			"nodes that were admitted before are not concerned", counts.Limited, age(last))
 		if len(bad) == 0 {
@@ -186,6 +187,9 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 	}
 	if len(bad) > 0 {
 		return healthz.Warnf("%d of %d sources need attention: %s; %s", len(bad), len(bad)+len(good), strings.Join(bad, "; "), done)
+	}
+	if n.config.Open() {
+		return healthz.Warnf("%s; %s; %s", closedLate, strings.Join(good, ", "), done)
 	}
 	return healthz.Okf("%s; %s", strings.Join(good, ", "), done)
 }

@@ -70,7 +70,7 @@ func TestCheckCertificate(t *testing.T) {
 	} {
 		c := *n.config
 		c.Certificate.Mode = tt.mode
-		fake := &Node{config: &c, certs: statusCerts{manager, tt.status}, selfCheck: n.selfCheck, relay: n.relay, eyes: newEyes(nil)}
+		fake := &Node{config: &c, listeners: n.listeners, certs: statusCerts{manager, tt.status}, selfCheck: n.selfCheck, relay: n.relay, eyes: newEyes(nil)}
 		got := fake.checkCertificate(t.Context())
 		if got.Level != tt.level || !strings.Contains(got.Detail, tt.want) {
 			t.Errorf("%s: %+v, want %v %q", name, got, tt.level, tt.want)
@@ -92,7 +92,7 @@ func TestCheckCertificate(t *testing.T) {
 			t.Errorf("%s: the end of the certificate is %s", name, text["gauge_derpd_certificate_not_after_timestamp_seconds"])
 		}
 	}
-	counted := &Node{config: n.config, certs: statusCerts{manager, certs.Status{Leaf: private.Leaf, Reloads: 2, ReloadErrors: 3}}, selfCheck: n.selfCheck, relay: n.relay}
+	counted := &Node{config: n.config, listeners: n.listeners, certs: statusCerts{manager, certs.Status{Leaf: private.Leaf, Reloads: 2, ReloadErrors: 3}}, selfCheck: n.selfCheck, relay: n.relay}
 	text := metricsText(counted)
 	if text["counter_derpd_certificate_reloads_total"] != "2" || text["counter_derpd_certificate_reload_errors_total"] != "3" {
 		t.Errorf("2 reloads and 3 failed ones are counted as %v", text)

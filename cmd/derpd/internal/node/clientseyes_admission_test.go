@@ -253,7 +253,7 @@ func (w *world) flood() {
 			running.Go(func() {
 				var raw [32]byte
 				_, _ = rand.Read(raw[:])
-				_ = w.node.gate.Admit(w.Context(), key.NodePublicFromRaw32(mem.B(raw[:])), netip.Addr{})
+				_ = w.node.gate.Load().Admit(w.Context(), key.NodePublicFromRaw32(mem.B(raw[:])), netip.Addr{})
 			})
 		}
 	})

@@ -131,7 +131,7 @@ func TestFlyTOML(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := configuredPorts(c.Listen)
-	n, _ := publicNode(c, at, "", host.Addresses{})
+	n, _ := publicNode(c, at, "", host.Addresses{}, c.Open())
 	want := map[string][2]int{"tcp 443": {n.Port, at.https}, "tcp 80": {n.HTTPPort, at.http}, "udp 3478": {n.STUNPort, at.stun}}
 	if len(f.Services) != len(want) {
 		t.Errorf("%d services, want %d", len(f.Services), len(want))

@@ -16,7 +16,7 @@ import (
 func (n *Node) metrics() []expvar.KeyValue {
 	list := []expvar.KeyValue{
 		{Key: "derp", Value: n.relay.Metrics()},
-		{Key: "gauge_derpd_open", Value: number(n.gate == nil)},
+		{Key: "gauge_derpd_open", Value: number(n.gate.Load() == nil)},
 		{Key: "counter_derpd_self_check_failures_total", Value: number(int64(n.selfCheck.State().Failures))},
 	}
 	if n.stun != nil {
@@ -51,8 +51,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
 		}
 	}
-	list = append(list, n.listenerMetrics()...)
-	list = append(append(list, relay.ProcessMetrics()...), n.toldMetrics()...)
+	list = append(append(append(list, n.listenerMetrics()...), relay.ProcessMetrics()...), n.toldMetrics()...)
 	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
 }
 
@@ -80,10 +79,11 @@ func (n *Node) listenerMetrics() []expvar.KeyValue {
 }
 
 func (n *Node) admissionMetrics() []expvar.KeyValue {
-	if n.gate == nil {
+	gate := n.gate.Load()
+	if gate == nil {
 		return nil
 	}
-	counts := n.gate.Counts()
+	counts := gate.Counts()
 	decisions := &metrics.MultiLabelMap[decisionLabel]{Type: "counter", Help: "Decisions about nodes since the start. Disconnected nodes had been admitted before."}
 	for decision, count := range map[string]uint64{
 		"admitted": counts.Admitted, "kept": counts.Kept, "refused": counts.Refused,
@@ -93,7 +93,7 @@ func (n *Node) admissionMetrics() []expvar.KeyValue {
 	}
 	up := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Whether the source answered the last question."}
 	asOf := &metrics.MultiLabelMap[sourceLabel]{Type: "gauge", Help: "Time of the source's information."}
-	for _, s := range n.gate.States() {
+	for _, s := range gate.States() {
 		label := sourceLabel{s.Source}
 		up.Set(label, number(s.Err == nil && s.Problem == nil))
 		if !s.AsOf.IsZero() {

@@ -3,7 +3,8 @@
 //
 //   - node.go builds the parts, run.go runs and stops them
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
-//   - admission.go connects the relay to the gate
+//   - admission.go connects the relay to the gate, and autoclose.go closes an open
+//     relay when a tailscaled appears
 //   - selfcheck.go, eyes.go, checks.go, misdirected.go and metrics.go observe; a new
 //     health check is one function and one line in checks.go
 //   - public.go and region.go make the map, and mapcert.go remembers its pin
@@ -19,6 +20,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -64,9 +66,9 @@ type Node struct {
 
 	listeners *listeners
 	relay     *relay.Relay
-	stun      *stun.Server  // nil when off
-	certs     certs.Manager // nil in mode off
-	gate      *admit.Gate   // nil when open
+	stun      *stun.Server               // nil when off
+	certs     certs.Manager              // nil in mode off
+	gate      atomic.Pointer[admit.Gate] // nil when open; see autoclose.go
 	bootstrap *relay.BootstrapDNS
 	health    *healthz.Health
 	selfCheck *healthz.SelfCheck
@@ -124,8 +126,12 @@ func (n *Node) build(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("DERP_DATA_DIR: %w", err)
 	}
-	if n.gate, err = newGate(c, n.log); err != nil {
-		return err
+	if !c.Open() {
+		gate, err := newGate(c, c.Sources, n.log)
+		if err != nil {
+			return err
+		}
+		n.gate.Store(gate)
 	}
 	n.bootstrap = relay.NewBootstrapDNS(c.Web.BootstrapDNS, n.log)
 	mesh := c.Mesh

@@ -25,8 +25,9 @@ func configuredPorts(c config.Listen) ports {
 }
 
 // publicNode describes the relay as clients see it. The notes are comments for
-// the person who pastes the map. pin is the CertName of a pinned certificate.
-func publicNode(c *config.Config, at ports, pin string, found host.Addresses) (derpmap.Node, []string) {
+// the person who pastes the map. pin is the CertName of a pinned certificate. open is
+// whether anybody may use the relay.
+func publicNode(c *config.Config, at ports, pin string, found host.Addresses, open bool) (derpmap.Node, []string) {
 	n := c.Region.Node
 	n.CertName = pin
 	n.Port = c.PublicHTTPSPort(at.https)
@@ -76,7 +77,7 @@ func publicNode(c *config.Config, at ports, pin string, found host.Addresses) (d
 			"A second node of the region can answer STUN for this one: another Name, the same RegionID,",
 			"the HostName of a STUN server near it, and STUNOnly true.")
 	}
-	if c.Open() {
+	if open {
 		notes = append(notes, "This relay is open: anybody who finds it can use it (DERP_VERIFY_CLIENTS).")
 	}
 	return n, notes
@@ -150,7 +151,7 @@ func StoppedMap(ctx context.Context, c *config.Config, format string) ([]byte, e
 		pin = s.Pin
 		verdict = new(healthz.Judgements).Of(clients(c, pin), systemRoots, parseChain(s.Chain), time.Now())
 	}
-	n, notes := publicNode(c, configuredPorts(c.Listen), pin, publicAddresses(ctx, c))
+	n, notes := publicNode(c, configuredPorts(c.Listen), pin, publicAddresses(ctx, c), c.Open())
 	notes = append(notes, verdictNotes(verdict)...)
 	recorded, _ := readCertName(c.Storage.MapCertFile()) // the start of the relay reports the error
 	notes = append(notes, recorded.next(pin, time.Now()).notes()...)

@@ -46,7 +46,7 @@ func TestPublicNode(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n, _ := publicNode(c, configuredPorts(c.Listen), "", tt.found)
+		n, _ := publicNode(c, configuredPorts(c.Listen), "", tt.found, c.Open())
 		if n.HostName != tt.host || n.IPv4 != tt.ipv4 || n.IPv6 != tt.ipv6 || n.Port != tt.port || n.STUNPort != tt.stun || n.HTTPPort != tt.http {
 			t.Errorf("%s: got %+v", tt.name, n)
 		}

@@ -50,7 +50,7 @@ func (n *Node) public(ctx context.Context) (derpmap.Node, []string, error) {
 	if n.certs != nil {
 		pin = n.certs.Status().Pin
 	}
-	node, notes := publicNode(n.config, n.listeners.ports(), pin, n.found)
+	node, notes := publicNode(n.config, n.listeners.ports(), pin, n.found, n.gate.Load() == nil)
 	if n.certs != nil && n.certs.Status().Leaf != nil {
 		notes = append(notes, verdictNotes(n.verdict())...)
 	}

@@ -11,7 +11,6 @@ import (
 
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/host"
-	"derpd/relay/admit"
 )
 
 // stopTimeout bounds the stop. A container manager starts the next relay only
@@ -49,10 +48,10 @@ func (n *Node) tasks() []task {
 	if n.certs != nil {
 		list = append(list, task{"certificates", n.certs.Run})
 	}
-	if n.gate != nil {
-		list = append(list, task{"clients", n.relay.Run}, task{"admission", func(ctx context.Context) error {
-			return n.gate.Run(ctx, admit.Clients{List: n.connected, Disconnect: n.relay.Disconnect})
-		}})
+	if gate := n.gate.Load(); gate != nil {
+		list = append(list, task{"clients", n.relay.Run}, task{"admission", func(ctx context.Context) error { return n.runGate(ctx, gate) }})
+	} else if n.mayClose() {
+		list = append(list, task{"clients", n.relay.Run}, task{"admission", n.closeWithSocket})
 	}
 	if n.config.Meshed() {
 		list = append(list, task{"mesh", n.relay.Mesh().Run})
@@ -164,9 +163,9 @@ func (n *Node) logStart() {
 	if host.LostWithContainer(c.Storage.DataDir) {
 		n.log.Warn().Str("dir", c.Storage.DataDir).Msg("the data directory is not a volume: node key and certificates are lost with this container; mount a volume there")
 	}
-	switch {
-	case n.gate != nil:
-		n.log.Info().Strs("sources", n.gate.Sources()).Msg("only admitted nodes may use this relay")
+	switch gate := n.gate.Load(); {
+	case gate != nil:
+		n.log.Info().Strs("sources", gate.Sources()).Msg("only admitted nodes may use this relay")
 	case c.Admission.OpenOnOrder:
 		n.log.Warn().Msg("this relay is open, because DERP_VERIFY_CLIENTS is false: anybody who finds it can use it")
 	default:

@@ -117,7 +117,7 @@ func TestRefusedClientsAreNoLoad(t *testing.T) {
 	if limit := int(lasted.Seconds()*admit.QuestionsPerSecond) + admit.QuestionsAtOnce + 1; all > limit {
 		t.Errorf("%d questions in %s, want at most %d", all, lasted, limit)
 	}
-	if all <= admit.QuestionsAtOnce || n.gate.Counts().Refused < clients/2 {
-		t.Errorf("%d questions for %d attempts: %+v", all, attempts.Load(), n.gate.Counts())
+	if all <= admit.QuestionsAtOnce || n.gate.Load().Counts().Refused < clients/2 {
+		t.Errorf("%d questions for %d attempts: %+v", all, attempts.Load(), n.gate.Load().Counts())
 	}
 }

@@ -46,7 +46,7 @@ func TestRealNodeIsTold(t *testing.T) {
 	node := peers.StartTailscaled(t, h, "told")
 	node.Up(t, h.AuthKey(t, "somebody"))
 
-	refused := func() uint64 { return n.gate.Counts().Refused }
+	refused := func() uint64 { return n.gate.Load().Counts().Refused }
 	health := func() string { return strings.Join(node.Status(t).Health, "\n") }
 	awaitText := func(limit time.Duration, want string) {
 		t.Helper()

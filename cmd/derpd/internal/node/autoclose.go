@@ -1,0 +1,93 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"derpd/relay/admit"
+)
+
+// With DERP_VERIFY_CLIENTS=auto a relay without any source is open while no socket of
+// tailscaled exists. The operator may start tailscaled after derpd, as a boot may. So
+// the relay closes when anything appears at the path of a socket.
+//
+// It closes for a file or a directory too, which prevents the next start: both mean
+// that a socket was meant to be there. It stays closed while the process lives, as a
+// relay whose tailscaled has stopped does: an open relay would be the wrong one.
+const (
+	// socketInterval is the time between two looks.
+	socketInterval = 2 * time.Second
+
+	// evictAfter is added to DERP_VERIFY_INTERVAL. Then the connections end that were
+	// made while the relay was open, and that no source has admitted since.
+	evictAfter = 5 * time.Second
+)
+
+// closedLate describes a relay that has closed.
+const closedLate = "closed since a tailscaled socket appeared (DERP_VERIFY_CLIENTS=auto), and open until then; set DERP_VERIFY_CLIENTS=true to be closed from the start"
+
+// mayClose reports whether an open relay closes when a socket appears.
+func (n *Node) mayClose() bool { return len(n.config.Later) > 0 }
+
+// closeWithSocket waits until a socket of tailscaled appears, closes the relay, and
+// then runs its gate.
+func (n *Node) closeWithSocket(ctx context.Context) error {
+	appeared, ok := n.awaitSocket(ctx)
+	if !ok {
+		return nil
+	}
+	gate, err := newGate(n.config, n.config.Later, n.log)
+	if err != nil {
+		return err
+	}
+	n.gate.Store(gate)
+	n.log.Warn().Str("socket", appeared).Strs("sources", gate.Sources()).Str("fix", "set DERP_VERIFY_CLIENTS=true, to be closed from the start").
+		Msg("only admitted nodes may use this relay from now on: a tailscaled socket has appeared, and DERP_VERIFY_CLIENTS is auto")
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return n.runGate(ctx, gate) })
+	group.Go(func() error { n.evict(ctx, gate); return nil })
+	return group.Wait()
+}
+
+// awaitSocket returns the first path that exists, or false when ctx ends.
+func (n *Node) awaitSocket(ctx context.Context) (path string, ok bool) {
+	tick := time.NewTicker(socketInterval)
+	defer tick.Stop()
+	for {
+		for _, s := range n.config.Later {
+			// An error such as EACCES hides what is there.
+			if _, err := os.Lstat(s.Target); !errors.Is(err, fs.ErrNotExist) {
+				return s.Target, true
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return "", false
+		}
+	}
+}
+
+// evict ends the connections of nodes that no source has admitted. A recheck would
+// leave them connected for as long as the source does not answer.
+func (n *Node) evict(ctx context.Context, gate *admit.Gate) {
+	select {
+	case <-time.After(n.config.Admission.Interval + evictAfter):
+	case <-ctx.Done():
+		return
+	}
+	count := 0
+	for node := range n.connected() {
+		if !gate.Remembers(node) && n.relay.Disconnect(node) == nil {
+			count++
+		}
+	}
+	if count > 0 {
+		n.log.Info().Int("nodes", count).Msg("nodes disconnected that had connected while the relay was open, and that no source has admitted since")
+	}
+}
