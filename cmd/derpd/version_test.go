@@ -69,7 +69,7 @@ func TestVersionCheckThroughProxy(t *testing.T) {
 		output         string
 	}{
 		{unknown, "GET http://goproxy.example/tailscale.com/@v/list", 3, "tailscale.com v9.98.0 is out (here: "},
-		{derpd, "CONNECT api.github.com:443", 3, "; asked GOPROXY for Tailscale, because the releases of derpd are not known: https://api.github.com/repos/someone/derpd/releases/latest: "},
+		{derpd, "CONNECT api.github.com:443", 3, "; GOPROXY was asked, because https://api.github.com/repos/someone/derpd/releases/latest: "},
 	} {
 		cmd := exec.CommandContext(t.Context(), tt.program, "version", "--check")
 		cmd.Env = []string{"HTTP_PROXY=" + proxy.URL, "HTTPS_PROXY=" + proxy.URL, "GOPROXY=http://goproxy.example"}

@@ -167,9 +167,7 @@ func published(t *testing.T, r *row) {
 	if err := remote.WriteIndex(parse(t, tags[0]), index, remote.WithContext(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	for _, tag := range tags[1:] {
-		h.move(t, tag, tags[0])
-	}
+	ask(append([]string{"copy"}, tags...)...)
 
 	verdicts, _ := ask(append([]string{"verify"}, tags...)...)
 	t.Logf("upstream verify:\n%s", verdicts)

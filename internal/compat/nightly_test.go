@@ -65,7 +65,7 @@ type systemd struct {
 	running  *exec.Cmd  // nil if none
 	ended    chan struct{}
 	state    string // as systemctl is-active prints it
-	restarts int // by systemctl
+	restarts int    // by systemctl
 	stopping bool
 }
 
@@ -248,7 +248,7 @@ func newNightly(t *testing.T, installed string) *nightly {
 	if n.uid == 0 {
 		n.uid = builder
 	}
-	for _, name := range []string{"", "bin", "install", "cache", "state", "sources"} {
+	for _, name := range []string{"", "bin", "my programs", "cache", "state", "my sources"} {
 		if err := errors.Join(os.MkdirAll(n.at(name), 0o755), os.Chmod(n.at(name), 0o755)); err != nil {
 			t.Fatal(err)
 		}
@@ -260,14 +260,14 @@ func newNightly(t *testing.T, installed string) *nightly {
 	if err := os.Symlink(self, n.at("bin/systemctl")); err != nil {
 		t.Fatal(err)
 	}
-	n.write(t, "sources/Makefile", fmt.Sprintf(makefile, n.at("gate")))
-	n.write(t, "sources/go.mod", "module derpd\n")
-	n.install(t, "install/derpd", installed)
+	n.write(t, "my sources/Makefile", fmt.Sprintf(makefile, n.at("gate")))
+	n.write(t, "my sources/go.mod", "module derpd\n")
+	n.install(t, "my programs/derpd", installed)
 	n.next(t, installed)
 	settings := testkit.LastOfEach(append(environment(t), "DERP_ADMIN_ADDR="+n.admin, "DERP_HTTP_PORT=0"))
-	n.system = newSystemd(t, n.at("systemd.sock"), n.at("install/derpd"), settings)
+	n.system = newSystemd(t, n.at("systemd.sock"), n.at("my programs/derpd"), settings)
 	n.env = append(settings, "PATH="+n.at("bin")+":"+os.Getenv("PATH"), "SYSTEMD="+n.at("systemd.sock"),
-		"UPDATE_SOURCES="+n.at("sources"), "UPDATE_BINARY="+n.at("install/derpd"), "STATE_DIRECTORY="+n.at("state"), "CACHE_DIRECTORY="+n.at("cache"),
+		"UPDATE_SOURCES="+n.at("my sources"), "UPDATE_BINARY="+n.at("my programs/derpd"), "STATE_DIRECTORY="+n.at("state"), "CACHE_DIRECTORY="+n.at("cache"),
 		"GOPROXY=https://modules.example.com")
 	if code := n.system.start(); code != 0 {
 		t.Fatalf("the relay does not start: %d", code)
@@ -301,7 +301,7 @@ func (n *nightly) install(t *testing.T, name, program string) {
 // next is what the next build makes.
 func (n *nightly) next(t *testing.T, program string) {
 	t.Helper()
-	n.install(t, "sources/next", program)
+	n.install(t, "my sources/next", program)
 	n.own(t)
 }
 
@@ -309,7 +309,7 @@ func (n *nightly) next(t *testing.T, program string) {
 func (n *nightly) own(t *testing.T) {
 	t.Helper()
 	if n.uid != os.Getuid() {
-		run(t, n.dir, "chown", "-R", fmt.Sprintf("%d:%d", n.uid, n.uid), "sources")
+		run(t, n.dir, "chown", "-R", fmt.Sprintf("%d:%d", n.uid, n.uid), "my sources")
 	}
 }
 
@@ -380,7 +380,7 @@ func (n *nightly) run(t *testing.T, env ...string) night {
 		tick := time.NewTicker(10 * time.Millisecond)
 		defer tick.Stop()
 		for ctx.Err() == nil {
-			if _, err := os.Stat(n.at("install/derpd")); err != nil {
+			if _, err := os.Stat(n.at("my programs/derpd")); err != nil {
 				t.Error(err)
 			}
 			if n.ready(ctx) == nil {
@@ -424,12 +424,12 @@ func (n *nightly) runs(t *testing.T, program string, files ...string) {
 	if read(t, exe) != want {
 		t.Error("another relay runs")
 	}
-	if read(t, n.at("install/derpd")) != want {
+	if read(t, n.at("my programs/derpd")) != want {
 		t.Error("another binary is installed")
 	}
-	n.lists(t, "install", append([]string{"derpd"}, files...)...)
+	n.lists(t, "my programs", append([]string{"derpd"}, files...)...)
 	n.lists(t, "cache/build", "home")
-	if got := read(t, n.at("sources/go.mod")); got != "module derpd\n" {
+	if got := read(t, n.at("my sources/go.mod")); got != "module derpd\n" {
 		t.Errorf("go.mod of the sources is %q", got)
 	}
 }
@@ -544,7 +544,7 @@ func good(t *testing.T, first, second string) {
 	}
 	n.runs(t, second, "derpd.old")
 	n.lists(t, "state", "lock")
-	if read(t, n.at("install/derpd.old")) != read(t, first) {
+	if read(t, n.at("my programs/derpd.old")) != read(t, first) {
 		t.Error("derpd.old is not the old binary")
 	}
 	built := strings.Split(read(t, n.at("cache/build/home/environment")), "\n")
@@ -559,12 +559,12 @@ func good(t *testing.T, first, second string) {
 func buildFails(t *testing.T, first, second string) {
 	t.Helper()
 	n := newNightly(t, first)
-	n.write(t, "sources/Makefile", "upstream build:\n\t@echo no network; exit 1\n")
+	n.write(t, "my sources/Makefile", "upstream build:\n\t@echo no network; exit 1\n")
 	n.run(t).want(t, 1, 0, "make build failed, as said above; the relay was left alone")
 	n.runs(t, first)
 
-	n.write(t, "sources/Makefile", fmt.Sprintf(makefile, n.at("gate")))
-	n.write(t, "sources/upstream-fails", "")
+	n.write(t, "my sources/Makefile", fmt.Sprintf(makefile, n.at("gate")))
+	n.write(t, "my sources/upstream-fails", "")
 	n.run(t).want(t, 1, 0, "make upstream failed, as said above; the relay was left alone")
 	n.next(t, second)
 	n.run(t).want(t, 1, 1, "make upstream failed, as said above; the relay was updated all the same")
@@ -576,7 +576,7 @@ func cure(t *testing.T, first, second string) {
 	t.Helper()
 	n := newNightly(t, first)
 	n.install(t, "real", first)
-	n.write(t, "install/derpd", broken(n.at("real"), `serves "$@" && exit 2`))
+	n.write(t, "my programs/derpd", broken(n.at("real"), `serves "$@" && exit 2`))
 	n.system.stop()
 	n.system.start()
 	testkit.Until(t, "the relay to fail", func() bool {
@@ -617,7 +617,7 @@ func stopped(t *testing.T, first, second string) {
 	if err := os.Remove(n.at("gate")); err != nil {
 		t.Fatal(err)
 	}
-	n.lists(t, "install", "derpd")
+	n.lists(t, "my programs", "derpd")
 	n.lists(t, "state", "lock")
 	n.system.start()
 	n.awaitReady(t)
@@ -637,15 +637,15 @@ func diskFull(t *testing.T, first, second string) {
 	n.system.stop()
 	for i, message := range []string{"the new binary could not be copied to ", "the old binary could not be copied to "} {
 		size := int64(i+1)*int64(len(read(t, first))) + 1<<20
-		if err := syscall.Mount("none", n.at("install"), "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
+		if err := syscall.Mount("none", n.at("my programs"), "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
 			t.Skipf("mounting a small disk: %v", err)
 		}
-		t.Cleanup(func() { _ = syscall.Unmount(n.at("install"), syscall.MNT_DETACH) })
-		n.install(t, "install/derpd", first)
+		t.Cleanup(func() { _ = syscall.Unmount(n.at("my programs"), syscall.MNT_DETACH) })
+		n.install(t, "my programs/derpd", first)
 		n.next(t, second)
 		n.system.start()
 		n.awaitReady(t)
-		n.run(t).want(t, 1, 0, message+n.at("install/derpd"))
+		n.run(t).want(t, 1, 0, message+n.at("my programs/derpd"))
 		n.runs(t, first)
 		n.lists(t, "state", "lock")
 		n.system.stop()
@@ -736,7 +736,7 @@ func interrupted(t *testing.T, signal syscall.Signal, first, second string) {
 		t.Error("the script succeeds")
 	}
 	t.Log(out)
-	if _, err := os.Stat(n.at("install/derpd")); err != nil {
+	if _, err := os.Stat(n.at("my programs/derpd")); err != nil {
 		t.Error(err)
 	}
 	want := 1
@@ -764,7 +764,7 @@ func pull(t *testing.T, first, second string) {
 		t.Helper()
 		n.own(t)
 		cmd := exec.CommandContext(t.Context(), "git", append([]string{"-c", "user.name=x", "-c", "user.email=x@example.com"}, args...)...)
-		cmd.Dir, cmd.Env = n.at("sources"), append(os.Environ(), "HOME="+n.at("sources"))
+		cmd.Dir, cmd.Env = n.at("my sources"), append(os.Environ(), "HOME="+n.at("my sources"))
 		if n.uid != os.Getuid() {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: builder, Gid: builder}}
 		}
@@ -775,8 +775,8 @@ func pull(t *testing.T, first, second string) {
 	git("init", "--quiet", "--initial-branch=main")
 	git("add", "--all")
 	git("commit", "--quiet", "--message=first")
-	git("clone", "--quiet", "--bare", ".", n.at("sources/.git/origin"))
-	git("remote", "add", "origin", n.at("sources/.git/origin"))
+	git("clone", "--quiet", "--bare", ".", n.at("my sources/.git/origin"))
+	git("remote", "add", "origin", n.at("my sources/.git/origin"))
 	git("fetch", "--quiet")
 	git("branch", "--quiet", "--set-upstream-to=origin/main")
 	n.next(t, second)
@@ -795,7 +795,7 @@ func pull(t *testing.T, first, second string) {
 	if !strings.Contains(r.output, "newer sources not taken, git pull --ff-only failed: ") {
 		t.Error("no line about the sources")
 	}
-	if read(t, n.at("sources/next")) != change || read(t, n.at("install/derpd")) != change {
+	if read(t, n.at("my sources/next")) != change || read(t, n.at("my programs/derpd")) != change {
 		t.Error("the change of the user is lost")
 	}
 }

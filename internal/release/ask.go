@@ -79,7 +79,7 @@ func (a *Asker) Ask(ctx context.Context) (Answer, error) {
 		return Answer{}, fmt.Errorf("%w; then %w", github, err)
 	}
 	answer.GitHub = github
-	answer.Text += fmt.Sprintf("; asked GOPROXY for Tailscale, because the releases of derpd are not known: %v", github)
+	answer.Text += fmt.Sprintf("; GOPROXY was asked, because %v", github)
 	return answer, nil
 }
 
