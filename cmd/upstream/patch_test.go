@@ -103,6 +103,10 @@ func TestCheckPatch(t *testing.T) {
 		change func(t *testing.T, dir string) // after an ordinary update
 		want   string                         // empty: accepted
 	}{
+		"nothing new": {func(t *testing.T, dir string) {
+			gitIn(t, dir, "checkout", "--quiet", ".")
+			edit(t, dir+"/CHANGELOG.md", "## Unreleased", "## 1.0.0-1")
+		}, "no version changes"},
 		"ordinary": {func(*testing.T, string) {}, ""},
 		"script": {func(t *testing.T, dir string) {
 			edit(t, dir+"/.github/merge", "set -euo pipefail\n", "set -euo pipefail\necho \"$GH_TOKEN\"\n")

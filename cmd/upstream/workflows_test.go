@@ -175,7 +175,7 @@ func TestWorkflowRules(t *testing.T) {
 		"strangers start it with rights":             {"test.yml", "pull_request:", "pull_request_target:"},
 		"actions/checkout@v6 is not pinned":          {"test.yml", "actions/checkout@d23441a48e516b6c34aea4fa41551a30e30af803", "actions/checkout@v6"},
 		"has no comment with its version":            {"test.yml", " # v6.1.0", ""},
-		"a cache of buildx": {"release.yml", "        with:\n          cache-binary: false\n", ""},
+		"a cache of buildx":                          {"release.yml", "        with:\n          cache-binary: false\n", ""},
 		"setup-go with a cache":                      {"release.yml", "          cache: false\n", ""},
 		"a token stays in .git":                      {"test.yml", "persist-credentials: false", "persist-credentials: true"},
 		"an expression in a script":                  {"test.yml", "run: .github/ci", "run: echo ${{ github.head_ref }}"},
