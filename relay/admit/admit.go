@@ -21,9 +21,9 @@ import (
 	"tailscale.com/types/key"
 )
 
-// askTimeout limits one question to all sources. derpserver limits the whole
-// decision to five seconds.
-const askTimeout = 4 * time.Second
+// askTimeout limits one question to all sources, with the wait of a stranger.
+// derpserver limits the whole decision to five seconds.
+const askTimeout = againWait + urlTimeout
 
 // ErrRefused is the answer of a source that refuses a node.
 var ErrRefused = errors.New("unknown node key")

@@ -30,12 +30,15 @@ const (
 
 	// A stranger waits for its question. A node that was refused within
 	// retryWindow waits for a shorter time, so that nodes that try again and again
-	// leave room in the queue for nodes that are new.
+	// leave room in the queue for nodes that are new. A new node whose question
+	// exceeded the limits waits for a longer time at its next attempt: a node with
+	// a new key for each attempt cannot take its place.
 	newcomerWait = time.Second
 	retryWait    = newcomerWait / 2
+	againWait    = newcomerWait * 3 / 2
 	retryWindow  = 10 * time.Minute
 
-	// maxRefusals limits the memory that refusals take.
+	// maxRefusals limits the memory of refusals and of nodes that wait longer.
 	maxRefusals = 10_000
 )
 
@@ -49,7 +52,7 @@ type strangers struct {
 	running chan struct{} // holds one element for each running question
 
 	mu      sync.Mutex
-	refused map[key.NodePublic]time.Time // time of the last refusal; at most maxRefusals; guarded by mu
+	refused map[key.NodePublic]time.Time // time of the last refusal, zero for a node that exceeded the limits; at most maxRefusals; guarded by mu
 }
 
 func newStrangers() *strangers {
@@ -65,19 +68,20 @@ func newStrangers() *strangers {
 // ago, and ErrTooMany if the wait would be too long.
 func (s *strangers) enter(ctx context.Context, node key.NodePublic) (leave func(), err error) {
 	wait := newcomerWait
-	if at, ok := s.refusal(node); ok {
-		age := time.Since(at)
-		if age < refusedFor {
-			return nil, fmt.Errorf("%w; the sources are asked again in %s", ErrRefused, (refusedFor - age).Round(time.Millisecond))
-		}
-		if age < retryWindow {
-			wait = retryWait
-		}
+	at, ok := s.refusal(node)
+	switch age := time.Since(at); {
+	case !ok:
+	case at.IsZero():
+		wait = againWait
+	case age < refusedFor:
+		return nil, fmt.Errorf("%w; the sources are asked again in %s", ErrRefused, (refusedFor - age).Round(time.Millisecond))
+	case age < retryWindow:
+		wait = retryWait
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	if err := s.limiter.Wait(ctx); err != nil {
-		return nil, ErrTooMany
+		return nil, s.tooMany(node)
 	}
 	leave = func() { <-s.running }
 	select {
@@ -89,8 +93,16 @@ func (s *strangers) enter(ctx context.Context, node key.NodePublic) (leave func(
 	case s.running <- struct{}{}:
 		return leave, nil
 	case <-ctx.Done():
-		return nil, ErrTooMany
+		return nil, s.tooMany(node)
 	}
+}
+
+// tooMany notes that a new node exceeded the limits. A refused node stays one.
+func (s *strangers) tooMany(node key.NodePublic) error {
+	if _, ok := s.refusal(node); !ok {
+		s.note(node, time.Time{})
+	}
+	return ErrTooMany
 }
 
 func (s *strangers) refusal(node key.NodePublic) (time.Time, bool) {
@@ -100,9 +112,12 @@ func (s *strangers) refusal(node key.NodePublic) (time.Time, bool) {
 	return at, ok
 }
 
-// remember stores that every source refuses the node. A full table loses another
-// refusal, which costs one question.
-func (s *strangers) remember(node key.NodePublic) {
+// remember stores that every source refuses the node.
+func (s *strangers) remember(node key.NodePublic) { s.note(node, time.Now()) }
+
+// note stores an element of refused. A full table loses another element, which costs
+// one question.
+func (s *strangers) note(node key.NodePublic, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, ok := s.refused[node]; !ok && len(s.refused) >= maxRefusals {
@@ -111,7 +126,7 @@ func (s *strangers) remember(node key.NodePublic) {
 			break
 		}
 	}
-	s.refused[node] = time.Now()
+	s.refused[node] = at
 }
 
 // forget removes the refusal of a node that a source admits.

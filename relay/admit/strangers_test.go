@@ -279,6 +279,38 @@ func TestRefusedNodesThatRetry(t *testing.T) {
 	})
 }
 
+// Strangers with a new key for each attempt cannot keep a new member out.
+func TestNewKeysForEachAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		remote := counting{took: 5 * time.Millisecond}
+		g := newGate(t, remote.source())
+		ctx, cancel := context.WithCancel(t.Context())
+		var trying sync.WaitGroup
+		for range 200 {
+			trying.Go(func() {
+				for ctx.Err() == nil {
+					_ = g.Admit(ctx, newNode(), netip.Addr{})
+					<-time.After(300 * time.Millisecond)
+				}
+			})
+		}
+		<-time.After(5 * time.Second)
+		for range 20 {
+			member := newNode()
+			remote.add(member)
+			began := time.Now()
+			for g.Admit(t.Context(), member, netip.Addr{}) != nil {
+				<-time.After(20 * time.Millisecond)
+			}
+			if took := time.Since(began); took > againWait+100*time.Millisecond {
+				t.Errorf("a new member was admitted after %s", took)
+			}
+		}
+		cancel()
+		trying.Wait()
+	})
+}
+
 // Strangers take half of the slots of a slow source, so that members are asked about.
 // The wait for a slot is no failure of the source.
 func TestStrangersLeaveSlots(t *testing.T) {

@@ -27,6 +27,10 @@ const (
 	// for a slot.
 	urlTimeout = 3 * time.Second
 
+	// urlEnough is the time after which a question without an answer is a failure of
+	// the server. A question that waited for its slot may have less.
+	urlEnough = urlTimeout - 500*time.Millisecond
+
 	// urlAtOnce limits the concurrent questions to one admission URL. After a
 	// restart of the relay, all clients connect at the same time.
 	urlAtOnce = 32
@@ -125,8 +129,16 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 		return err
 	}
 	req.Header.Set("Content-Type", "application/json")
+	// net/http repeats the question on another connection if the server has just
+	// closed the idle one. The empty header is not sent.
+	req.Header["Idempotency-Key"] = nil
+	began := time.Now()
 	res, err := u.client.Do(req)
+	if errors.Is(err, context.DeadlineExceeded) && time.Since(began) < urlEnough {
+		return fmt.Errorf("%w: no answer in the %s that were left: %w", errBusy, time.Since(began).Round(time.Millisecond), context.DeadlineExceeded)
+	}
 	if err != nil {
+		u.client.CloseIdleConnections() // the network may have lost them too
 		return fmt.Errorf("%w: %w", errUnreachable, explainConnection(err))
 	}
 	defer func() { _ = res.Body.Close() }()

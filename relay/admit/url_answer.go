@@ -59,6 +59,7 @@ var statusRemedies = map[int]string{
 	http.StatusForbidden:          "a proxy or a firewall refuses this relay: let POST /verify from this relay's address pass",
 	http.StatusNotFound:           "the path is wrong, or Headscale is older than 0.24; " + isVerify,
 	http.StatusMethodNotAllowed:   "the path is wrong; " + isVerify,
+	http.StatusProxyAuthRequired:  "the proxy in HTTP_PROXY or HTTPS_PROXY wants credentials: write them into that URL, or name the server in NO_PROXY",
 	http.StatusTooManyRequests:    "the server or a proxy limits this relay: exempt POST /verify from the limit",
 	http.StatusBadGateway:         "the proxy in front of the server does not reach it: check that the server runs",
 	http.StatusServiceUnavailable: "the proxy in front of the server does not reach it: check that the server runs",

@@ -85,6 +85,7 @@ func TestURLUnavailable(t *testing.T) {
 		{"429", always(http.StatusTooManyRequests, ``), "admission URL answered 429 Too Many Requests; the server or a proxy limits this relay: exempt POST /verify from the limit"},
 		{"500", always(http.StatusInternalServerError, ``), "admission URL answered 500 Internal Server Error; the server or a proxy in front of it fails: see its log"},
 		{"502 with an answer", always(http.StatusBadGateway, `{"Allow":true}`), "admission URL answered 502 Bad Gateway; the proxy in front of the server does not reach it: check that the server runs"},
+		{"407", always(http.StatusProxyAuthRequired, ``), "admission URL answered 407 Proxy Authentication Required; the proxy in HTTP_PROXY or HTTPS_PROXY wants credentials: write them into that URL, or name the server in NO_PROXY"},
 		{"503", always(http.StatusServiceUnavailable, ``), "admission URL answered 503 Service Unavailable; the proxy in front of the server does not reach it: check that the server runs"},
 		{"504", always(http.StatusGatewayTimeout, ``), "admission URL answered 504 Gateway Timeout; the proxy in front of the server does not reach it: check that the server runs"},
 		{"522", always(522, ``), "admission URL answered 522 ; the server or a proxy in front of it fails: see its log"},
@@ -277,6 +278,77 @@ func TestURLFailOpen(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A question that waited for its slot is no proof that the server cannot be reached: many
+// questions at the same time must not admit a stranger.
+func TestURLFailOpenLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := testURL(t, URLConfig{FailOpen: true}, func(w http.ResponseWriter, _ *http.Request) {
+			<-time.After(1600 * time.Millisecond)
+			answer(w, http.StatusOK, `{"Allow":false}`)
+		})
+		var asking sync.WaitGroup
+		var busy atomic.Int32
+		for range 3 * urlAtOnce {
+			asking.Go(func() {
+				switch err := u.answer(t); {
+				case errors.Is(err, errBusy):
+					busy.Add(1)
+				case !errors.Is(err, ErrRefused):
+					t.Errorf("got %v", err)
+				}
+			})
+		}
+		asking.Wait()
+		if busy.Load() == 0 {
+			t.Error("no question was late")
+		}
+	})
+}
+
+// A server may close an idle connection at the moment of the next question. A connection
+// that the network lost is followed by a new one.
+func TestURLIdleConnections(t *testing.T) {
+	var lost atomic.Bool
+	var connections sync.Map // number of questions by client address
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, used := connections.Swap(r.RemoteAddr, true)
+		if used && lost.Load() {
+			_, _ = io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+			return
+		}
+		if used {
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_ = conn.Close()
+			return
+		}
+		answer(w, http.StatusOK, `{"Allow":true}`)
+	}))
+	t.Cleanup(server.Close)
+	u := newAdmissionURL(URLConfig{Target: server.URL})
+	for range 3 {
+		if err := u.answer(t); err != nil {
+			t.Fatalf("a question on a connection that closes: %v", err)
+		}
+	}
+	var asking sync.WaitGroup
+	for range 4 {
+		asking.Go(func() { _ = u.answer(t) })
+	}
+	asking.Wait()
+	lost.Store(true)
+	if err := u.answer(t); !errors.Is(err, errUnreachable) {
+		t.Fatalf("a lost connection gives %v", err)
+	}
+	if err := u.answer(t); err != nil {
+		t.Errorf("after a lost connection: %v", err)
+	}
 }
 
 // At most 32 questions run at the same time, and waiting for a slot counts
