@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/rs/zerolog"
 	"github.com/sony/gobreaker/v2"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
@@ -51,6 +52,8 @@ type URLConfig struct {
 	FailOpen bool
 
 	Roots *x509.CertPool // roots of an https URL; nil for the system's
+
+	Log zerolog.Logger
 }
 
 // admissionURL asks one admission URL.
@@ -60,6 +63,7 @@ type admissionURL struct {
 	slots   chan struct{} // holds one element for each running question
 	breaker *gobreaker.CircuitBreaker[struct{}]
 	last    atomic.Pointer[error] // error of the last failed request
+	open    atomic.Pointer[error] // why FailOpen admits every node now; nil if it does not
 }
 
 // errUnreachable means that no HTTP answer of any status was received.
@@ -73,7 +77,8 @@ var errBusy = errors.New("too many questions at the same time")
 // derper's --verify-client-url and Headscale's /verify: a POST of
 // tailcfg.DERPAdmitClientRequest, answered with tailcfg.DERPAdmitClientResponse.
 func URL(c URLConfig) Source {
-	return Source{Name: "url " + RedactURL(c.Target), Ask: newAdmissionURL(c).ask}
+	u := newAdmissionURL(c)
+	return Source{Name: "url " + RedactURL(c.Target), Ask: u.ask, Problem: u.problem}
 }
 
 func newAdmissionURL(c URLConfig) *admissionURL {
@@ -107,10 +112,36 @@ func (u *admissionURL) ask(ctx context.Context, node key.NodePublic, addr netip.
 	case err != nil && !errors.Is(err, ErrRefused) && !errors.Is(err, context.Canceled) && !errors.Is(err, errBusy):
 		u.last.Store(&err)
 	}
-	if u.FailOpen && errors.Is(err, errUnreachable) {
+	if u.FailOpen && u.failsOpen(err) {
 		return time.Time{}, nil
 	}
 	return time.Now(), err
+}
+
+// failsOpen reports whether FailOpen admits the node, and logs when it begins and ends
+// to admit every node.
+func (u *admissionURL) failsOpen(err error) bool {
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, errBusy): // not asked
+		return errors.Is(err, errUnreachable)
+	case !errors.Is(err, errUnreachable):
+		if u.open.Swap(nil) != nil {
+			u.Log.Info().Str("url", RedactURL(u.Target)).Msg("admission URL answers again")
+		}
+		return false
+	}
+	if u.open.Swap(&err) == nil {
+		u.Log.Warn().Err(err).Str("url", RedactURL(u.Target)).Msg("anybody may connect, because DERP_VERIFY_CLIENT_URL_FAIL_OPEN is true")
+	}
+	return true
+}
+
+// problem implements [Source].Problem.
+func (u *admissionURL) problem() error {
+	if err := u.open.Load(); err != nil {
+		return fmt.Errorf("anybody may connect, because DERP_VERIFY_CLIENT_URL_FAIL_OPEN is true: %w", *err)
+	}
+	return nil
 }
 
 func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip.Addr) error {

@@ -272,6 +272,9 @@ func TestURLFailOpen(t *testing.T) {
 				if (err == nil) != tt.admits {
 					t.Errorf("%s: question %d: %v, want admitted %t", tt.name, i, err, tt.admits)
 				}
+				if got := u.problem(); (got != nil) != tt.admits {
+					t.Errorf("%s: the problem is %v, want one: %t", tt.name, got, tt.admits)
+				}
 				if err == nil && !asOf.IsZero() {
 					t.Errorf("%s: admitted as of %s, which would be remembered", tt.name, asOf)
 				}

@@ -1,6 +1,8 @@
 package config
 
 import (
+	"github.com/rs/zerolog"
+
 	"derpd/relay/admit"
 )
 
@@ -26,7 +28,9 @@ func (env *URLEnv) parse(p *problems, shared sharedByAll) parsedSources {
 			Name:     "url",
 			Variable: "DERP_VERIFY_CLIENT_URL",
 			Target:   admit.RedactURL(target),
-			New:      opened(admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen, Roots: shared.roots})),
+			New: func(log zerolog.Logger) (admit.Source, error) {
+				return admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen, Roots: shared.roots, Log: log}), nil
+			},
 		})
 	}
 	switch {
