@@ -40,9 +40,9 @@ func (w *world) verifier(status int, body string, header ...string) {
 }
 
 func (w *world) verifierOf(handler http.Handler) {
-	server := httptest.NewServer(handler)
-	w.Cleanup(server.Close)
-	w.set("DERP_VERIFY_CLIENT_URL=" + server.URL + "/verify")
+	w.source = httptest.NewServer(handler)
+	w.Cleanup(w.source.Close)
+	w.set("DERP_VERIFY_CLIENT_URL=" + w.source.URL + "/verify")
 }
 
 // privateVerifier sets an admission URL with a certificate of an authority that this
@@ -164,6 +164,25 @@ func admissionRows() []situation {
 				w.set("DERP_ALLOW_KEYS="+w.friend.Public().String(), "DERP_VERIFY_CLIENT_URL=http://127.0.0.1:1/verify")
 			},
 			client: textUnavailable, health: "connection refused", log: "connection refused", lacks: "connection refused",
+		},
+		{
+			name: "an admission URL that is down, and admits anybody then by order",
+			begin: func(w *world) {
+				w.set("DERP_VERIFY_CLIENT_URL=http://127.0.0.1:1/verify", "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=true")
+			},
+			health: "anybody may connect, because DERP_VERIFY_CLIENT_URL_FAIL_OPEN is true", log: "connection refused",
+		},
+		{
+			// Members stay admitted for DERP_VERIFY_GRACE.
+			name:  "an admission URL that admitted, and goes down",
+			begin: func(w *world) { w.verifier(200, `{"Allow":true}`) },
+			then: func(w *world) {
+				if e := w.look(); e.client != nil {
+					w.Fatal(e.client)
+				}
+				w.source.Close()
+			},
+			health: "connection refused", log: "connection refused",
 		},
 		{
 			name:   "too many strangers at the same time",

@@ -1,6 +1,9 @@
 package node
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
@@ -104,6 +107,10 @@ func fileRows() []situation {
 		refused("a leaf of tomorrow", "/derp.example.com.crt is not valid before ", func(w *world) { w.manual(w.chain(publicRoot, from(time.Now().Add(24*time.Hour)))...) }),
 		refused("another name", "/derp.example.com.crt covers other.example.com, not derp.example.com", func(w *world) { w.manual(w.chain(publicRoot, forNames("other.example.com"))...) }),
 		refused("a wildcard for a name below", "a wildcard stands for exactly one label", func(w *world) { w.manual(w.chain(publicRoot, forNames("*.com"))...) }),
+		refused("an issuer that is no authority", "is not the certificate of an authority (basicConstraints CA:TRUE)", func(w *world) {
+			i := w.leaf(publicRoot, forNames("Intermediate"))
+			w.manual(w.leaf(i), i)
+		}),
 		refused("an issuer that has expired", `derp.example.com.crt (CN=Intermediate), which signed the certificate or its issuer, expired on `, func(w *world) {
 			i := w.intermediate(publicRoot, until(past))
 			w.manual(w.leaf(i), i)
@@ -201,6 +208,55 @@ func fileRows() []situation {
 				both := w.keep("both.pem", slices.Concat(testkit.KeyPEM(w, chain[0]), testkit.ChainPEM(chain...)))
 				w.set("DERP_CERT_FILE="+both, "DERP_KEY_FILE="+both)
 			},
+		},
+		{
+			name: "a chain for a name in capitals",
+			begin: func(w *world) {
+				w.manual(w.chain(publicRoot)...)
+				w.set("DERP_DOMAIN=DERP.Example.COM", "DERP_CERT_FILE="+w.path(".crt"), "DERP_KEY_FILE="+w.path(".key"))
+			},
+		},
+		{
+			name: "a chain for an address",
+			begin: func(w *world) {
+				w.manual(w.chain(publicRoot, forNames("127.0.0.1"))...)
+				w.set("DERP_DOMAIN=127.0.0.1", "DERP_CERT_FILE="+w.path(".crt"), "DERP_KEY_FILE="+w.path(".key"))
+			},
+		},
+		{
+			name: "a self-signed file for an address",
+			begin: func(w *world) {
+				w.manual(w.leaf(nil, forNames("127.0.0.1")))
+				w.set("DERP_DOMAIN=127.0.0.1", "DERP_CERT_FILE="+w.path(".crt"), "DERP_KEY_FILE="+w.path(".key"))
+			},
+		},
+		{
+			// Its subject is that of the leaf, which looks self-signed.
+			name: "a leaf of an authority with the name of the relay",
+			begin: func(w *world) {
+				root := rootNamed(w, eyesName)
+				w.client.AddCert(root.Leaf)
+				w.manual(w.leaf(root))
+			},
+		},
+		everywhere(`clients need "derp.example.com" installed`, situation{
+			name: "a leaf and its authority with the name of the relay",
+			begin: func(w *world) {
+				root := rootNamed(w, eyesName)
+				w.client.AddCert(root.Leaf)
+				w.manual(w.leaf(root), root)
+			},
+		}),
+		{
+			name: "a key that TLS does not have",
+			begin: func(w *world) {
+				private, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+				if err != nil {
+					w.Fatal(err)
+				}
+				w.manual(w.leaf(publicRoot, func(c *testkit.Certificate) { c.Key = private }))
+			},
+			start: "is an ECDSA key on P-224, which TLS does not have",
 		},
 		{
 			name: "a self-signed certificate and its copy",

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http/httptest"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -93,6 +94,8 @@ type world struct {
 
 	// bound runs after the sockets are bound; see begin.
 	bound func(*Node)
+
+	source *httptest.Server // of admission; nil for none
 
 	node *Node // nil before the start
 	log  *logBuffer
