@@ -289,15 +289,15 @@ func fileRows() []situation {
 			begin:  func(w *world) { w.manual(w.leaf(rootNamed(w, "Private Root"))) },
 			client: "certificate signed by unknown authority", lacks: "Private Root",
 		}),
-		onlyRoots("DERP_CA_ROOTS", "root", func(w *world, root *tls.Certificate) {
+		onlyRoots("DERP_CA_ROOTS", "a root", func(w *world, root *tls.Certificate) {
 			w.client.AddCert(root.Leaf)
 			w.manual(w.leaf(root))
 		}),
-		onlyRoots("DERP_ACME_CA_ROOTS", "root", func(w *world, root *tls.Certificate) {
+		onlyRoots("DERP_ACME_CA_ROOTS", "a root", func(w *world, root *tls.Certificate) {
 			w.client.AddCert(root.Leaf)
 			w.manual(w.chain(root)...)
 		}),
-		onlyRoots("DERP_CA_ROOTS", "issuer of a leaf that says where it is", func(w *world, root *tls.Certificate) {
+		onlyRoots("DERP_CA_ROOTS", "an issuer of a leaf that says where it is", func(w *world, root *tls.Certificate) {
 			w.client.AddCert(root.Leaf)
 			w.manual(w.leaf(root, with(fetchable)))
 		}),
@@ -307,7 +307,7 @@ func fileRows() []situation {
 // onlyRoots is a row of a chain that only the roots in a variable complete.
 func onlyRoots(variable, what string, begin func(w *world, root *tls.Certificate)) situation {
 	return everywhere(`clients need "Private Root" installed: only `+variable+" has it", situation{
-		name: "a " + what + " that only " + variable + " has",
+		name: what + " that only " + variable + " has",
 		begin: func(w *world) {
 			root := rootNamed(w, "Private Root")
 			begin(w, root)
