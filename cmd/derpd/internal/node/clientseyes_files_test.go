@@ -256,7 +256,7 @@ func fileRows() []situation {
 				}
 				w.manual(w.leaf(publicRoot, func(c *testkit.Certificate) { c.Key = private }))
 			},
-			start: "is an ECDSA key on P-224, which TLS does not have",
+			start: "is a key that clients cannot use (ECDSA with P-224)",
 		},
 		{
 			name: "a self-signed certificate and its copy",
