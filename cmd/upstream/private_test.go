@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -113,7 +115,7 @@ func publishes(t *testing.T, b *imageBuilder, image, host string) {
 	}
 	for name, content := range map[string]string{
 		".github/publish": string(script),
-		"bin/go":          "#!/bin/sh\n[ \"$1\" != run ] || { shift 2; exec upstream \"$@\"; }\nexec " + gotool + " \"$@\"\n",
+		"bin/go":          "#!/bin/sh\n[ \"$1\" != run ] || exit 1 # would run with the dependencies of go.mod\nexec " + gotool + " \"$@\"\n",
 		"bin/cosign":      "#!/bin/sh\necho \"cosign $*\"\n",
 		"go.mod":          "module derpd\n\ngo 1.27\n\nrequire tailscale.com v1.104.10\n",
 	} {
@@ -126,7 +128,7 @@ func publishes(t *testing.T, b *imageBuilder, image, host string) {
 		t.Fatal(err)
 	}
 	publish := func(image, repository string) (string, error) {
-		cmd := exec.CommandContext(t.Context(), filepath.Join(dir, ".github", "publish"), image, "1.104.10-1", repository)
+		cmd := exec.CommandContext(t.Context(), filepath.Join(dir, ".github", "publish"), filepath.Join(dir, "bin", "upstream"), image, "1.104.10-1", repository)
 		cmd.Env = append(os.Environ(), "PATH="+filepath.Join(dir, "bin")+":"+os.Getenv("PATH"))
 		out, err := cmd.CombinedOutput()
 		return string(out), err
@@ -156,6 +158,11 @@ func publishes(t *testing.T, b *imageBuilder, image, host string) {
 	}
 	if err != nil || !slices.Equal(did, want) {
 		t.Errorf("%v\n%s\nwant\n%s\nin\n%s", err, strings.Join(did, "\n"), strings.Join(want, "\n"), out)
+	}
+
+	// The script has rights, so it does not run the program of the image.
+	if line := regexp.MustCompile(runtime.GOOS + "/" + runtime.GOARCH + " +prints .*").FindString(out); !strings.HasSuffix(line, "; not run, found in the binary") {
+		t.Errorf("%q", line)
 	}
 
 	// A bad image gets no name.

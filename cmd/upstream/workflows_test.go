@@ -166,6 +166,16 @@ func TestWorkflows(t *testing.T) {
 	}
 }
 
+// The scripts that jobs with rights run call no other code of the repository.
+func TestScriptsWithRights(t *testing.T) {
+	comment := regexp.MustCompile(`(?m)^#.*$`)
+	for _, name := range []string{"merge", "publish"} {
+		if found := code.FindString(comment.ReplaceAllString(read(t, root+"/.github/"+name), "")); found != "" {
+			t.Errorf(".github/%s has %q", name, found)
+		}
+	}
+}
+
 // Each rule finds what it is for.
 func TestWorkflowRules(t *testing.T) {
 	texts := workflows(t)
