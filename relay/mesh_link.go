@@ -79,7 +79,7 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 	}
 	l := &meshLink{Client: client, peer: p, server: m.server, hangUp: hangUp, clients: make(map[key.NodePublic]bool)}
 	defer l.forgetAll()
-	accepted := false
+	admitted, accepted := false, false
 	for {
 		message, err := client.Recv()
 		if err != nil {
@@ -90,9 +90,14 @@ func (m *Mesh) receive(ctx context.Context, hangUp func(error), p *meshPeer, con
 			}
 			return err
 		}
-		// derpd holds the connection of a client that it refuses; see [teller].
-		if _, refused := message.(derp.HealthMessage); refused && !accepted {
-			return errMeshKey
+		switch message.(type) {
+		case derp.ServerInfoMessage:
+			admitted = true
+		case derp.HealthMessage:
+			// derpd holds the connection of a client that it refuses; see [teller].
+			if !admitted {
+				return errMeshKey
+			}
 		}
 		// The first PeerPresentMessage is about this connection itself.
 		if _, ok := message.(derp.PeerPresentMessage); ok && !accepted {

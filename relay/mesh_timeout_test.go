@@ -2,6 +2,7 @@ package relay
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -15,7 +16,9 @@ import (
 
 	"github.com/rs/zerolog"
 	"tailscale.com/derp"
+	"tailscale.com/derp/derpserver"
 	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
 )
 
 // bufferedConn is a connection that is read through a buffer.
@@ -58,6 +61,48 @@ func serveMesh(conn net.Conn, accepts bool) {
 	}
 }
 
+// warning is a connection of derpserver. A text for the client follows the second
+// write, which is derpserver's info. A pipe has no buffer, so out is one.
+type warning struct {
+	net.Conn
+	out    chan []byte
+	writes int
+}
+
+func (c *warning) Write(p []byte) (int, error) {
+	c.out <- bytes.Clone(p)
+	if c.writes++; c.writes == 2 {
+		c.out <- healthFrame("the certificate ends")
+	}
+	return len(p), nil
+}
+
+// serveWarnedMesh is another node, which sends a text to the clients that it admits.
+func serveWarnedMesh(conn net.Conn, meshKey key.DERPMesh) {
+	reader := bufio.NewReader(conn)
+	if _, err := http.ReadRequest(reader); err != nil {
+		return
+	}
+	_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n")
+	server := derpserver.New(key.NewNode(), logger.Discard)
+	_ = server.SetMeshKey(meshKey.String())
+	far := &warning{Conn: conn, out: make(chan []byte, 1000)}
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		for {
+			select {
+			case p := <-far.out:
+				_, _ = conn.Write(p)
+			case <-ended:
+				return
+			}
+		}
+	}()
+	server.Accept(context.Background(), far, bufio.NewReadWriter(bufio.NewReader(bufferedConn{far, reader}), nil), "127.0.0.1:0")
+	_ = server.Close()
+}
+
 // A connect to a node that does not accept it within ten seconds ends. One that
 // was accepted stays.
 func TestMeshConnectTimeout(t *testing.T) {
@@ -68,7 +113,10 @@ func TestMeshConnectTimeout(t *testing.T) {
 		"no answer":        {func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }, 10 * time.Second},
 		"no acceptance":    {func(conn net.Conn) { serveMesh(conn, false) }, 10 * time.Second},
 		"an accepted mesh": {func(conn net.Conn) { serveMesh(conn, true) }, 0},
-		"a node hangs up":  {func(conn net.Conn) { _ = conn.Close() }, -1},
+		"a mesh with a text for clients": {func(conn net.Conn) {
+			serveWarnedMesh(conn, meshKey(t, "correct horse battery"))
+		}, 0},
+		"a node hangs up": {func(conn net.Conn) { _ = conn.Close() }, -1},
 		"no upgrade at all": {func(conn net.Conn) {
 			_, _ = http.ReadRequest(bufio.NewReader(conn))
 			_, _ = io.WriteString(conn, "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
