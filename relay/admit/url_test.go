@@ -313,8 +313,11 @@ func TestURLFailOpenLate(t *testing.T) {
 // A server may close an idle connection at the moment of the next question. A connection
 // that the network lost is followed by a new one.
 func TestURLIdleConnections(t *testing.T) {
+	const together = 4
 	var lost atomic.Bool
-	var connections sync.Map // number of questions by client address
+	var asked atomic.Int32
+	all := make(chan struct{}) // closed when the questions at the same time have arrived
+	var connections sync.Map   // client addresses that have asked
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, used := connections.Swap(r.RemoteAddr, true)
 		if used && lost.Load() {
@@ -331,6 +334,12 @@ func TestURLIdleConnections(t *testing.T) {
 			_ = conn.Close()
 			return
 		}
+		switch n := asked.Add(1); {
+		case n == 3+together:
+			close(all)
+		case n > 3 && n < 3+together:
+			<-all
+		}
 		answer(w, http.StatusOK, `{"Allow":true}`)
 	}))
 	t.Cleanup(server.Close)
@@ -341,7 +350,7 @@ func TestURLIdleConnections(t *testing.T) {
 		}
 	}
 	var asking sync.WaitGroup
-	for range 4 {
+	for range together {
 		asking.Go(func() { _ = u.answer(t) })
 	}
 	asking.Wait()
