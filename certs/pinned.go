@@ -60,9 +60,9 @@ func LoadPinned(c PinnedConfig) (Manager, error) {
 }
 
 func (c PinnedConfig) load() (loaded, error) {
-	data, err := filekind.ReadFile(c.Path)
+	data, err := filekind.Regular(c.Path, filekind.MaxSize)
 	if errors.Is(err, fs.ErrNotExist) {
-		if pin, err := filekind.ReadFile(c.pinPath()); err == nil {
+		if pin, err := filekind.Regular(c.pinPath(), filekind.MaxSize); err == nil {
 			return loaded{}, fmt.Errorf("pinned certificate %s is lost: clients expect %s; restore it from a backup, or %s", c.Path, bytes.TrimSpace(pin), rotateHint)
 		}
 	}

@@ -17,6 +17,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"derpd/internal/redact"
 )
 
 const (
@@ -145,6 +147,7 @@ func (h *Health) round(ctx context.Context) Report {
 		wg.Go(func() {
 			results[i] = c.Run(ctx)
 			results[i].Name = c.Name
+			results[i].Detail = redact.Secrets(results[i].Detail)
 		})
 	}
 	wg.Wait()

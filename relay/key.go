@@ -5,10 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 
 	"tailscale.com/atomicfile"
 	"tailscale.com/types/key"
+
+	"derpd/internal/filekind"
 )
 
 // keyFile has the format of derper's configuration file, so that an operator
@@ -21,7 +22,7 @@ type keyFile struct {
 // there is no file. After any other error the file may contain a key, and must
 // not be replaced.
 func LoadKey(path string) (key.NodePrivate, error) {
-	data, err := os.ReadFile(path)
+	data, err := filekind.Regular(path, filekind.MaxSize)
 	if err != nil {
 		return key.NodePrivate{}, fmt.Errorf("reading node key: %w", err)
 	}

@@ -23,6 +23,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"derpd/internal/redact"
 )
 
 // Exit codes. A supervisor can distinguish a configuration that will never work
@@ -75,7 +77,7 @@ func exitCode(err error, stderr io.Writer) int {
 		return exitOK
 	}
 	if !errors.Is(err, errPrinted) {
-		_, _ = fmt.Fprintf(stderr, "derpd: %s\n", strings.TrimRight(err.Error(), "\n"))
+		_, _ = fmt.Fprintf(stderr, "derpd: %s\n", strings.TrimRight(redact.Secrets(err.Error()), "\n"))
 	}
 	if errors.Is(err, errNewer) {
 		return exitNewer

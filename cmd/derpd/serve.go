@@ -15,6 +15,7 @@ import (
 	"derpd/cmd/derpd/internal/host"
 	"derpd/cmd/derpd/internal/node"
 	"derpd/internal/debuglog"
+	"derpd/internal/redact"
 )
 
 // serve is the command `derpd serve`, and the default. It returns nil when ctx
@@ -54,7 +55,7 @@ func newLogger(c config.Log, stderr io.Writer) zerolog.Logger {
 	if c.Format == config.LogConsole || c.Format == "" && isTerminal(stderr) {
 		out = zerolog.ConsoleWriter{Out: stderr, TimeFormat: time.TimeOnly}
 	}
-	log := zerolog.New(out).Level(c.Level).With().Timestamp().Logger()
+	log := zerolog.New(redact.Writer(out)).Level(c.Level).With().Timestamp().Logger()
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(debuglog.Writer(log, "stdlog"))
 	return log

@@ -1,8 +1,8 @@
 // Package filekind reads files as people bring them. An error names what a file
 // contains in place of what derpd reads, and the command that converts the file.
 //
-// [Read] and [Text] serve every file of text, and file.go reads it. pem.go splits a
-// file into PEM blocks, and binary.go recognises binary forms by their first bytes.
+// [Read] and [Text] serve every file of text. regular.go reads, pem.go splits a file into PEM
+// blocks, and binary.go recognises binary forms by their first bytes.
 package filekind
 
 import (
@@ -14,10 +14,10 @@ import (
 	"syscall"
 )
 
-// Read is [ReadFile], but also refuses text in UTF-16. For a directory, the error has
-// the fix.
+// Read returns the content of a regular file of at most [MaxSize] bytes. It refuses
+// text in UTF-16. The error wraps that of [Regular].
 func Read(path string) ([]byte, error) {
-	data, err := ReadFile(path)
+	data, err := Regular(path, MaxSize)
 	if errors.Is(err, syscall.EISDIR) {
 		return nil, fmt.Errorf("%w; Docker makes a directory when the host has no such file: remove the directory, and put the file there", err)
 	}

@@ -1,7 +1,6 @@
 package admit
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +15,7 @@ import (
 
 	"derpd/internal/filekind"
 	"derpd/internal/filewatch"
+	"derpd/internal/redact"
 )
 
 // KeySet is a set of node keys.
@@ -27,10 +27,11 @@ type KeySet map[key.NodePublic]struct{}
 func ParseKeys(text string) (KeySet, error) {
 	keys := make(KeySet)
 	var errs []error
-	lines := bufio.NewScanner(strings.NewReader(text))
-	for n := 1; lines.Scan(); n++ {
-		line, _, _ := strings.Cut(lines.Text(), "#")
-		for _, field := range strings.FieldsFunc(line, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\r' }) {
+	n := 0
+	for line := range strings.Lines(text) {
+		n++
+		line, _, _ := strings.Cut(line, "#")
+		for _, field := range strings.FieldsFunc(line, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\r' || r == '\n' }) {
 			k, err := parseKey(field)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("line %d: %w", n, err))
@@ -38,9 +39,6 @@ func ParseKeys(text string) (KeySet, error) {
 			}
 			keys[k] = struct{}{}
 		}
-	}
-	if err := lines.Err(); err != nil {
-		errs = append(errs, err)
 	}
 	if len(errs) == 0 && len(keys) == 0 {
 		errs = append(errs, errors.New("holds no node key"))
@@ -54,7 +52,7 @@ func parseKey(field string) (key.NodePublic, error) {
 	}
 	var k key.NodePublic
 	if err := k.UnmarshalText([]byte(field)); err != nil || k.IsZero() {
-		return key.NodePublic{}, fmt.Errorf("want nodekey: and 64 hex digits, got %q", field)
+		return key.NodePublic{}, fmt.Errorf("want nodekey: and 64 hex digits, got %q", redact.Value(field))
 	}
 	return k, nil
 }

@@ -6,13 +6,14 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
 	"tailscale.com/atomicfile"
 	"tailscale.com/types/key"
+
+	"derpd/internal/filekind"
 )
 
 const (
@@ -22,6 +23,9 @@ const (
 
 	// saveLate is the longest delay of a write when only times have changed.
 	saveLate = 10 * time.Minute
+
+	// maxMemory limits the file, in bytes. A node takes about 115.
+	maxMemory = 64 << 20
 )
 
 // memory stores when a source last admitted each node. While a source is
@@ -42,7 +46,7 @@ type memory struct {
 // only the grace of earlier nodes is lost.
 func loadMemory(path string, grace time.Duration, log zerolog.Logger) *memory {
 	m := &memory{path: path, grace: grace, log: log, dirty: make(chan struct{}, 1), nodes: make(map[key.NodePublic]time.Time)}
-	data, err := os.ReadFile(path)
+	data, err := filekind.Regular(path, maxMemory)
 	if err == nil {
 		err = json.Unmarshal(data, &m.nodes)
 	}

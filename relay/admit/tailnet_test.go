@@ -588,7 +588,7 @@ func TestTailnetRequest(t *testing.T) {
 			t.Errorf("asked %s, want %s", asked, want)
 		}
 		got := answers(t, source, newNode())
-		if !strings.Contains(got, `Get "http://proxy.example.com/ts/api/v2/tailnet/a%2Fb@example.com/devices": EOF`) || strings.Contains(got+log.String(), "5ecfe7") {
+		if !strings.Contains(got, `Get "http://proxy.example.com/ts/api/v2/tailnet/a/b@example.com/devices": EOF`) || strings.Contains(got+log.String(), "5ecfe7") {
 			t.Errorf("%s\n%s", got, &log)
 		}
 	})

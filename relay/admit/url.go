@@ -18,6 +18,8 @@ import (
 	"github.com/sony/gobreaker/v2"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
+
+	"derpd/internal/redact"
 )
 
 const (
@@ -179,15 +181,18 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	return parseAnswer(res.Body)
 }
 
-// RedactURL returns target without the parts that may hold a secret: user,
-// password, query and fragment.
+// RedactURL returns target without the parts that may hold a secret: user, password,
+// query, fragment, and the parts of the path that are not made of words.
 func RedactURL(target string) string {
 	u, err := url.Parse(target)
 	if err != nil {
 		return "(unparsable URL)"
 	}
 	u.User, u.RawQuery, u.Fragment = nil, "", ""
-	shown := u.String()
+	if u.Host != "" {
+		u.Path, u.RawPath = redact.Path(u.Path), ""
+	}
+	shown := strings.ReplaceAll(u.String(), url.PathEscape("…"), "…")
 	// Without a scheme, url.Parse returns the user as part of the path. A comma in
 	// a password makes a URL without a scheme, because it splits a list of URLs.
 	hasUser := u.Host == "" && strings.Contains(shown, "@")

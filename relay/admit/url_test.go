@@ -530,6 +530,8 @@ func TestRedactURL(t *testing.T) {
 		"privkey:1234":                                     "(unparsable URL)",
 		"tskey-api-1234":                                   "(unparsable URL)",
 		"https://h/tailnet/you@example.com/devices":        "https://h/tailnet/you@example.com/devices",
+		"https://h:8443/hooks/k5ecfe71/verify":             "https://h:8443/hooks/…/verify",
+		"https://h/hooks/%6b5ecfe71":                       "https://h/hooks/…",
 		"h.example.com/verify?token=1":                     "h.example.com/verify",
 	} {
 		if got := RedactURL(target); got != want {

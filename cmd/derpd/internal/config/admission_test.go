@@ -241,9 +241,12 @@ func TestTailnets(t *testing.T) {
 func TestAdmissionSettings(t *testing.T) {
 	c := good(t, "DERP_VERIFY_GRACE=0", "DERP_VERIFY_INTERVAL=1s", "DERP_DISALLOW_APPS=a, b")
 	equal(t, "admission", c.Admission, Admission{Interval: time.Second, DisallowApps: []string{"a", "b"}})
-	c = good(t, "DERP_VERIFY_CLIENT_URL=http://a/", "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=true")
+	c = good(t, "DERP_VERIFY_CLIENT_URL=https://a/", "DERP_VERIFY_CLIENT_URL_FAIL_OPEN=true")
 	equal(t, "warnings", c.Warnings, []string{"DERP_VERIFY_CLIENT_URL_FAIL_OPEN admits anybody while an admission URL cannot be reached; without it, nodes that were admitted before stay admitted for DERP_VERIFY_GRACE"})
-	equal(t, "warnings", len(good(t, "DERP_VERIFY_CLIENT_URL=http://a/").Warnings), 0)
+	if list := good(t, "DERP_VERIFY_CLIENT_URL=http://headscale:8080/verify").Warnings; len(list) != 1 || !strings.Contains(list[0], "everybody on the way may admit any node") {
+		t.Errorf("http to another host: %q", list)
+	}
+	equal(t, "warnings", len(good(t, "DERP_VERIFY_CLIENT_URL=http://127.0.0.1/,http://localhost/,http://[::1]:1/?a=b,https://u:p@a/").Warnings), 0)
 }
 
 // Each way to close an open relay closes it.

@@ -147,6 +147,9 @@ func (e *environment) resolve(environ []string, known []Variable, p *problems) m
 			continue
 		}
 		values[name] = p.bareContent(name+"_FILE", path, string(data), lines[name])
+		if !lines[name] {
+			p.hide(values[name])
+		}
 	}
 	maps.DeleteFunc(values, func(_, value string) bool { return value == "" })
 	if e.platform = detectPlatform(outside, values); e.platform != nil {

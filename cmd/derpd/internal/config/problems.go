@@ -6,11 +6,25 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"derpd/internal/redact"
 )
 
 // problems collects what is wrong with the environment.
 type problems struct {
-	found []problem
+	found  []problem
+	hidden []string // values that no message may show: secrets, and contents of files
+}
+
+// hide keeps a value out of all messages, but for its first characters. A file may be
+// another than the operator meant, and hold a secret. Short values are also words of
+// messages.
+func (p *problems) hide(value string) {
+	for _, item := range append(splitList(value), value) {
+		if len(item) > 7 {
+			p.hidden = append(p.hidden, item)
+		}
+	}
 }
 
 type problem struct {
@@ -20,7 +34,7 @@ type problem struct {
 
 // add records a problem. Its text begins with the name of the variable.
 func (p *problems) add(variable, format string, args ...any) {
-	p.found = append(p.found, problem{variable, oneLine{fmt.Errorf("%s: %w", variable, fmt.Errorf(format, args...))}})
+	p.found = append(p.found, problem{variable, oneLine{fmt.Errorf("%s: %w", variable, fmt.Errorf(format, args...)), &p.hidden}})
 }
 
 // has reports whether a variable, or its file, has a problem already.
@@ -56,13 +70,20 @@ func (p *problems) err(order map[string]int) error {
 	return errors.Join(errs...)
 }
 
-// oneLine is an error whose text has no line breaks, since each problem is one
-// line. Names and paths may have some.
-type oneLine struct{ error }
+// oneLine is an error whose text has no secret, and no line breaks, since each problem
+// is one line. Names and paths may have some.
+type oneLine struct {
+	error
+	hidden *[]string // of the problems
+}
 
 // Error implements error.
 func (e oneLine) Error() string {
-	return strings.NewReplacer("\n", `\n`, "\r", `\r`).Replace(e.error.Error())
+	text := redact.Secrets(e.error.Error())
+	for _, value := range *e.hidden {
+		text = strings.ReplaceAll(text, value, redact.Value(value))
+	}
+	return strings.NewReplacer("\n", `\n`, "\r", `\r`).Replace(text)
 }
 
 // Unwrap returns the error as it was.

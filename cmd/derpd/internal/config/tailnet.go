@@ -41,6 +41,9 @@ func (env *TailnetEnv) tailnets(p *problems, shared sharedByAll) []admit.Tailnet
 	if !ok {
 		p.add("DERP_TAILNET_API_URL", "want an http or https URL, got %q", admit.RedactURL(env.APIURL))
 	}
+	if ok && isClear(base) && len(list) > 0 {
+		p.add("DERP_TAILNET_API_URL", "%s would get the credentials of the tailnet over http, and everybody on the way could read them; write https://", admit.RedactURL(env.APIURL))
+	}
 	external := p.boolean("DERP_TAILNET_EXTERNAL", env.External)
 	const unused = "is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"
 	credentialsFailed := p.has("DERP_TAILNET_API_KEY") || p.has("DERP_TAILNET_OAUTH_CLIENT_ID") || p.has("DERP_TAILNET_OAUTH_CLIENT_SECRET")

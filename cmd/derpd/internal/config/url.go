@@ -1,6 +1,8 @@
 package config
 
 import (
+	"fmt"
+
 	"github.com/rs/zerolog"
 
 	"derpd/relay/admit"
@@ -20,9 +22,16 @@ func (env *URLEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	var parsed parsedSources
 	failOpen := p.boolean("DERP_VERIFY_CLIENT_URL_FAIL_OPEN", env.FailOpen)
 	for _, target := range p.list("DERP_VERIFY_CLIENT_URL", env.URLs) {
-		if _, ok := parseURL(target); !ok {
+		u, ok := parseURL(target)
+		switch {
+		case !ok:
 			p.add("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", admit.RedactURL(target))
 			continue
+		case isClear(u) && (u.User != nil || u.RawQuery != ""):
+			p.add("DERP_VERIFY_CLIENT_URL", "%s would be asked over http, and everybody on the way could read the user, password or query of the URL; write https://", admit.RedactURL(target))
+			continue
+		case isClear(u):
+			parsed.warnings = append(parsed.warnings, fmt.Sprintf("DERP_VERIFY_CLIENT_URL: %s is asked over http, so everybody on the way may admit any node; write https://, or keep the way inside one host or container network", admit.RedactURL(target)))
 		}
 		parsed.list = append(parsed.list, Source{
 			Name:     "url",

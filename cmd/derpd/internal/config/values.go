@@ -152,6 +152,16 @@ func parseURL(value string) (*url.URL, bool) {
 	return u, err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
 }
 
+// isClear reports whether everybody on the way to a URL can read and change what is
+// sent: it is http, and not to this machine.
+func isClear(u *url.URL) bool {
+	if u.Scheme != "http" || u.Hostname() == "localhost" {
+		return false
+	}
+	addr, err := netip.ParseAddr(u.Hostname())
+	return err != nil || !addr.Unmap().IsLoopback()
+}
+
 // either joins words for a sentence: "a, b or c".
 func either(words []string) string {
 	if len(words) < 2 {

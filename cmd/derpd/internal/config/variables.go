@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"derpd/certs"
+	"derpd/internal/redact"
 	"derpd/relay/admit"
 )
 
@@ -90,6 +91,8 @@ func (v Variable) Shown() string {
 	case v.Value == "":
 		return ""
 	case v.Secret(), strings.Contains(v.Value, "privkey:"), strings.Contains(v.Value, "tskey-"):
+		return "(secret)"
+	case v.tag("secret") != "url" && redact.Secrets(v.Value) != v.Value:
 		return "(secret)"
 	case strings.ContainsAny(v.Value, "\r\n"):
 		return strconv.Quote(v.Value)
