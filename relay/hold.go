@@ -14,6 +14,8 @@ import (
 
 	"tailscale.com/derp"
 	"tailscale.com/types/key"
+
+	"derpd/internal/caught"
 )
 
 // Errors that the error of an [AdmitFunc] wraps when nobody was asked, or could
@@ -145,9 +147,14 @@ func (t *teller) hold(s *session) bool {
 	t.held[node] = &hold{s, time.Now(), cancel}
 	t.holding.Go(func() {
 		defer cancel()
+		defer func() {
+			if v := recover(); v != nil {
+				caught.Panic(s.all.log, "held connection", v)
+			}
+			t.release(node, s)
+			_ = s.close()
+		}()
 		t.keep(ctx, s, r)
-		t.release(node, s)
-		_ = s.close()
 	})
 	return true
 }

@@ -3,6 +3,7 @@ package relay
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -11,6 +12,8 @@ import (
 	"tailscale.com/derp"
 	"tailscale.com/net/netutil"
 	"tailscale.com/types/key"
+
+	"derpd/internal/caught"
 )
 
 // greetingLength is the length of a client's first bytes up to its key.
@@ -93,7 +96,28 @@ func (s *session) greet(p []byte) {
 // The stack is deepest below this method. With a few hundred bytes more, the
 // goroutine of each client would need a stack of 8 KiB in place of 4.
 func (s *session) Write(p []byte) (int, error) {
+	if err := s.write(p); err != nil {
+		s.ended(err)
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// errPanic ends a session in which derpd has a bug.
+var errPanic = errors.New("a panic, which the log describes")
+
+// write writes p. A panic ends the connection. derpserver writes on a goroutine whose
+// panic would end the process.
+func (s *session) write(p []byte) (err error) {
 	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	defer func() {
+		if v := recover(); v != nil {
+			caught.Panic(s.all.log, "write to a client", v)
+			s.writeErr, err = errPanic, errPanic
+			_ = s.below.Close()
+		}
+	}()
 	inside := s.out.follow(p)
 	for rest := p; len(rest) > 0 && s.writeErr == nil; {
 		var send []byte
@@ -102,13 +126,7 @@ func (s *session) Write(p []byte) (int, error) {
 			s.out.sent()
 		}
 	}
-	err := s.writeErr
-	s.writeMu.Unlock()
-	if err != nil {
-		s.ended(err)
-		return 0, err
-	}
-	return len(p), nil
+	return s.writeErr
 }
 
 // Close implements [net.Conn]. The connection of a client that was just refused

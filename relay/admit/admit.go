@@ -19,6 +19,8 @@ import (
 
 	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
+
+	"derpd/internal/caught"
 )
 
 // askTimeout limits one question to all sources, with the wait of a stranger.
@@ -237,12 +239,24 @@ type Answer struct {
 // ask asks one source, and updates its state.
 func (g *Gate) ask(ctx context.Context, i int, node key.NodePublic, addr netip.Addr) Answer {
 	s := g.config.Sources[i]
-	asOf, err := s.Ask(ctx, node, addr)
+	asOf, err := g.askSource(ctx, s, node, addr)
 	// Canceled: another source has admitted the node first. Busy: the relay did not ask.
 	if !errors.Is(err, context.Canceled) && !errors.Is(err, errBusy) {
 		g.setState(i, asOf, err)
 	}
 	return Answer{s.Name, asOf, err}
+}
+
+// askSource asks a source. A panic is an error of the source: it runs on a goroutine
+// whose panic would end the process.
+func (g *Gate) askSource(ctx context.Context, s Source, node key.NodePublic, addr netip.Addr) (asOf time.Time, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			caught.Panic(g.config.Log, "question to "+s.Name, v)
+			asOf, err = time.Time{}, errors.New("a bug of derpd, which the log describes")
+		}
+	}()
+	return s.Ask(ctx, node, addr)
 }
 
 // loopback is the address in questions about a node that is not connected.

@@ -1,6 +1,7 @@
 package admit
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
+
+	"derpd/internal/caught"
 )
 
 // source gives the same answer to every question.
@@ -301,5 +304,40 @@ func TestAskedAddress(t *testing.T) {
 	addr := netip.MustParseAddr("2001:db8::7")
 	if err := g.Admit(t.Context(), newNode(), addr); err != nil || asked.Load() != addr {
 		t.Errorf("Admit: asked with %v, %v", asked.Load(), err)
+	}
+}
+
+// A panic of a source is an answer without a decision: it admits nobody, and the other
+// sources go on. Questions run on goroutines of their own.
+func TestPanicOfASource(t *testing.T) {
+	member := newNode()
+	var log bytes.Buffer
+	g := NewGate(Config{
+		Sources: []Source{
+			{Name: "broken", Ask: func(context.Context, key.NodePublic, netip.Addr) (time.Time, error) { panic("of a source") }},
+			{Name: "good", Ask: func(_ context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
+				if node == member {
+					return time.Now(), nil
+				}
+				return time.Now(), ErrRefused
+			}},
+		},
+		Path: filepath.Join(t.TempDir(), "admitted.json"), Log: zerolog.New(&log),
+	})
+	before := caught.Count()
+	if err := g.Admit(t.Context(), member, netip.Addr{}); err != nil {
+		t.Errorf("the member: %v", err)
+	}
+	if err := g.Admit(t.Context(), newNode(), netip.Addr{}); !IsUnavailable(err) {
+		t.Errorf("a stranger: %v", err)
+	}
+	if _, err := g.AskAll(t.Context(), newNode()); !IsUnavailable(err) {
+		t.Errorf("AskAll: %v", err)
+	}
+	if n := caught.Count() - before; n != 3 {
+		t.Errorf("%d panics counted, want 3", n)
+	}
+	if text := log.String(); !strings.Contains(text, `"in":"question to broken"`) || !strings.Contains(text, "admit_test.go") {
+		t.Errorf("no stack in %s", text)
 	}
 }

@@ -75,11 +75,7 @@ func (t *tailscaled) admit(ctx context.Context) (time.Time, error) {
 // refuse requires that tailscaled has its whole network map, because every node is
 // unknown without the map. It asks a second time after mapDelay.
 func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time, error) {
-	t.mu.Lock()
-	t.updateStatus(ctx, 0)
-	problem := t.problem
-	t.mu.Unlock()
-	if problem != nil {
+	if problem := t.newProblem(ctx); problem != nil {
 		return time.Time{}, problem
 	}
 	select {
@@ -95,6 +91,14 @@ func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time
 		return time.Now(), ErrRefused
 	}
 	return time.Time{}, t.explainSocket("asking tailscaled", err)
+}
+
+// newProblem returns the problem of a new status.
+func (t *tailscaled) newProblem(ctx context.Context) error {
+	t.mu.Lock()
+	defer t.mu.Unlock() // after a panic too
+	t.updateStatus(ctx, 0)
+	return t.problem
 }
 
 // updateStatus requests a status if the last one has a problem or is older than

@@ -1,7 +1,8 @@
 // Package admin is both ends of the admin listener, which is for the operator:
 //
 //   - admin.go, admission.go, pin.go and metrics.go are the handlers of a running
-//     relay; orders.go protects those that change something
+//     relay; guard.go refuses requests of web pages, and orders.go protects handlers
+//     that change something
 //   - client.go is the client by which commands such as `derpd admit` ask it
 //
 // The admin listener is apart from the public listener, and serves no clients.
@@ -22,6 +23,9 @@ const mapType = "application/vnd.derpd.derpmap"
 
 // Config is the source of what the handlers serve.
 type Config struct {
+	// Host is the host of the admin listener's address; it may be empty.
+	Host string
+
 	// Health serves /livez, /readyz and /healthz.
 	Health http.Handler
 
@@ -45,10 +49,10 @@ func Handler(c Config) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", c.Health)
 	mux.HandleFunc("GET /derpmap", c.serveMap)
-	mux.HandleFunc("GET /admit", c.serveAdmission)
+	mux.HandleFunc("GET /admit", limited(c.serveAdmission))
 	mux.HandleFunc("GET /metrics", c.serveMetrics)
 	mux.Handle("POST /pin/accept", order(c.servePinAccept))
-	return mux
+	return guard(c.Host, mux)
 }
 
 // serveMap answers `derpd derpmap`.

@@ -68,6 +68,9 @@ func (c Client) Admission(ctx context.Context, node key.NodePublic) (Admission, 
 	if err != nil {
 		return Admission{}, err
 	}
+	if status == http.StatusTooManyRequests {
+		return Admission{}, errors.New("the relay answers two such questions a second; ask again in a second")
+	}
 	var a Admission
 	if status != http.StatusOK || contentType != admissionType || json.Unmarshal(body, &a) != nil {
 		return Admission{}, NotDerpdError(c)

@@ -17,6 +17,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -171,8 +172,9 @@ func (n *Node) build(ctx context.Context) error {
 	if n.certs != nil {
 		n.plain = n.certs.HTTPHandler(n.plain)
 	}
+	adminHost, _, _ := net.SplitHostPort(c.Listen.Admin)
 	n.admin = httpserver.New(admin.Handler(admin.Config{
-		Health: n.health.Handler(), Map: n.formatMap, Admission: n.admission, AcceptPin: n.acceptPin, Metrics: n.metrics,
+		Host: adminHost, Health: n.health.Handler(), Map: n.formatMap, Admission: n.admission, AcceptPin: n.acceptPin, Metrics: n.metrics,
 	}), n.log)
 	if n.listeners.health != nil {
 		n.healthOnly = httpserver.New(n.health.StatusHandler(), n.log)
