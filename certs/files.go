@@ -132,6 +132,12 @@ func (f *files) replace(found *loaded) {
 	}
 }
 
+// Reload loads the files at once if their content has changed, and returns their paths.
+func (f *files) Reload() []string {
+	f.reload()
+	return f.paths
+}
+
 // Run implements [Manager].
 func (f *files) Run(ctx context.Context) error {
 	var wg sync.WaitGroup

@@ -24,6 +24,7 @@ func serve(ctx context.Context, c *call) error {
 	if err := c.parse(0); err != nil {
 		return err
 	}
+	hangups := catchHangups()
 	conf, err := config.Load(c.env)
 	if err != nil {
 		return c.configError(err)
@@ -45,6 +46,7 @@ func serve(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
+	reloadOnHangup(ctx, hangups, c.env, conf, n, log)
 	return n.Run(ctx)
 }
 

@@ -53,6 +53,10 @@ type Source struct {
 	// after every change. It may be nil.
 	Run func(ctx context.Context, changed func()) error
 
+	// Reload reads the source's file again, and returns whether its data changed. It
+	// may be nil.
+	Reload func() (file string, changed bool)
+
 	// Problem returns a problem that the operator should fix while the source
 	// still answers, or nil. The function may be nil.
 	Problem func() error

@@ -100,12 +100,14 @@ func KeyFile(path string, log zerolog.Logger) (Source, error) {
 		return Source{}, err
 	}
 	f := &keyFile{path: path, log: log, keys: keys}
-	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Problem: f.problem}, nil
+	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Reload: f.reloadNow, Problem: f.problem}, nil
 }
 
 type keyFile struct {
 	path string
 	log  zerolog.Logger
+
+	reloading sync.Mutex // held while the file is read and the list replaced
 
 	mu   sync.RWMutex
 	keys KeySet // the last good list; guarded by mu
@@ -140,8 +142,13 @@ func (f *keyFile) run(ctx context.Context, changed func()) error {
 	})
 }
 
+// reloadNow implements [Source].
+func (f *keyFile) reloadNow() (file string, changed bool) { return f.path, f.reload() }
+
 // reload reads the file, and reports whether the list in force changed.
 func (f *keyFile) reload() bool {
+	f.reloading.Lock()
+	defer f.reloading.Unlock()
 	keys, err := LoadKeys(f.path)
 	f.mu.Lock()
 	defer f.mu.Unlock()

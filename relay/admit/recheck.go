@@ -50,6 +50,23 @@ func (g *Gate) Run(ctx context.Context, clients Clients) error {
 	return group.Wait()
 }
 
+// Reload reads the files of all sources again, and returns them. Connected nodes are
+// checked if a list changed.
+func (g *Gate) Reload() []string {
+	var files []string
+	for _, s := range g.config.Sources {
+		if s.Reload == nil {
+			continue
+		}
+		file, changed := s.Reload()
+		files = append(files, file)
+		if changed {
+			g.Changed()
+		}
+	}
+	return files
+}
+
 // Changed starts a check of all connected nodes in Run.
 func (g *Gate) Changed() {
 	select {

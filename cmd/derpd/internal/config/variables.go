@@ -56,6 +56,19 @@ func (e *environment) variables() []Variable {
 	return list
 }
 
+// Changed returns the variables whose values differ in another configuration. Those of
+// key files are left out, which are watched.
+func (c *Config) Changed(other *Config) []string {
+	var names []string
+	before, after := c.environment.variables(), other.environment.variables()
+	for i, v := range before {
+		if v.Value != after[i].Value && v.tag("lines") != "true" {
+			names = append(names, v.Name)
+		}
+	}
+	return names
+}
+
 func (v Variable) tag(name string) string { return v.tags.Get(name) }
 
 // Default is the value when the variable is not set.

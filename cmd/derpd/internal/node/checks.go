@@ -31,7 +31,8 @@ func (n *Node) checks() []healthz.Check {
 	}
 	list = append(list,
 		healthz.Check{Name: "packets", Run: n.checkPackets},
-		healthz.Check{Name: "proxies", Run: n.checkProxies})
+		healthz.Check{Name: "proxies", Run: n.checkProxies},
+		healthz.Check{Name: "files", Run: n.checkFiles})
 	if n.updates != nil {
 		list = append(list, healthz.Check{Name: "updates", Run: n.updates.check})
 	}
@@ -219,6 +220,14 @@ func (n *Node) checkMesh(context.Context) healthz.Result {
 		return healthz.Warnf("%d of %d nodes connected; %s", up, all, strings.Join(bad, "; "))
 	}
 	return healthz.Okf("%d of %d nodes connected", up, all)
+}
+
+// checkFiles reports private files that other users of the machine may use.
+func (n *Node) checkFiles(context.Context) healthz.Result {
+	if exposed := n.config.Exposed(); len(exposed) > 0 {
+		return healthz.Warnf("%s", strings.Join(exposed, "; "))
+	}
+	return healthz.Okf("keys and secrets are private")
 }
 
 // age is the time since t, in whole seconds.

@@ -157,6 +157,9 @@ func (n *Node) logStart() {
 	for _, w := range c.Warnings {
 		n.log.Warn().Str("warning", w).Msg("configuration")
 	}
+	for _, w := range n.config.Exposed() {
+		n.log.Warn().Str("warning", w).Msg("private file")
+	}
 	if warning := host.OpenFilesWarning(); warning != "" {
 		n.log.Warn().Str("warning", warning).Msg("limit of the host")
 	}

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/rs/zerolog"
+
+	"derpd/cmd/derpd/internal/config"
+	"derpd/cmd/derpd/internal/node"
+)
+
+// catchHangups returns the SIGHUPs of this process, which end it no longer.
+func catchHangups() chan os.Signal {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	return hangups
+}
+
+// reloadOnHangup reads files again at each SIGHUP, until ctx ends. Key files and
+// certificates take effect at once, as they do some seconds after a change without the
+// signal. The environment of a process cannot change, but the files of NAME_FILE can:
+// derpd names those variables, which need a restart.
+func reloadOnHangup(ctx context.Context, hangups chan os.Signal, env []string, before *config.Config, n *node.Node, log zerolog.Logger) {
+	go func() {
+		defer signal.Stop(hangups)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-hangups:
+			}
+			log.Info().Strs("files", n.Reload()).Msg("SIGHUP: files read again; every other setting needs a restart")
+			after, err := config.Load(env)
+			switch {
+			case err != nil:
+				log.Error().Err(err).Msg("SIGHUP: the configuration has a problem now, and derpd would not start again; the one that runs stays in force")
+			default:
+				if changed := before.Changed(after); len(changed) > 0 {
+					log.Warn().Strs("variables", changed).Msg("SIGHUP: the files of these variables have changed; restart derpd to use them")
+				}
+			}
+		}
+	}()
+}
