@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -20,6 +21,9 @@ func mountRemedy(socket string) string {
 // staleRemedy keeps a mounted directory valid. systemd replaces the directory at a
 // restart of tailscaled otherwise (tailscale/tailscale#9362).
 const staleRemedy = "RuntimeDirectoryPreserve=yes in tailscaled.service keeps that mount valid over restarts"
+
+// isTailscaled is the question about an answer that no tailscaled gives.
+const isTailscaled = "is this the socket of tailscaled?"
 
 // CheckSocket returns nil if path leads to a unix socket. The error wraps
 // [fs.ErrNotExist] if nothing is there. Any other error means that no socket can
@@ -59,7 +63,13 @@ func dialSocket(path string) func(context.Context, string, string) (net.Conn, er
 // operators.
 func (t *tailscaled) explainSocket(what string, err error) error {
 	if _, ok := errors.AsType[*net.OpError](err); !ok {
-		return fmt.Errorf("%s: %w", what, err)
+		if ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled); ended {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		if request, ok := errors.AsType[*url.Error](err); ok {
+			err = request.Err
+		}
+		return fmt.Errorf("%s: %w; %s", what, err, isTailscaled)
 	}
 	problem := CheckSocket(t.socket)
 	switch {

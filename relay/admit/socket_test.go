@@ -105,3 +105,36 @@ func TestCheckSocket(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Another program behind the socket admits nobody, and the message asks about it.
+func TestSocketOfAnotherProgram(t *testing.T) {
+	for answer, want := range map[string]string{
+		"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnone": "asking tailscaled for its status: 404 Not Found: none; is this the socket of tailscaled?",
+		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}":          "the status has no state; is this the socket of tailscaled?",
+		"+OK\r\n": "asking tailscaled: net/http: HTTP/1.x transport connection broken: malformed HTTP response \"+OK\"; is this the socket of tailscaled?",
+	} {
+		path := filepath.Join(shortDir(t), "socket")
+		ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			for {
+				conn, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = conn.Read(make([]byte, 4096))
+				_, _ = conn.Write([]byte(answer))
+				_ = conn.Close()
+			}
+		}()
+		if got := answers(t, Tailscaled(path, time.Hour), newNode()); got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+		_ = ln.Close()
+		<-ended
+	}
+}

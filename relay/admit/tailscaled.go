@@ -119,6 +119,8 @@ func (t *tailscaled) updateStatus(ctx context.Context, maxAge time.Duration) {
 	switch {
 	case err != nil:
 		t.problem = t.explainSocket("asking tailscaled for its status", err)
+	case status.BackendState == "":
+		t.problem = errors.New("the status has no state; " + isTailscaled)
 	case status.BackendState == ipn.NeedsLogin.String():
 		t.problem = fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
 	case status.BackendState == ipn.Stopped.String():
