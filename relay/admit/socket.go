@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 )
 
@@ -69,7 +70,7 @@ func (t *tailscaled) explainSocket(what string, err error) error {
 		if request, ok := errors.AsType[*url.Error](err); ok {
 			err = request.Err
 		}
-		return fmt.Errorf("%s: %w; %s", what, err, isTailscaled)
+		return fmt.Errorf("%s: %s; %s", what, shortLine(strings.TrimSpace(err.Error())), isTailscaled)
 	}
 	problem := CheckSocket(t.socket)
 	switch {

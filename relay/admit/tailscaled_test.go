@@ -87,7 +87,7 @@ func TestTailscaledStates(t *testing.T) {
 		{"outside", outside, "tailscaled has no connection to its control server: see tailscale status", "tailscaled has no connection to its control server: see tailscale status"},
 		{"without itself", withoutAny, "tailscaled has no connection to its control server: see tailscale status", "tailscaled has no connection to its control server: see tailscale status"},
 		{"logged out", loggedOut, "tailscaled is not logged in (NeedsLogin): run tailscale up", "tailscaled is not logged in (NeedsLogin): run tailscale up"},
-		{"no status", "", "asking tailscaled for its status: 500 Internal Server Error: broken; is this the socket of tailscaled?", "asking tailscaled for its status: 500 Internal Server Error: broken"},
+		{"no status", "", "asking tailscaled for its status: 500 Internal Server Error: broken; is this the socket of tailscaled?", "asking tailscaled for its status: 500 Internal Server Error: broken; is this the socket of tailscaled?"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
