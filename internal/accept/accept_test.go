@@ -78,7 +78,7 @@ func TestErrorsAreRetried(t *testing.T) {
 				t.Fatalf("%v after %s, want the first pause after a success", err, time.Since(begin))
 			}
 		}
-		time.Sleep(settled)
+		<-time.After(settled)
 		if _, err := l.Accept(); err != nil {
 			t.Fatal(err)
 		}
@@ -105,7 +105,7 @@ func TestCloseEndsThePause(t *testing.T) {
 			_, err := l.Accept()
 			ended <- err
 		}()
-		time.Sleep(5 * time.Second) // within a pause of a second
+		<-time.After(5 * time.Second) // within a pause of a second
 		synctest.Wait()
 		begin := time.Now()
 		if err := l.Close(); err != nil {
@@ -123,7 +123,7 @@ func TestCloseEndsThePause(t *testing.T) {
 // Connections with a descriptor above the highest are closed, without a pause, and
 // the listener goes on.
 func TestReserve(t *testing.T) {
-	below, err := net.Listen("tcp", "127.0.0.1:0")
+	below, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +143,7 @@ func TestReserve(t *testing.T) {
 	}()
 	dial := func() net.Conn {
 		t.Helper()
-		conn, err := net.Dial("tcp", below.Addr().String())
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", below.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -23,7 +23,11 @@ func TestLastDescriptor(t *testing.T) {
 		part  int
 		want  int
 	}{
-		{64, 1, 47}, {64, 2, 55}, {256, 1, 191}, {256, 2, 223}, {65536, 1, 65471},
+		{64, 1, 47},
+		{64, 2, 55},
+		{256, 1, 191},
+		{256, 2, 223},
+		{65536, 1, 65471},
 		{1<<64 - 1, 1, 1<<30 - 65}, // RLIM_INFINITY
 	} {
 		if got := lastDescriptor(tt.limit, tt.part); got != tt.want {
