@@ -69,7 +69,7 @@ func quotedMessages(t *testing.T, name, heading string) []string {
 func sourceText(t *testing.T) string {
 	t.Helper()
 	var b strings.Builder
-	for _, dir := range []string{".", "../../relay", "../../certs", "../../healthz"} {
+	for _, dir := range []string{".", "../../relay", "../../certs", "../../healthz", "../../internal"} {
 		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 			if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 				return err

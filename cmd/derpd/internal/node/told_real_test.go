@@ -81,6 +81,10 @@ func TestRealNodeIsTold(t *testing.T) {
 	allow.Store(true)
 	awaitText(goneWithin, "")
 
+	testkit.Until(t, "the node is connected", func() bool {
+		_, connected := n.connected()[node.NodeKey(t)]
+		return connected
+	})
 	n.stop()
 	awaitText(toldWithin, problem+"this relay is stopping")
 }
