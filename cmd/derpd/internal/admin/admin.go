@@ -48,11 +48,11 @@ type Config struct {
 func Handler(c Config) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", c.Health)
-	mux.HandleFunc("GET /derpmap", c.serveMap)
-	mux.HandleFunc("GET /admit", limited(c.serveAdmission))
 	mux.HandleFunc("GET /metrics", c.serveMetrics)
-	mux.Handle("POST /pin/accept", order(c.servePinAccept))
-	return guard(c.Host, mux)
+	mux.Handle("GET /derpmap", guard(c.Host, c.serveMap))
+	mux.Handle("GET /admit", guard(c.Host, limited(c.serveAdmission)))
+	mux.Handle("POST /pin/accept", guard(c.Host, order(c.servePinAccept)))
+	return mux
 }
 
 // serveMap answers `derpd derpmap`.

@@ -104,10 +104,13 @@ func (c Client) ask(ctx context.Context, method, path string) (status int, conte
 	}
 	ctx, cancel := context.WithTimeout(ctx, clientTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+net.JoinHostPort(host, port)+path, http.NoBody)
+	// A URL has the zone of an IPv6 address with an escaped percent sign.
+	at := url.URL{Scheme: "http", Host: net.JoinHostPort(host, port)}
+	req, err := http.NewRequestWithContext(ctx, method, at.String()+path, http.NoBody)
 	if err != nil {
 		return 0, "", nil, err
 	}
+	req.Host = "localhost" // no browser sends it with another name; see guard
 	if method == http.MethodPost {
 		req.Header.Set("Content-Type", orderType)
 	}

@@ -21,14 +21,18 @@ const (
 // forms and scripts.
 //
 // The Host must be an address, a name without a dot such as localhost or that of a
-// container, or the host of DERP_ADMIN_ADDR. No stranger can own one of these.
-func guard(own string, next http.Handler) http.Handler {
+// container, or the host of DERP_ADMIN_ADDR. No stranger can own one of these. Commands
+// send a Host of this kind, whatever the name in their DERP_ADMIN_ADDR.
+//
+// Health and metrics have no guard: Prometheus and load balancers ask for them by names
+// such as derpd.monitoring.svc.cluster.local, and their pages have no keys of nodes.
+func guard(own string, next http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !isOurs(r.Host, own) {
 			http.Error(w, "the Host of the request may be that of a stranger; use the address of this machine, or localhost", http.StatusForbidden)
 			return
 		}
-		next.ServeHTTP(w, r)
+		next(w, r)
 	})
 }
 

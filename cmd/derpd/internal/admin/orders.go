@@ -26,8 +26,8 @@ func (e RefusedError) Error() string { return e.Reason }
 //     browser is accepted, even if its name leads to this address (DNS rebinding).
 //   - DERP_ADMIN_ADDR may be an address that other machines reach, for Prometheus. They
 //     may read and not change.
-func order(serve http.HandlerFunc) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func order(serve http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.Header.Get("Content-Type") != orderType || len(r.Header["Origin"]) > 0 || len(r.Header["Sec-Fetch-Site"]) > 0:
 			http.Error(w, "only commands of derpd may do this", http.StatusForbidden)
@@ -36,7 +36,7 @@ func order(serve http.HandlerFunc) http.Handler {
 		default:
 			serve(w, r)
 		}
-	})
+	}
 }
 
 // fromThisMachine reports whether a request comes from loopback, or from the address
