@@ -5,6 +5,7 @@ package redact
 import (
 	"io"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
@@ -12,31 +13,66 @@ import (
 // ellipsis stands for what was cut.
 const ellipsis = "…"
 
-// shapes are secrets that have a shape. The first group stays.
-var shapes = []*regexp.Regexp{
-	regexp.MustCompile(`\b((?:ts|hs)key-[a-z]+-)[A-Za-z0-9_][A-Za-z0-9_-]*`),                                                                        // of Tailscale and Headscale
-	regexp.MustCompile(`\b((?:ts|hs)key-)[A-Za-z0-9_]*[A-Z0-9][A-Za-z0-9_-]*`),                                                                      // of Tailscale, without a kind
-	regexp.MustCompile(`\b((?:nl|chal)?priv(?:key)?:)[0-9A-Fa-f]{4,}`),                                                                              // private keys of nodes and machines
-	regexp.MustCompile(`(://)[^/?#\s"'\\@]+@`),                                                                                                      // user and password of a URL
-	regexp.MustCompile(`(?i)\b((?:client_secret|access_token|refresh_token|id_token|api_?key|auth_?key|password|passwd|token|secret)=)[^&\s"'\\]+`), // of forms and queries
-	regexp.MustCompile(`\b((?:Bearer|Basic) )[A-Za-z0-9+/=._~-]{8,}`),                                                                               // of the header Authorization
-	regexp.MustCompile(`\b(eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?`),                                                          // JSON Web Tokens
-	regexp.MustCompile(`\b((?:gh[pousr]|github_pat)_)[A-Za-z0-9_]{16,}`),
-	regexp.MustCompile(`(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)`),
+// shape is a kind of secret that can be recognised.
+type shape struct {
+	// hints are lower-case texts. Each secret of the shape contains one of every list.
+	// A search for them is much faster than the expression, which counts in a log at
+	// debug level.
+	hints [][]string
+
+	// secret matches it. The first group stays.
+	secret *regexp.Regexp
+}
+
+// named are names of secrets in forms, queries, variables and JSON of other programs.
+const named = `[\w-]*(?:secret|token|password|passwd|(?:api|auth|access|account|eab|hmac|mesh)[-_]?key|signature|hmac)`
+
+var shapes = []shape{
+	{[][]string{{"key-"}}, regexp.MustCompile(`((?:ts|hs)key-[a-z]+-)[A-Za-z0-9_][A-Za-z0-9_-]*`)},                                                              // of Tailscale and Headscale
+	{[][]string{{"key-"}}, regexp.MustCompile(`((?:ts|hs)key-)[A-Za-z0-9_]*[A-Z0-9][A-Za-z0-9_-]*`)},                                                            // of Tailscale, without a kind
+	{[][]string{{"priv"}, {":"}}, regexp.MustCompile(`((?:nl|chal)?priv(?:key)?:)[0-9A-Fa-f]{4,}`)},                                                             // private keys of nodes and machines
+	{[][]string{{"://"}, {"@"}}, regexp.MustCompile(`(://)[^/?#\s"'\\]+@`)},                                                                                     // user and password of a URL
+	{[][]string{{"="}}, regexp.MustCompile(`(?i)((?:\b` + named + `|[?&]key)=)[^&\s"'\\…$<{]+…?`)},                                                              // of forms, queries and variables
+	{[][]string{{":"}, {"key\"", `key\"`, "secret", "token", "passw", "signature", "hmac"}}, regexp.MustCompile(`(?i)("` + named + `\\?"\s*:\s*\\?")[^"\\…]+`)}, // of JSON, also within a string
+	{[][]string{{"x-"}, {": "}}, regexp.MustCompile(`(?i)\b(X-[a-z-]*(?:Key|Token|Secret): )[^\s"'\\]+`)},                                                       // of headers
+	{[][]string{{"bearer "}}, regexp.MustCompile(`\b((?i:Bearer) )[a-z+/._~-]*[A-Z0-9=][A-Za-z0-9+/=._~-]*`)},                                                   // of the header Authorization
+	{[][]string{{"basic "}}, regexp.MustCompile(`\b((?i:Basic) )[a-z+/]*[A-Z0-9=][A-Za-z0-9+/=]{4,}`)},                                                          // of the header Authorization
+	{[][]string{{"eyj"}, {"."}}, regexp.MustCompile(`\b(eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?`)},                                        // JSON Web Tokens
+	{[][]string{{"_"}}, regexp.MustCompile(`\b((?:gh[pousr]|github_pat)_)[A-Za-z0-9_]{16,}`)},
+	{[][]string{{"private key-----"}}, regexp.MustCompile(`(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)`)},
 }
 
 // Secrets returns text with every secret cut to the prefix that names its kind.
 func Secrets(text string) string {
-	for _, shape := range shapes {
-		text = shape.ReplaceAllStringFunc(text, func(found string) string {
-			kept := shape.FindStringSubmatch(found)[1]
-			if kept == "://" {
-				return kept + ellipsis + "@"
-			}
-			return kept + ellipsis
-		})
+	lower := strings.ToLower(text)
+	for _, s := range shapes {
+		if s.hinted(lower) {
+			text = s.secret.ReplaceAllStringFunc(text, s.cut)
+		}
 	}
 	return text
+}
+
+// hinted reports whether a text may contain a secret of the shape.
+func (s shape) hinted(lower string) bool {
+	for _, list := range s.hints {
+		if !slices.ContainsFunc(list, func(hint string) bool { return strings.Contains(lower, hint) }) {
+			return false
+		}
+	}
+	return true
+}
+
+// cut returns what may be shown of a secret.
+func (s shape) cut(found string) string {
+	kept := s.secret.FindStringSubmatch(found)[1]
+	switch {
+	case kept == "://":
+		return kept + ellipsis + "@"
+	case strings.HasSuffix(found, "-"+ellipsis):
+		return found // cut by another shape, or the prefix of a key in a message
+	}
+	return kept + ellipsis
 }
 
 // shown is the number of characters that [Value] shows of a value of no shape.
