@@ -1,8 +1,10 @@
 package node
 
 // Reload reads key files and certificate files again, as their watches do after each
-// change, and returns the files. A file that is invalid now changes nothing.
+// change, and returns the files. A file that is invalid now changes nothing. Health
+// has the result at once.
 func (n *Node) Reload() []string {
+	defer n.health.Changed()
 	var files []string
 	if gate := n.gate.Load(); gate != nil {
 		files = gate.Reload()
