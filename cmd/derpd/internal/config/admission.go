@@ -35,7 +35,7 @@ type Admission struct {
 // Source is one configured source of admission. A new kind of source is a file
 // of package relay/admit, and a file here that registers the kind, as url.go does.
 type Source struct {
-	Name     string // of its kind, as in [SourceKinds]
+	Name     string // of its kind
 	Variable string // variable that configures it
 	Target   string // file, socket, URL without secrets, or tailnet that is asked; may be empty
 
@@ -81,15 +81,6 @@ func registerSource(kind sourceKind) { registeredKinds = append(registeredKinds,
 // sourceKinds lists the kinds by name. Sources are asked in this order.
 func sourceKinds() []sourceKind {
 	return slices.SortedFunc(slices.Values(registeredKinds), func(a, b sourceKind) int { return cmp.Compare(a.name, b.name) })
-}
-
-// SourceKinds are the names of all kinds of sources of admission.
-func SourceKinds() []string {
-	var names []string
-	for _, kind := range sourceKinds() {
-		names = append(names, kind.name)
-	}
-	return names
 }
 
 // HowToClose is the advice for the operator of an open relay.
