@@ -25,16 +25,7 @@ const (
 // runNotices sends connected clients a warning while the relay is about to be
 // unusable, and takes it back afterwards, until ctx ends.
 func (n *Node) runNotices(ctx context.Context) error {
-	tick := time.NewTicker(noticesEvery)
-	defer tick.Stop()
-	for {
-		n.sendNotice(ctx)
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-	}
+	return repeat(ctx, noticesEvery, func() { n.sendNotice(ctx) })
 }
 
 func (n *Node) sendNotice(ctx context.Context) {

@@ -34,18 +34,7 @@ type packetSample struct {
 }
 
 // run samples the counters until ctx ends.
-func (p *packets) run(ctx context.Context) error {
-	tick := time.NewTicker(packetsSampled)
-	defer tick.Stop()
-	for {
-		p.sample()
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-	}
-}
+func (p *packets) run(ctx context.Context) error { return repeat(ctx, packetsSampled, p.sample) }
 
 // sample adds the present counters, and removes samples older than the window.
 func (p *packets) sample() {

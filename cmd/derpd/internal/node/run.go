@@ -62,6 +62,20 @@ func (n *Node) tasks() []task {
 	return list
 }
 
+// repeat calls do at once and at each interval, until ctx ends. It returns nil.
+func repeat(ctx context.Context, interval time.Duration, do func()) error {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		do()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
 // served returns nil for a server that was closed.
 func served(err error) error {
 	if errors.Is(err, http.ErrServerClosed) {
