@@ -4,6 +4,7 @@ package redact
 
 import (
 	"io"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -111,6 +112,27 @@ func Path(path string) string {
 		}
 	}
 	return strings.Join(parts, "/")
+}
+
+// URL returns target without the parts that may hold a secret: user, password,
+// query, fragment, and the parts of the path that are not made of words.
+func URL(target string) string {
+	u, err := url.Parse(target)
+	if err != nil {
+		return "(unparsable URL)"
+	}
+	u.User, u.RawQuery, u.Fragment = nil, "", ""
+	if u.Host != "" {
+		u.Path, u.RawPath = Path(u.Path), ""
+	}
+	shown := strings.ReplaceAll(u.String(), url.PathEscape(ellipsis), ellipsis)
+	// Without a scheme, url.Parse returns the user as part of the path. A comma in
+	// a password makes a URL without a scheme, because it splits a list of URLs.
+	hasUser := u.Host == "" && strings.Contains(shown, "@")
+	if hasUser || strings.Contains(shown, "privkey:") || strings.Contains(shown, "tskey-") {
+		return "(unparsable URL)"
+	}
+	return shown
 }
 
 // Writer returns a writer that passes every write to w without secrets. Each write must

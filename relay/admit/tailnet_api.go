@@ -16,6 +16,8 @@ import (
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/clientcredentials"
 	tailscale "tailscale.com/client/tailscale/v2"
+
+	"derpd/internal/redact"
 )
 
 const (
@@ -153,7 +155,7 @@ func (a *tailnetAPI) explain(err error) error {
 	}
 	cause := err.Error()
 	if failed, ok := errors.AsType[*url.Error](err); ok {
-		cause = strings.ReplaceAll(cause, failed.URL, RedactURL(failed.URL))
+		cause = strings.ReplaceAll(cause, failed.URL, redact.URL(failed.URL))
 	}
 	secrets := []string{a.config.APIKey, a.config.OAuthClientSecret}
 	if a.token != nil {

@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
-	"net/url"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -80,7 +78,7 @@ var errBusy = errors.New("too many questions at the same time")
 // tailcfg.DERPAdmitClientRequest, answered with tailcfg.DERPAdmitClientResponse.
 func URL(c URLConfig) Source {
 	u := newAdmissionURL(c)
-	return Source{Name: "url " + RedactURL(c.Target), Ask: u.ask, Problem: u.problem}
+	return Source{Name: "url " + redact.URL(c.Target), Ask: u.ask, Problem: u.problem}
 }
 
 func newAdmissionURL(c URLConfig) *admissionURL {
@@ -128,12 +126,12 @@ func (u *admissionURL) failsOpen(err error) bool {
 		return errors.Is(err, errUnreachable)
 	case !errors.Is(err, errUnreachable):
 		if u.open.Swap(nil) != nil {
-			u.Log.Info().Str("url", RedactURL(u.Target)).Msg("admission URL answers again")
+			u.Log.Info().Str("url", redact.URL(u.Target)).Msg("admission URL answers again")
 		}
 		return false
 	}
 	if u.open.Swap(&err) == nil {
-		u.Log.Warn().Err(err).Str("url", RedactURL(u.Target)).Msg("anybody may connect, because DERP_VERIFY_CLIENT_URL_FAIL_OPEN is true")
+		u.Log.Warn().Err(err).Str("url", redact.URL(u.Target)).Msg("anybody may connect, because DERP_VERIFY_CLIENT_URL_FAIL_OPEN is true")
 	}
 	return true
 }
@@ -179,25 +177,4 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 		return explainStatus(res)
 	}
 	return parseAnswer(res.Body)
-}
-
-// RedactURL returns target without the parts that may hold a secret: user, password,
-// query, fragment, and the parts of the path that are not made of words.
-func RedactURL(target string) string {
-	u, err := url.Parse(target)
-	if err != nil {
-		return "(unparsable URL)"
-	}
-	u.User, u.RawQuery, u.Fragment = nil, "", ""
-	if u.Host != "" {
-		u.Path, u.RawPath = redact.Path(u.Path), ""
-	}
-	shown := strings.ReplaceAll(u.String(), url.PathEscape("…"), "…")
-	// Without a scheme, url.Parse returns the user as part of the path. A comma in
-	// a password makes a URL without a scheme, because it splits a list of URLs.
-	hasUser := u.Host == "" && strings.Contains(shown, "@")
-	if hasUser || strings.Contains(shown, "privkey:") || strings.Contains(shown, "tskey-") {
-		return "(unparsable URL)"
-	}
-	return shown
 }

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+
+	"derpd/internal/redact"
 )
 
 // maxRedirects limits the redirects of one question.
@@ -71,7 +73,7 @@ func explainStatus(res *http.Response) error {
 	status := fmt.Sprintf("admission URL answered %d %s", res.StatusCode, http.StatusText(res.StatusCode))
 	target, err := res.Location()
 	if res.StatusCode/100 == 3 && err == nil {
-		return fmt.Errorf("%s and leads to %s; %s", status, shortLine(RedactURL(target.String())), redirectRemedy(res.Request, target))
+		return fmt.Errorf("%s and leads to %s; %s", status, shortLine(redact.URL(target.String())), redirectRemedy(res.Request, target))
 	}
 	remedy, known := statusRemedies[res.StatusCode]
 	switch {

@@ -5,6 +5,7 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"derpd/internal/redact"
 	"derpd/relay/admit"
 )
 
@@ -39,10 +40,10 @@ func (env *TailnetEnv) tailnets(p *problems, shared sharedByAll) []admit.Tailnet
 	names := p.list("DERP_TAILNET", env.Tailnet)
 	base, ok := parseURL(env.APIURL)
 	if !ok {
-		p.add("DERP_TAILNET_API_URL", "want an http or https URL, got %q", admit.RedactURL(env.APIURL))
+		p.add("DERP_TAILNET_API_URL", "want an http or https URL, got %q", redact.URL(env.APIURL))
 	}
 	if ok && isClear(base) && len(list) > 0 {
-		p.add("DERP_TAILNET_API_URL", "%s would get the credentials of the tailnet over http, and everybody on the way could read them; write https://", admit.RedactURL(env.APIURL))
+		p.add("DERP_TAILNET_API_URL", "%s would get the credentials of the tailnet over http, and everybody on the way could read them; write https://", redact.URL(env.APIURL))
 	}
 	external := p.boolean("DERP_TAILNET_EXTERNAL", env.External)
 	const unused = "is only used with DERP_TAILNET_API_KEY or DERP_TAILNET_OAUTH_CLIENT_ID, but neither is set; set one of them, or remove this"

@@ -5,6 +5,7 @@ import (
 
 	"github.com/rs/zerolog"
 
+	"derpd/internal/redact"
 	"derpd/relay/admit"
 )
 
@@ -25,18 +26,18 @@ func (env *URLEnv) parse(p *problems, shared sharedByAll) parsedSources {
 		u, ok := parseURL(target)
 		switch {
 		case !ok:
-			p.add("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", admit.RedactURL(target))
+			p.add("DERP_VERIFY_CLIENT_URL", "want http or https URLs, got %q", redact.URL(target))
 			continue
 		case isClear(u) && (u.User != nil || u.RawQuery != ""):
-			p.add("DERP_VERIFY_CLIENT_URL", "%s would be asked over http, and everybody on the way could read the user, password or query of the URL; write https://", admit.RedactURL(target))
+			p.add("DERP_VERIFY_CLIENT_URL", "%s would be asked over http, and everybody on the way could read the user, password or query of the URL; write https://", redact.URL(target))
 			continue
 		case isClear(u):
-			parsed.warnings = append(parsed.warnings, fmt.Sprintf("DERP_VERIFY_CLIENT_URL: %s is asked over http, so everybody on the way may admit any node; write https://, or keep the way inside one host or container network", admit.RedactURL(target)))
+			parsed.warnings = append(parsed.warnings, fmt.Sprintf("DERP_VERIFY_CLIENT_URL: %s is asked over http, so everybody on the way may admit any node; write https://, or keep the way inside one host or container network", redact.URL(target)))
 		}
 		parsed.list = append(parsed.list, Source{
 			Name:     "url",
 			Variable: "DERP_VERIFY_CLIENT_URL",
-			Target:   admit.RedactURL(target),
+			Target:   redact.URL(target),
 			New: func(log zerolog.Logger) (admit.Source, error) {
 				return admit.URL(admit.URLConfig{Target: target, FailOpen: failOpen, Roots: shared.roots, Log: log}), nil
 			},

@@ -8,7 +8,6 @@ import (
 
 	"derpd/certs"
 	"derpd/internal/redact"
-	"derpd/relay/admit"
 )
 
 // Variable is one field of a struct of variables.
@@ -112,7 +111,7 @@ func (v Variable) Shown() string {
 	case v.tag("secret") == "url":
 		targets := splitList(v.Value)
 		for i, target := range targets {
-			targets[i] = admit.RedactURL(target)
+			targets[i] = redact.URL(target)
 		}
 		return strings.Join(targets, ",")
 	}
