@@ -1,6 +1,7 @@
 package certs
 
 import (
+	"cmp"
 	"crypto/x509"
 	"fmt"
 	"net"
@@ -9,6 +10,7 @@ import (
 	"strings"
 
 	"derpd/internal/filekind"
+	"derpd/internal/issuer"
 )
 
 // split separates DNS names from IP addresses.
@@ -53,14 +55,7 @@ func withoutSNI(names []string, conn net.Conn) []string {
 
 // covered returns the names of a certificate, for messages.
 func covered(leaf *x509.Certificate) string {
-	names := slices.Clone(leaf.DNSNames)
-	for _, ip := range leaf.IPAddresses {
-		names = append(names, ip.String())
-	}
-	if len(names) == 0 {
-		return "no name"
-	}
-	return strings.Join(names, ", ")
+	return cmp.Or(strings.Join(issuer.Names(leaf), ", "), "no name")
 }
 
 // explainName explains why a certificate does not cover a name.

@@ -149,7 +149,7 @@ func pathOf(sent []*x509.Certificate, now time.Time) []*x509.Certificate {
 
 // called is the name of a certificate in messages.
 func called(c *x509.Certificate) string {
-	if list := names(c); len(list) > 0 {
+	if list := issuer.Names(c); len(list) > 0 {
 		return list[0]
 	}
 	return quotedName(c.Subject.CommonName, c.Subject.OrganizationalUnit, c.Subject.Organization, c.Subject.String())

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"tailscale.com/derp/derpconst"
+
+	"derpd/internal/issuer"
 )
 
 // pinPrefix begins a CertName that is a hash (tailcfg.DERPNode.CertName).
@@ -135,19 +137,11 @@ func (c Clients) judgeName(leaf *x509.Certificate) (Verdict, bool) {
 	if name == "" || leaf.VerifyHostname(name) == nil {
 		return Verdict{}, false
 	}
-	cause := fmt.Sprintf("the certificate is for %s, but clients ask for %s", strings.Join(names(leaf), " "), name)
-	if len(names(leaf)) == 0 {
+	cause := fmt.Sprintf("the certificate is for %s, but clients ask for %s", strings.Join(issuer.Names(leaf), " "), name)
+	if len(issuer.Names(leaf)) == 0 {
 		cause = fmt.Sprintf("the certificate has no subject alternative name, but clients ask for %s and ignore the common name %q", name, leaf.Subject.CommonName)
 	}
 	return failed(cause, "get a certificate for "+name), true
-}
-
-func names(c *x509.Certificate) []string {
-	list := slices.Clone(c.DNSNames)
-	for _, ip := range c.IPAddresses {
-		list = append(list, ip.String())
-	}
-	return list
 }
 
 // outOfDate is the cause if a certificate is not valid now, or an empty string.

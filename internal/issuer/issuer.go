@@ -1,5 +1,5 @@
-// Package issuer has the relations between a certificate and its issuer. certs and
-// healthz apply the same rules with it.
+// Package issuer has the names of a certificate, and the relations between it and its
+// issuer. certs and healthz apply the same rules with it.
 package issuer
 
 import (
@@ -11,6 +11,15 @@ import (
 	"slices"
 	"strings"
 )
+
+// Names returns the DNS names and the addresses that a certificate is for.
+func Names(c *x509.Certificate) []string {
+	list := slices.Clone(c.DNSNames)
+	for _, ip := range c.IPAddresses {
+		list = append(list, ip.String())
+	}
+	return list
+}
 
 // Signed reports whether issuer has the name of c's issuer, and its key made the
 // signature of c. What the issuer may be used for does not matter. A signature with an

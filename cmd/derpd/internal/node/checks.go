@@ -5,12 +5,12 @@ import (
 	"crypto/x509"
 	"fmt"
 	"net"
-	"slices"
 	"strings"
 	"time"
 
 	"derpd/cmd/derpd/internal/config"
 	"derpd/healthz"
+	"derpd/internal/issuer"
 	"derpd/relay/stun"
 )
 
@@ -95,13 +95,9 @@ func (n *Node) checkCertificate(context.Context) healthz.Result {
 	if s.Leaf == nil {
 		return healthz.Failf("waiting for %s: %v", strings.Join(n.config.Domains, ", "), s.Err)
 	}
-	names := slices.Clone(s.Leaf.DNSNames)
-	for _, ip := range s.Leaf.IPAddresses {
-		names = append(names, ip.String())
-	}
 	verdict := n.verdict()
 	left := time.Until(s.Leaf.NotAfter)
-	line := fmt.Sprintf("%s, %s, %s", mode, strings.Join(names, " "), remaining(left))
+	line := fmt.Sprintf("%s, %s, %s", mode, strings.Join(issuer.Names(s.Leaf), " "), remaining(left))
 	switch {
 	case verdict.Level == healthz.Fail && s.Err != nil: // why there is no better one
 		return healthz.Failf("%s; %v", verdict, s.Err)
