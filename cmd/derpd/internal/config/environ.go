@@ -135,6 +135,17 @@ func (e *environment) resolve(environ []string, known []Variable, p *problems) m
 			p.add(name, "unknown variable%s", suggestion(name, lines))
 		}
 	}
+	e.readFiles(ours, values, lines, p)
+	maps.DeleteFunc(values, func(_, value string) bool { return value == "" })
+	if e.platform = detectPlatform(outside, values); e.platform != nil {
+		e.assumed = e.platform.assume(values)
+	}
+	return values
+}
+
+// readFiles adds the values that files hold. ours are the variables as given, and lines
+// says whether a variable may have several lines.
+func (e *environment) readFiles(ours, values map[string]string, lines map[string]bool, p *problems) {
 	for _, name := range slices.Sorted(maps.Keys(e.files)) {
 		path := e.files[name]
 		if ours[name] != "" && !slices.Contains(e.ignored, name) {
@@ -151,11 +162,6 @@ func (e *environment) resolve(environ []string, known []Variable, p *problems) m
 			p.hide(values[name])
 		}
 	}
-	maps.DeleteFunc(values, func(_, value string) bool { return value == "" })
-	if e.platform = detectPlatform(outside, values); e.platform != nil {
-		e.assumed = e.platform.assume(values)
-	}
-	return values
 }
 
 // lending protects the environment of the process while it is lent to envconfig.

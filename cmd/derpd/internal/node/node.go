@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"tailscale.com/types/key"
 
 	"derpd/certs"
 	"derpd/cmd/derpd/internal/admin"
@@ -135,26 +136,7 @@ func (n *Node) build(ctx context.Context) error {
 		n.gate.Store(gate)
 	}
 	n.bootstrap = relay.NewBootstrapDNS(c.Web.BootstrapDNS, n.log)
-	mesh := c.Mesh
-	mesh.Describe = n.describe
-	rc := relay.Config{
-		PrivateKey:     private,
-		Names:          c.Domains,
-		Admit:          n.admit(),
-		DisallowApps:   c.Admission.DisallowApps,
-		TellClients:    c.TellClients,
-		Home:           c.Web.Home,
-		BootstrapDNS:   n.bootstrap,
-		Mesh:           mesh,
-		TrustedProxies: c.Proxies.Trusted,
-		ProxyProtocol:  c.Proxies.ProxyProtocol,
-		Misdirected:    n.misdirected,
-		Log:            n.log,
-	}
-	if n.certs != nil {
-		rc.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return n.certs.GetCertificate(hello) }
-	}
-	if n.relay, err = relay.New(rc); err != nil {
+	if n.relay, err = relay.New(n.relayConfig(private)); err != nil {
 		return err
 	}
 	if n.listeners.stun != nil {
@@ -180,4 +162,29 @@ func (n *Node) build(ctx context.Context) error {
 		n.healthOnly = httpserver.New(n.health.StatusHandler(), n.log)
 	}
 	return nil
+}
+
+// relayConfig returns the configuration of the relay with a private key.
+func (n *Node) relayConfig(private key.NodePrivate) relay.Config {
+	c := n.config
+	mesh := c.Mesh
+	mesh.Describe = n.describe
+	rc := relay.Config{
+		PrivateKey:     private,
+		Names:          c.Domains,
+		Admit:          n.admit(),
+		DisallowApps:   c.Admission.DisallowApps,
+		TellClients:    c.TellClients,
+		Home:           c.Web.Home,
+		BootstrapDNS:   n.bootstrap,
+		Mesh:           mesh,
+		TrustedProxies: c.Proxies.Trusted,
+		ProxyProtocol:  c.Proxies.ProxyProtocol,
+		Misdirected:    n.misdirected,
+		Log:            n.log,
+	}
+	if n.certs != nil {
+		rc.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return n.certs.GetCertificate(hello) }
+	}
+	return rc
 }
