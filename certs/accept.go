@@ -18,7 +18,7 @@ var ErrNothingWaits = errors.New("no certificate waits to be accepted")
 // shortHash is the number of hex digits of a hash in messages.
 const shortHash = 16
 
-// ShortHash is the begin of a certificate's SHA-256 in hex, for messages and for
+// ShortHash is the start of a certificate's SHA-256 in hex, for messages and for
 // [Manager.Accept].
 func ShortHash(c *x509.Certificate) string {
 	return hash(c)[:shortHash]
@@ -47,9 +47,9 @@ func (l *loaded) certName() string {
 	return ""
 }
 
-// mustWait reports whether a certificate waits for Accept: with it, clients of the
-// present map fail, but not with the certificate in use. A certificate in use that all
-// clients refuse protects nobody.
+// mustWait reports whether a certificate waits for Accept. Clients of the present map
+// refuse such a certificate, and accept the one in use. Nothing waits once all clients
+// refuse the certificate in use.
 func (f *files) mustWait(found *loaded, now time.Time) bool {
 	current := f.current.Load()
 	return !found.meant && found.certName() != current.certName() && current.check(now) == nil
@@ -120,7 +120,7 @@ func (f *files) replaceUseless(ctx context.Context) {
 		}
 		f.mu.Lock()
 		if now := time.Now(); f.waiting != nil && f.waiting.check(now) == nil && !f.mustWait(f.waiting, now) {
-			f.log.Warn().Msg("clients refuse the old certificate; the one that waited is served without having been accepted")
+			f.log.Warn().Msg("clients refuse the old certificate, so the new one is served without `derpd pin --accept`")
 			f.replace(f.waiting)
 		}
 		f.mu.Unlock()

@@ -257,7 +257,7 @@ func TestFilesWaitUntilTheOldOneIsUseless(t *testing.T) {
 		h.want(t, "before the end", old, next)
 		settle()
 		h.want(t, "after the end", next, nil)
-		if !slices.Equal(h.changed, []string{certs.Pin(next.Leaf)}) || !strings.Contains(h.log.String(), "served without having been accepted") {
+		if !slices.Equal(h.changed, []string{certs.Pin(next.Leaf)}) || !strings.Contains(h.log.String(), "served without `derpd pin --accept`") {
 			t.Errorf("changed %q, logged\n%s", h.changed, h.log.String())
 		}
 	})

@@ -50,7 +50,7 @@ type Manager interface {
 	Status() Status
 
 	// Accept serves the certificate that waits, though clients then need a new
-	// map. hash is the begin of its SHA-256 in hex; empty for the one that Status
+	// map. hash is the start of its SHA-256 in hex; empty for the one that Status
 	// has named. The error is [ErrNothingWaits] if none waits.
 	Accept(hash string) error
 }

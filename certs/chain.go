@@ -99,8 +99,8 @@ func (c ManualConfig) verify(p *pair, chain []certificate, now time.Time) (autho
 	return "", c.explainMissing(p, paths[0][len(paths[0])-1])
 }
 
-// noRoots reports whether this machine has no roots at all, and so cannot tell a
-// public authority from another.
+// noRoots reports whether this machine has no roots, by which a public authority is
+// recognised.
 func noRoots(roots *x509.CertPool) bool {
 	if roots == nil {
 		var err error

@@ -33,9 +33,10 @@ type ManualConfig struct {
 // LoadManual loads a certificate and its key. The manager reloads both when a file
 // changes.
 //
-// It refuses files with which every client fails: the key must belong to the first
-// certificate, which must cover every name and be valid now, with its issuers. An
-// authority that this machine does not trust is logged: clients may trust it.
+// LoadManual refuses files with which every client fails. The key must belong to the
+// first certificate. This certificate must cover every name, and must be valid now with
+// its issuers. LoadManual logs an authority that this machine does not trust, since
+// clients may trust it.
 //
 // New files that change the map wait for Accept: a self-signed certificate with another
 // pin, or one of an authority in place of a self-signed one.

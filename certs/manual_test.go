@@ -462,8 +462,8 @@ func TestManualWithPrivateRoots(t *testing.T) {
 }
 
 // derper refuses a pair that does not load, and a certificate without its host name
-// (cmd/derper/cert.go). What derper serves and derpd refuses, a client refuses that
-// trusts the authority's root.
+// (cmd/derper/cert.go). A client with the authority's root refuses what
+// derper serves and derpd refuses.
 func TestManualServesWhatDerperServes(t *testing.T) {
 	p := newPKI(t)
 	compared := 0

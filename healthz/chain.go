@@ -69,8 +69,8 @@ func (c Clients) unknownRoot(root string) Verdict {
 	return warning("clients need "+root+" installed: this machine does not know it", ownRootFix)
 }
 
-// noRoots reports whether this machine has no roots, and cannot tell a public authority
-// from another.
+// noRoots reports whether this machine has no roots, by which a public authority is
+// recognised.
 func (c Clients) noRoots() bool { return c.Roots == nil || c.Roots.Equal(x509.NewCertPool()) }
 
 // verification verifies one leaf in different ways.

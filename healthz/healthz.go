@@ -98,7 +98,7 @@ type Health struct {
 	mu          sync.Mutex
 	last        Report    // guarded by mu
 	lastDone    time.Time // end of the last round, zero before the first; guarded by mu
-	lastChanges uint64    // changes at the begin of the last round; guarded by mu
+	lastChanges uint64    // changes at the start of the last round; guarded by mu
 }
 
 // New returns the health of the checks. Their order is the order of causes: a

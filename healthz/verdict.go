@@ -126,7 +126,7 @@ func (c Clients) judgePin(sent []*x509.Certificate, now time.Time) Verdict {
 	return Verdict{}
 }
 
-// short is the begin of a hash.
+// short is the start of a hash.
 func short(hash string) string { return hash[:min(16, len(hash))] }
 
 func failed(cause, fix string) Verdict { return Verdict{Level: Fail, Cause: cause, Fix: fix} }
@@ -189,8 +189,8 @@ type Judgements struct {
 // judgedFor limits the use of a verdict. The clock of the machine may be set.
 const judgedFor = time.Hour
 
-// Of is [Clients.Judge], or the last verdict if the same certificates were judged for
-// the same map and no date has passed since. roots is called only for a new verdict
+// Of returns the verdict of [Clients.Judge]. The last verdict is used again for the same
+// certificates and the same map, until the next date of a certificate. roots is called only for a new verdict
 // without a pin.
 func (j *Judgements) Of(c Clients, roots func() *x509.CertPool, sent []*x509.Certificate, now time.Time) Verdict {
 	hash := sha256.New()

@@ -78,9 +78,9 @@ func handshake(t *testing.T, c Clients, roots *x509.CertPool, chain []*tls.Certi
 	return err
 }
 
-// TestJudge compares each verdict with a client of tailscale.com. Clients accept what is
-// OK. What has a warning is accepted by clients that have the root alone, and what
-// fails by none of them.
+// TestJudge compares each verdict with a client of tailscale.com. All
+// clients accept what is OK, and refuse what fails. Only clients that have the root
+// accept what has a warning.
 func TestJudge(t *testing.T) {
 	public := made(t, nil, "Public Root", authority)
 	private := made(t, nil, "Private Root", authority)

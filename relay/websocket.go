@@ -52,8 +52,8 @@ func (r *Relay) webSockets(next http.Handler) http.Handler {
 }
 
 // webSocket is a connection over a WebSocket. Deadlines and Close act on the
-// connection below. Those of package websocket do not: its closing handshake reads
-// the rest of the client's message, without a limit on length or time.
+// connection below. The closing handshake of package websocket reads the rest of the
+// client's message, without a limit on length or time.
 type webSocket struct {
 	net.Conn
 	below  net.Conn

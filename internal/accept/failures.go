@@ -1,7 +1,6 @@
-// Package accept keeps the loops alive that wait for strangers: those of TCP
-// listeners and of the STUN socket. accept(2) and recvmsg(2) fail for reasons that
-// pass, such as no descriptor, no memory or a network that is down. Only a closed
-// socket ends such a loop.
+// Package accept lets TCP listeners and the STUN socket go on after an error. accept(2)
+// and recvmsg(2) fail for reasons that pass, such as no descriptor, no memory or a
+// network that is down. Only a closed socket ends their loops.
 //
 //   - failures.go pauses after an error, and logs the first one
 //   - listener.go is a TCP listener whose Accept fails only after Close

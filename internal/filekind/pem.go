@@ -108,9 +108,9 @@ const (
 	end   = "-----END "
 )
 
-// Blocks returns all blocks of a file, damaged ones too. It fails if the file has no
-// block, or a block that does not begin on a line of its own: other programs read
-// such a file in part.
+// Blocks returns all blocks of a file, damaged ones too. The error
+// is about a file without a block, or about a block that does not begin on a line of
+// its own. Other programs read such a file in part.
 func Blocks(path string, data []byte) ([]Block, error) {
 	if err := Text(path, data); err != nil {
 		return nil, err

@@ -22,8 +22,8 @@ func Names(c *x509.Certificate) []string {
 }
 
 // Signed reports whether issuer has the name of c's issuer, and its key made the
-// signature of c. What the issuer may be used for does not matter. A signature with an
-// algorithm that is too weak to verify counts: only its verification fails.
+// signature of c. The uses that the issuer is made for do not matter. A signature with an
+// algorithm that is too weak counts, although its verification fails.
 func Signed(c, issuer *x509.Certificate) bool {
 	if !bytes.Equal(issuer.RawSubject, c.RawIssuer) {
 		return false

@@ -76,14 +76,15 @@ func (s shape) cut(found string) string {
 	return kept + ellipsis
 }
 
-// shown is the number of characters that [Value] shows of a value of no shape.
+// shown is the number of characters that [Value] shows of a value of no known kind.
 const shown = 4
 
 // public are prefixes of values that are no secret.
 var public = []string{"nodekey:", "mkey:", "discokey:"}
 
-// Value returns a value that may be a secret, for the message that it is wrong: public
-// keys in whole, and four characters of what has no shape.
+// Value returns the part of a wrong value that a message may show. Public keys are shown
+// in whole, known secrets without their secret part, and of any other value four
+// characters.
 func Value(value string) string {
 	for _, prefix := range public {
 		if strings.HasPrefix(value, prefix) && len(value) <= 80 {

@@ -17,10 +17,10 @@ const defaultProxies = "https://proxy.golang.org,direct"
 
 const howToSetProxy = "set GOPROXY to a module proxy that can be reached from here, or HTTPS_PROXY"
 
-// askProxies asks the module proxies of GOPROXY for the versions of tailscale.com,
-// in the order that go.dev/ref/mod#goproxy-protocol describes: after a comma the
-// next one is asked if the one before has no such module, after a pipe if it failed
-// in any way. limit is the time for all of them.
+// askProxies asks the module proxies of GOPROXY for the versions of tailscale.com, in
+// the order of go.dev/ref/mod#goproxy-protocol. A proxy after a comma is asked if the one
+// before has no such module, and a proxy after a pipe after any failure. limit is the
+// time for all of them.
 func (a *Asker) askProxies(ctx context.Context, limit time.Duration) (Answer, error) {
 	list := a.goProxy
 	if strings.Trim(list, " ,|") == "" {

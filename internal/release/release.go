@@ -1,4 +1,4 @@
-// Package release finds out whether a newer release of derpd is out.
+// Package release asks whether a newer release of derpd is out.
 //
 // release.go has the rules for names of releases. ask.go asks and compares.
 // github.go asks the repository of a published build, and proxy.go asks a module

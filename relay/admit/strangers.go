@@ -28,11 +28,11 @@ const (
 	// same node. A node that was just added waits for this time at most.
 	refusedFor = 3 * time.Second
 
-	// A stranger waits for its question. A node that was refused within
-	// retryWindow waits for a shorter time, so that nodes that try again and again
-	// leave room in the queue for nodes that are new. A new node whose question
-	// exceeded the limits waits for a longer time at its next attempt: a node with
-	// a new key for each attempt cannot take its place.
+	// A stranger waits for its question: newcomerWait at its first attempt. A
+	// node that was refused within retryWindow waits for retryWait, and so leaves
+	// room in the queue for new nodes. A new node whose question exceeded the
+	// limits waits for againWait at its next attempt. A node with a new key for
+	// each attempt cannot take its place.
 	newcomerWait = time.Second
 	retryWait    = newcomerWait / 2
 	againWait    = newcomerWait * 3 / 2

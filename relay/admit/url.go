@@ -70,7 +70,7 @@ type admissionURL struct {
 var errUnreachable = errors.New("admission URL cannot be reached")
 
 // errBusy means that the relay did not ask, because it waits for the answers to its
-// other questions. That is no failure of the source.
+// other questions. The source has not failed.
 var errBusy = errors.New("too many questions at the same time")
 
 // URL returns a source that asks an admission URL. The protocol is that of

@@ -16,9 +16,8 @@ const (
 	questionsBurst     = 10
 )
 
-// guard refuses requests that a web page has sent through the operator's browser, by a
-// name of its own that leads to 127.0.0.1 (DNS rebinding). [order] refuses requests from
-// forms and scripts.
+// guard refuses requests of a web page in the operator's browser, whose own name leads
+// to 127.0.0.1 (DNS rebinding). [order] refuses requests from forms and scripts.
 //
 // The Host must be an address, a name without a dot such as localhost or that of a
 // container, or the host of DERP_ADMIN_ADDR. No stranger can own one of these. Commands
@@ -29,7 +28,7 @@ const (
 func guard(own string, next http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !isOurs(r.Host, own) {
-			http.Error(w, "the Host of the request may be that of a stranger; use the address of this machine, or localhost", http.StatusForbidden)
+			http.Error(w, "the Host of the request may belong to a stranger; use the address of this machine, or localhost", http.StatusForbidden)
 			return
 		}
 		next(w, r)

@@ -24,15 +24,15 @@ func (e RefusedError) Error() string { return e.Reason }
 //
 //   - Browsers send Origin with every POST (Fetch standard, section 3.2). No page of a
 //     browser is accepted, even if its name leads to this address (DNS rebinding).
-//   - DERP_ADMIN_ADDR may be an address that other machines reach, for Prometheus. They
-//     may read and not change.
+//   - DERP_ADMIN_ADDR may be an address that other machines reach, for Prometheus. Other
+//     machines may read, and change nothing.
 func order(serve http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.Header.Get("Content-Type") != orderType || len(r.Header["Origin"]) > 0 || len(r.Header["Sec-Fetch-Site"]) > 0:
-			http.Error(w, "only commands of derpd may do this", http.StatusForbidden)
+			http.Error(w, "only commands of derpd may change the relay", http.StatusForbidden)
 		case !fromThisMachine(r):
-			http.Error(w, "only commands on the machine of the relay may do this", http.StatusForbidden)
+			http.Error(w, "only commands on the machine of the relay may change the relay", http.StatusForbidden)
 		default:
 			serve(w, r)
 		}

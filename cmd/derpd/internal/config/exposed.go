@@ -8,12 +8,12 @@ import (
 )
 
 // Exposed returns warnings about private files that other users may read, and about
-// directories in which other users may replace them. It looks at each call.
+// directories in which other users may replace them. Each call reads the modes again.
 //
-// A group is not another user: certificates are often shared with one, and Kubernetes
-// gives a volume to one (fsGroup). A file on a file system in
-// memory is left out: Kubernetes and Docker's swarm mode mount secrets so, readable by
-// every user of a container that has one user.
+// A group is not another user: certificates are often shared with a group, and
+// Kubernetes gives a volume to a group (fsGroup). Files on a file system in memory are
+// left out. Kubernetes and Docker's swarm mode mount secrets there, readable by every
+// user of the container, which has one user.
 func (c *Config) Exposed() []string {
 	private := []string{c.Storage.NodeKeyFile()}
 	directories := []string{c.Storage.DataDir}

@@ -55,8 +55,8 @@ func (e *environment) variables() []Variable {
 	return list
 }
 
-// Changed returns the variables whose values differ in another configuration. Those of
-// key files are left out, which are watched.
+// Changed returns the variables whose values differ in another configuration. Lists of
+// node keys are left out: a running relay reads them again by itself.
 func (c *Config) Changed(other *Config) []string {
 	var names []string
 	before, after := c.environment.variables(), other.environment.variables()

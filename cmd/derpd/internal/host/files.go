@@ -13,8 +13,9 @@ const minOpenFiles = 4096
 // the admin and health listeners, questions about clients, and files.
 const maxReserve = 64
 
-// LastDescriptor is the highest descriptor of a user who leaves a part of the reserve
-// to others: 1 leaves all of it, 2 leaves half. It is 0 if there is no limit to know.
+// LastDescriptor is the highest descriptor of a listener that leaves a part of the
+// reserve to others: 1 leaves all of the reserve, 2 leaves half. The result is 0 if the
+// process has no limit.
 func LastDescriptor(part int) int {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

@@ -13,18 +13,17 @@ import (
 )
 
 // With DERP_VERIFY_CLIENTS=auto a relay without any source is open while no socket of
-// tailscaled exists. The operator may start tailscaled after derpd, as a boot may. So
-// the relay closes when anything appears at the path of a socket.
+// tailscaled exists. tailscaled may start after derpd, so the relay closes when anything
+// appears at the path of a socket.
 //
-// It closes for a file or a directory too, which prevents the next start: both mean
-// that a socket was meant to be there. It stays closed while the process lives, as a
-// relay whose tailscaled has stopped does: an open relay would be the wrong one.
+// A file or a directory closes the relay too, because the operator meant a socket. The
+// relay stays closed while the process lives, also when tailscaled stops.
 const (
 	// socketInterval is the time between two looks.
 	socketInterval = 2 * time.Second
 
-	// evictAfter is added to DERP_VERIFY_INTERVAL. Then the connections end that were
-	// made while the relay was open, and that no source has admitted since.
+	// evictAfter is added to DERP_VERIFY_INTERVAL. At the end of both, connections from
+	// before the relay closed end, unless a source has admitted their node.
 	evictAfter = 5 * time.Second
 )
 

@@ -62,7 +62,7 @@ func (n *Node) checkListeners(ctx context.Context) healthz.Result {
 
 const day = 24 * time.Hour
 
-// renewal is what to do about an old certificate, by mode. certmagic renews when a
+// renewal is the fix for an old certificate, by mode. certmagic renews when a
 // third of the lifetime is left, so an old certificate of an authority is overdue.
 var renewal = map[string]string{
 	config.ModeManual:      "renew the files",
@@ -177,7 +177,7 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 		counts.Admitted, counts.Refused+counts.Unavailable+counts.Limited, counts.Kept, counts.Disconnected)
 	if last := gate.LastLimited(); time.Since(last) < limitedWarning {
 		done += fmt.Sprintf("; %d nodes were refused without a question, the last one %s ago, because too many new nodes connect at the same time; "+
-			"nodes that were admitted before are not concerned", counts.Limited, age(last))
+			"nodes that were admitted before are not affected", counts.Limited, age(last))
 		if len(bad) == 0 {
 			return healthz.Warnf("%s; %s", strings.Join(good, ", "), done)
 		}

@@ -113,7 +113,7 @@ func (w *world) withoutUpgrade(ln net.Listener, n *Node) {
 
 // proxyRows are about what stands in front of the relay.
 func proxyRows() []situation {
-	// What breaks in front is a warning, since strangers cause it as well.
+	// A fault in front of the relay is a warning, since strangers cause it as well.
 	broken := func(name, reason, fix string, begin func(*world)) situation {
 		return situation{name: name, begin: begin, client: anyError, health: "(" + reason + ", the last one ", log: fix, lacks: fix}
 	}

@@ -79,9 +79,9 @@ func listen(ctx context.Context, c config.Listen) (*listeners, error) {
 	return &l, nil
 }
 
-// retry makes every TCP listener survive the errors of accept. The public ones leave
-// descriptors to all others, and the health listener leaves some to the admin
-// listener: an orchestrator restarts a relay whose /livez does not answer.
+// retry makes every TCP listener survive the errors of accept. The public listeners
+// leave descriptors to all others, because an orchestrator restarts a relay whose
+// /livez does not answer. The health listener leaves some to the admin listener.
 func (l *listeners) retry(log zerolog.Logger) {
 	for _, of := range []struct {
 		ln      *net.Listener

@@ -110,7 +110,7 @@ func (m *mapCert) warning(now time.Time) string {
 func (n *Node) rememberCertName() {
 	record, err := readCertName(n.config.Storage.MapCertFile())
 	if err != nil {
-		n.log.Warn().Err(err).Msg("it is unknown whether the pin has changed since the last start")
+		n.log.Warn().Err(err).Msg("the last pin cannot be read, so a change since the last start is not reported")
 	}
 	name := ""
 	if n.certs != nil {

@@ -27,9 +27,9 @@ type updates struct {
 	err    error          // of the last question; guarded by mu
 }
 
-// run asks until ctx ends. Relays that were started together do not ask together:
-// the first question comes within a tenth of the interval, and each later interval
-// is up to a tenth shorter or longer.
+// run asks until ctx ends. The first question comes within a tenth of the interval, and
+// each later interval is up to a tenth shorter or longer. So relays that were started
+// together do not ask together.
 func (u *updates) run(ctx context.Context) error {
 	wait := rand.N(u.every / 10)
 	for {
