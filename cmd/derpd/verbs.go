@@ -28,7 +28,7 @@ func verbs() []verb {
 		{"serve", "", "run the relay", serve},
 		{"derpmap", "[--format FORMAT]", "print the DERP map to paste into a tailnet's policy or Headscale", printMap},
 		{"pin", "[--rotate | --accept] [--format FORMAT] [HASH]", "print the hash of the self-signed certificate; replace it, or accept the one that waits in the files", pin},
-		{"admit", "NODEKEY", "print whether the running relay admits the node with this key (nodekey:…), and what each source says", printAdmission},
+		{"admit", "NODEKEY", "print whether the running relay admits the node with this key (nodekey:…), and the answer of each source", printAdmission},
 		{"env", "[--example]", "print the configuration in force, without secrets", printEnvironment},
 		{"healthcheck", "", "print the health of the running relay; exit code 1 unless it is ready", healthcheck},
 		{"version", "[--check]", "print the version, or whether a newer release is out", printVersion},

@@ -19,7 +19,7 @@ import (
 // A file or a directory closes the relay too, because the operator meant a socket. The
 // relay stays closed while the process lives, also when tailscaled stops.
 const (
-	// socketInterval is the time between two looks.
+	// socketInterval is the interval of the checks for a socket.
 	socketInterval = 2 * time.Second
 
 	// evictAfter is added to DERP_VERIFY_INTERVAL. At the end of both, connections from

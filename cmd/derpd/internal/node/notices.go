@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	noticesEvery = time.Minute     // between two looks at the certificate
+	noticesEvery = time.Minute     // between two checks of the certificate
 	noticesTake  = 5 * time.Second // at most, for all clients
 
 	// stopNotice is the part of stopTimeout for the last text.
