@@ -49,7 +49,7 @@ const (
 )
 
 // recursFor is the time after which PROXY headers from one address are evidence of a
-// proxy. Clients connect through a proxy all day, and a scanner goes on.
+// proxy. Clients connect through a proxy all day, and a scanner stops earlier.
 const recursFor = 5 * time.Minute
 
 // MisdirectedState is the state of one [Misdirection].

@@ -33,10 +33,10 @@ type Config struct {
 	// Admit decides about each client. Nil admits every client.
 	Admit AdmitFunc
 
-	// Names are the DNS names and addresses that clients dial. None is an
-	// address. Clients that send no server name have dialed an address. Only
-	// clients of these names, or of a name of the certificate, get derpserver's
-	// meta certificate.
+	// Names are the DNS names and addresses that clients dial. An empty list
+	// stands for an address. Clients that dial an address send no server name.
+	// Only clients of these names, or of a name of the certificate, get
+	// derpserver's meta certificate.
 	Names []string
 
 	// DisallowApps are the app names, as clients advertise them, that are

@@ -29,8 +29,8 @@ func (r *Relay) handler() http.Handler {
 }
 
 // upgraded passes requests with an upgrade to DERP or WebSocket to derp, and all
-// others to home, as requests of an unknown path. A client's request without an
-// upgrade has lost it in a proxy.
+// others to home, as requests of an unknown path. A proxy has removed the
+// upgrade from a client's request without one.
 func (r *Relay) upgraded(derp, home http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		switch strings.ToLower(req.Header.Get("Upgrade")) {
