@@ -33,7 +33,7 @@ func pin(ctx context.Context, c *call) error {
 	}
 	mode := conf.Certificate.Mode
 	if *rotate && mode == config.ModeManual {
-		return usageError{errors.New("pin: DERP_CERT_MODE is manual; replace the files, and run `derpd pin --accept`")}
+		return usageError{errors.New("pin: --rotate makes no certificate while DERP_CERT_MODE is manual; replace the files, and run `derpd pin --accept`")}
 	}
 	if mode != config.ModePinned && mode != config.ModeManual {
 		return usageError{fmt.Errorf("pin: DERP_CERT_MODE is %s, so there is no pinned certificate; set DERP_CERT_MODE=pinned to use one", mode)}

@@ -176,7 +176,7 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
 		counts.Admitted, counts.Refused+counts.Unavailable+counts.Limited, counts.Kept, counts.Disconnected)
 	if last := gate.LastLimited(); time.Since(last) < limitedWarning {
-		done += fmt.Sprintf("; %d nodes were refused without a question, the last one %s ago, because too many new nodes connect at the same time; "+
+		done += fmt.Sprintf("; %d attempts to connect were refused without a question, the last one %s ago, because too many new nodes connect at the same time; "+
 			"nodes that were admitted before are not affected", counts.Limited, age(last))
 		if len(bad) == 0 {
 			return healthz.Warnf("%s; %s", strings.Join(good, ", "), done)
