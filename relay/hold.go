@@ -18,8 +18,8 @@ import (
 	"derpd/internal/caught"
 )
 
-// Errors that the error of an [AdmitFunc] wraps when nobody was asked, or could
-// answer, whether the client may connect. Clients get a text of each.
+// ErrSourceUnavailable and ErrBusy are wrapped by the error of an [AdmitFunc] if no
+// source could answer, or if none was asked. Clients get a text for each.
 var (
 	ErrSourceUnavailable = errors.New("source of admission unavailable")
 	ErrBusy              = errors.New("too many new nodes at once")

@@ -12,17 +12,17 @@ import (
 	"derpd/cmd/derpd/internal/node"
 )
 
-// catchHangups returns the SIGHUPs of this process, which end it no longer.
+// catchHangups returns a channel of SIGHUPs. The signal then does not end the process.
 func catchHangups() chan os.Signal {
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	return hangups
 }
 
-// reloadOnHangup reads files again at each SIGHUP, until ctx ends. Key files and
-// certificates take effect at once, as they do some seconds after a change without the
-// signal. The environment of a process cannot change, but the files of NAME_FILE can:
-// derpd names those variables, which need a restart.
+// reloadOnHangup reads files again at each SIGHUP, until ctx ends. Lists of node keys
+// and certificates take effect at once, and without the signal some seconds after a
+// change. The environment of a process cannot change, but the files of NAME_FILE can.
+// derpd logs these variables, which need a restart.
 func reloadOnHangup(ctx context.Context, hangups chan os.Signal, env []string, before *config.Config, n *node.Node, log zerolog.Logger) {
 	go func() {
 		defer signal.Stop(hangups)

@@ -80,8 +80,8 @@ func (c certName) write(path string) error {
 	return atomicfile.WriteFile(path, append(data, '\n'), 0o600)
 }
 
-// mapCert keeps the record, in a file too. A restart with another certificate is then
-// noticed. A file that cannot be read or written stops nothing.
+// mapCert keeps the record, in a file too, so that a restart with another certificate
+// is reported. A file that cannot be read or written stops nothing.
 type mapCert struct {
 	// changed receives a value when clients need a new map; nil before the start.
 	changed chan struct{}
@@ -106,7 +106,7 @@ func (m *mapCert) warning(now time.Time) string {
 }
 
 // rememberCertName compares the certificate of this start with that of the last one.
-// A restart is the operator's will, so a change is only reported.
+// The operator restarts on purpose, so a change is only reported.
 func (n *Node) rememberCertName() {
 	record, err := readCertName(n.config.Storage.MapCertFile())
 	if err != nil {
