@@ -84,7 +84,7 @@ func (c PinnedConfig) load() (loaded, error) {
 		}
 		return nil
 	}
-	pin, _ := os.ReadFile(c.pinPath()) // written after the certificate by RotatePinned alone
+	pin, _ := filekind.Regular(c.pinPath(), filekind.MaxSize) // written after the certificate by RotatePinned alone
 	return loaded{cert: &cert, check: check, meant: string(bytes.TrimSpace(pin)) == Pin(cert.Leaf)}, check(time.Now())
 }
 

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"sync"
 	"time"
 
 	"tailscale.com/atomicfile"
 
 	"derpd/certs"
+	"derpd/internal/filekind"
 )
 
 // changedWarning is how long health reports a changed pin: time for the operator to
@@ -58,13 +58,17 @@ func (c certName) notes() []string {
 
 // readCertName reads the record from a file. Without the file, nothing is known.
 func readCertName(path string) (certName, error) {
-	data, err := os.ReadFile(path)
+	data, err := filekind.Regular(path, filekind.MaxSize)
 	if errors.Is(err, fs.ErrNotExist) {
 		return certName{}, nil
 	}
-	record := certName{known: true}
+	const absent = "-" // no CertName
+	record := certName{CertName: absent, known: true}
 	if err == nil {
 		err = json.Unmarshal(data, &record)
+	}
+	if err == nil && record.CertName == absent {
+		err = errors.New("it has no cert_name")
 	}
 	if err != nil {
 		return certName{}, fmt.Errorf("reading the last pin from %s: %w", path, err)
@@ -96,10 +100,11 @@ func (m *mapCert) get() certName {
 	return m.record
 }
 
-// warning is what health says about a change within changedWarning, or empty.
+// warning is what health says about a change within changedWarning, or empty. A change
+// in the future was recorded while the clock was wrong.
 func (m *mapCert) warning(now time.Time) string {
 	record := m.get()
-	if record.Changed.IsZero() || now.Sub(record.Changed) > changedWarning {
+	if record.Changed.IsZero() || now.Sub(record.Changed).Abs() > changedWarning {
 		return ""
 	}
 	return record.String() + ": clients need the new map, which `derpd derpmap` prints"

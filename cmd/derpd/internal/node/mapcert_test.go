@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/sys/unix"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 
@@ -160,7 +161,7 @@ func TestCertNameRecord(t *testing.T) {
 		t.Error("a pin in place of none is no change")
 	}
 	m := mapCert{record: second}
-	for after, says := range map[time.Duration]bool{0: true, 7*day - time.Minute: true, 7*day + time.Minute: false} {
+	for after, says := range map[time.Duration]bool{0: true, 7*day - time.Minute: true, 7*day + time.Minute: false, -time.Hour: true, -365 * day: false} {
 		if got := m.warning(now.Add(after)); (got != "") != says {
 			t.Errorf("after %v health says %q", after, got)
 		}
@@ -197,6 +198,10 @@ func TestCertNameFileIsBroken(t *testing.T) {
 	for name, breakFile := range map[string]func(path string) error{
 		"a directory": func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o700) },
 		"no JSON":     func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) },
+		"no name":     func(path string) error { return os.WriteFile(path, []byte("{}"), 0o600) },
+		"null":        func(path string) error { return os.WriteFile(path, []byte("null"), 0o600) },
+		"huge":        func(path string) error { return os.WriteFile(path, make([]byte, 2<<20), 0o600) },
+		"a pipe":      func(path string) error { return unix.Mkfifo(path, 0o600) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			data := t.TempDir()
@@ -216,7 +221,7 @@ func TestCertNameFileIsBroken(t *testing.T) {
 			if got := n.mapCert.get(); got.Before != pin || got.Changed.IsZero() {
 				t.Errorf("the record after a change is %+v", got)
 			}
-			if name == "a directory" {
+			if name == "a directory" || name == "a pipe" {
 				if got := log.String(); strings.Count(got, "the pin cannot be stored") != 1 {
 					t.Errorf("logged\n%s", got)
 				}
