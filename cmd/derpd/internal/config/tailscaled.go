@@ -49,7 +49,7 @@ func (env *TailscaledEnv) parse(p *problems, shared sharedByAll) parsedSources {
 		switch err := admit.CheckSocket(socket); {
 		case socket == "": // reported
 			continue
-		case auto && isMissing(socket):
+		case auto && IsMissing(socket):
 			parsed.later = append(parsed.later, source)
 			continue
 		case err != nil && (auto || !errors.Is(err, fs.ErrNotExist)):
@@ -61,8 +61,9 @@ func (env *TailscaledEnv) parse(p *problems, shared sharedByAll) parsedSources {
 	return parsed
 }
 
-// isMissing reports whether nothing is at a path, not even a link.
-func isMissing(path string) bool {
+// IsMissing reports whether nothing is at a path, not even a link. An error such as
+// EACCES hides what is there.
+func IsMissing(path string) bool {
 	_, err := os.Lstat(path)
 	return errors.Is(err, fs.ErrNotExist)
 }

@@ -2,13 +2,11 @@ package node
 
 import (
 	"context"
-	"errors"
-	"io/fs"
-	"os"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"derpd/cmd/derpd/internal/config"
 	"derpd/relay/admit"
 )
 
@@ -59,8 +57,7 @@ func (n *Node) awaitSocket(ctx context.Context) (path string, ok bool) {
 	defer tick.Stop()
 	for {
 		for _, s := range n.config.Later {
-			// An error such as EACCES hides what is there.
-			if _, err := os.Lstat(s.Target); !errors.Is(err, fs.ErrNotExist) {
+			if !config.IsMissing(s.Target) {
 				return s.Target, true
 			}
 		}
