@@ -56,7 +56,8 @@ type refusal struct {
 // teller sends and holds nothing.
 //
 // derpserver closes the connection of a client that it refuses, and
-// [session.Close] asks the teller first.
+// [session.Close] asks the teller first. AdmitFunc has returned by then, so refused
+// has at most one element for each open connection.
 type teller struct {
 	private      key.NodePrivate // opens the first frame of clients
 	disallowApps []string
@@ -67,8 +68,8 @@ type teller struct {
 
 	mu      sync.Mutex
 	refused map[key.NodePublic]refusal // until derpserver closes the connection; guarded by mu
-	held    map[key.NodePublic]*hold   // guarded by mu
-	told    map[string]int64           // texts sent, by reason; guarded by mu
+	held    map[key.NodePublic]*hold   // at most limit; guarded by mu
+	told    map[string]int64           // texts sent, by reason, of which derpd has six; guarded by mu
 	closed  bool                       // guarded by mu
 
 	holding sync.WaitGroup

@@ -67,7 +67,7 @@ type misdirections struct {
 	begun func(Misdirection) // called when a state begins; may be nil
 
 	mu  sync.Mutex
-	all map[Misdirection]*arrivals // guarded by mu
+	all map[Misdirection]*arrivals // of [Misdirections] alone; guarded by mu
 }
 
 // arrivals are the arrivals of one kind.

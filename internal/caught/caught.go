@@ -15,7 +15,8 @@ import (
 // the same panic as often as they like.
 const logEvery = time.Minute
 
-// seen are the panics of this process.
+// seen are the panics of this process. A kind is a constant or names a source of the
+// configuration, so strangers cannot add one.
 var seen struct {
 	mu     sync.Mutex
 	count  uint64

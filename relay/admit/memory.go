@@ -30,7 +30,8 @@ const (
 
 // memory stores when a source last admitted each node. While a source is
 // unavailable, these nodes stay admitted for the grace. A file keeps them over
-// restarts.
+// restarts. A stranger is no element: only a source that knows a node adds it, and
+// fail-open of an admission URL does not.
 type memory struct {
 	path  string
 	grace time.Duration
