@@ -86,7 +86,7 @@ func kindOf(data []byte) kind {
 	if _, err := x509.ParseCertificateRequest(data); err == nil {
 		return derRequest
 	}
-	if _, err := ParseKey(data); err == nil {
+	if _, err := parseKey(data); err == nil {
 		return derKey
 	}
 	if i := bytes.Index(start, pbes2); i > 0 && i < 16 {
@@ -95,8 +95,8 @@ func kindOf(data []byte) kind {
 	return unknown
 }
 
-// ParseKey parses a private key in any form that crypto/tls accepts.
-func ParseKey(der []byte) (any, error) {
+// parseKey parses a private key in any form that crypto/tls accepts.
+func parseKey(der []byte) (any, error) {
 	key, err := x509.ParsePKCS8PrivateKey(der)
 	if err == nil {
 		return key, nil

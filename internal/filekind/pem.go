@@ -58,7 +58,7 @@ func (b Block) Key() (any, error) {
 	if b.Err != nil {
 		return nil, b.Err
 	}
-	key, err := ParseKey(b.DER)
+	key, err := parseKey(b.DER)
 	switch {
 	case err == nil:
 		return key, nil
