@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 )
 
@@ -44,15 +45,15 @@ type Asker struct {
 	client  *http.Client
 }
 
-// New returns an Asker for a build. goProxy is the value of GOPROXY; empty is Go's
-// default. It is used if the repository of the build is not known, not on GitHub, or
-// GitHub has no answer.
+// New returns an Asker for a build. goProxy is the value of GOPROXY. It is used if the
+// repository of the build is not known, not on GitHub, or GitHub has no answer. Without
+// a repository and GOPROXY, the Asker asks for Tailscale's releases on GitHub.
 func New(b Build, goProxy string) *Asker {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	// The next question comes after hours.
 	transport.DisableKeepAlives = true
 	return &Asker{
-		build: b, goProxy: goProxy, github: "https://api.github.com",
+		build: b, goProxy: strings.Trim(goProxy, " ,|"), github: "https://api.github.com",
 		timeout: askTimeout, client: &http.Client{Transport: transport},
 	}
 }
@@ -63,7 +64,10 @@ func (a *Asker) Ask(ctx context.Context) (Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
 	repository, ok := onGitHub(a.build.Source)
-	if !ok {
+	switch {
+	case !ok && a.goProxy == "":
+		return a.askTailscale(ctx)
+	case !ok:
 		return a.askProxies(ctx, a.timeout)
 	}
 	// From mainland China GitHub's API often cannot be reached, a mirror of modules can.

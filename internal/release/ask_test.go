@@ -245,11 +245,12 @@ func TestAskProxies(t *testing.T) {
 	}
 }
 
-// An empty GOPROXY is Go's own default, and an entry without a scheme is https.
+// An entry without a scheme is https. Without any entry, Tailscale's own repository is
+// asked.
 func TestProxyURLs(t *testing.T) {
 	for goProxy, want := range map[string]string{
-		"":                        "https://proxy.golang.org/tailscale.com/@v/list",
-		" , ":                     "https://proxy.golang.org/tailscale.com/@v/list",
+		"":                        "https://api.github.com/repos/tailscale/tailscale/releases/latest",
+		" , ":                     "https://api.github.com/repos/tailscale/tailscale/releases/latest",
 		"goproxy.example/a":       "https://goproxy.example/a/tailscale.com/@v/list",
 		"http://goproxy.example/": "http://goproxy.example/tailscale.com/@v/list",
 	} {
@@ -257,12 +258,43 @@ func TestProxyURLs(t *testing.T) {
 		var asked []string
 		a.client.Transport = roundTripper(func(r *http.Request) (*http.Response, error) {
 			asked = append(asked, r.URL.String())
-			return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(versions))}, nil
+			body := versions
+			if r.URL.Host == "api.github.com" {
+				body = `{"tag_name":"v1.104.9"}`
+			}
+			return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(body))}, nil
 		})
 		if _, err := a.Ask(t.Context()); err != nil || len(asked) != 1 || asked[0] != want {
 			t.Errorf("%q asks %q, %v; want %q", goProxy, asked, err, want)
 		}
 	}
+}
+
+// A build of nobody's repository, without GOPROXY, follows Tailscale's releases.
+func TestTailscaleOnGitHub(t *testing.T) {
+	for name, tt := range map[string]struct {
+		answer http.HandlerFunc
+		newer  bool
+		want   string
+	}{
+		"newer":     {text(http.StatusOK, `{"tag_name":"v1.104.9"}`), true, "tailscale.com v1.104.9 is out (here: v1.104.7); take a newer release of derpd, or run `make upstream` in its sources"},
+		"same":      {text(http.StatusOK, `{"tag_name":"v1.104.7"}`), false, "tailscale.com v1.104.7 is the newest release"},
+		"unstable":  {text(http.StatusOK, `{"tag_name":"v1.105.3"}`), false, `/repos/tailscale/tailscale/releases/latest: the latest release is not a stable one of Tailscale (got tag "v1.105.3"); set GOPROXY`},
+		"forbidden": {text(http.StatusForbidden, ""), false, "answered 403 Forbidden; try again later, or set HTTPS_PROXY if GitHub cannot be reached from here; or set GOPROXY"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := New(Build{Version: "dev", Upstream: "v1.104.7"}, "")
+			a.github = server(t, tt.answer)
+			assertAnswer(t, a, tt.newer, tt.want)
+		})
+	}
+}
+
+// A published build that GitHub does not answer names the variable that it lacks.
+func TestNoGOPROXY(t *testing.T) {
+	a := New(Build{Version: "1.104.7-1", Upstream: "v1.104.7", Source: "https://github.com/someone/derpd"}, "")
+	a.github = server(t, text(http.StatusForbidden, ""))
+	assertAnswer(t, a, false, "; then GOPROXY: is not set; set GOPROXY to a module proxy")
 }
 
 type roundTripper func(*http.Request) (*http.Response, error)

@@ -24,23 +24,45 @@ func onGitHub(source string) (repository string, ok bool) {
 	return repository, strings.Count(repository, "/") == 1
 }
 
-// askGitHub asks for the latest release of the repository. The answer is the one
-// of "Get the latest release" in GitHub's REST API.
-func (a *Asker) askGitHub(ctx context.Context, repository string) (Answer, error) {
-	target := a.github + "/repos/" + repository + "/releases/latest"
+// latest returns the tag of the latest release of a repository, and the URL that was
+// asked. The answer is the one of "Get the latest release" in GitHub's REST API.
+func (a *Asker) latest(ctx context.Context, repository string) (tag, target string, err error) {
+	target = a.github + "/repos/" + repository + "/releases/latest"
 	body, err := a.get(ctx, target)
 	if err != nil {
-		return Answer{}, fmt.Errorf("%s: %w; %s", target, err, howToAskGitHub(err))
+		return "", target, fmt.Errorf("%s: %w; %s", target, err, howToAskGitHub(err))
 	}
 	var latest struct {
 		TagName string `json:"tag_name"`
 	}
 	if err := json.Unmarshal(body, &latest); err != nil {
-		return Answer{}, fmt.Errorf("%s: not an answer of GitHub's API: %w; set HTTPS_PROXY if GitHub cannot be reached from here", target, err)
+		return "", target, fmt.Errorf("%s: not an answer of GitHub's API: %w; set HTTPS_PROXY if GitHub cannot be reached from here", target, err)
 	}
-	newest := strings.TrimPrefix(latest.TagName, "v")
+	return latest.TagName, target, nil
+}
+
+// askTailscale asks for the latest release of Tailscale itself, where neither the
+// repository of the build nor a module proxy is known.
+func (a *Asker) askTailscale(ctx context.Context) (Answer, error) {
+	tag, target, err := a.latest(ctx, "tailscale/tailscale")
+	switch {
+	case err != nil:
+		return Answer{}, fmt.Errorf("%w; or %s", err, howToSetProxy)
+	case Newest([]string{tag}, true) == "":
+		return Answer{}, fmt.Errorf("%s: the latest release is not a stable one of Tailscale (got tag %.40q); %s", target, tag, howToSetProxy)
+	}
+	return a.comparedTailscale(tag), nil
+}
+
+// askGitHub asks for the latest release of the build's repository.
+func (a *Asker) askGitHub(ctx context.Context, repository string) (Answer, error) {
+	tag, target, err := a.latest(ctx, repository)
+	if err != nil {
+		return Answer{}, err
+	}
+	newest := strings.TrimPrefix(tag, "v")
 	if !Name.MatchString(newest) {
-		return Answer{}, fmt.Errorf("%s: the latest release is not one of derpd (got tag %.40q); build derpd with the SOURCE of its own repository", target, latest.TagName)
+		return Answer{}, fmt.Errorf("%s: the latest release is not one of derpd (got tag %.40q); build derpd with the SOURCE of its own repository", target, tag)
 	}
 	here := strings.TrimPrefix(a.build.Version, "v")
 	var newer bool

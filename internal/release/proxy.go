@@ -12,9 +12,6 @@ import (
 	"golang.org/x/mod/semver"
 )
 
-// defaultProxies is Go's own default of GOPROXY.
-const defaultProxies = "https://proxy.golang.org,direct"
-
 const howToSetProxy = "set GOPROXY to a module proxy that can be reached from here, or HTTPS_PROXY"
 
 // askProxies asks the module proxies of GOPROXY for the versions of tailscale.com, in
@@ -23,8 +20,8 @@ const howToSetProxy = "set GOPROXY to a module proxy that can be reached from he
 // time for all of them.
 func (a *Asker) askProxies(ctx context.Context, limit time.Duration) (Answer, error) {
 	list := a.goProxy
-	if strings.Trim(list, " ,|") == "" {
-		list = defaultProxies
+	if list == "" {
+		return Answer{}, errors.New("GOPROXY: is not set; " + howToSetProxy)
 	}
 	// One proxy that does not answer leaves time for the others.
 	share := limit / time.Duration(1+strings.Count(list, ",")+strings.Count(list, "|"))
@@ -85,7 +82,12 @@ func (a *Asker) askProxy(ctx context.Context, proxy string, limit time.Duration)
 	if newest == "" {
 		return Answer{}, shown, fmt.Errorf("its answer has no stable version of %s", Module)
 	}
+	return a.comparedTailscale(newest), shown, nil
+}
+
+// comparedTailscale returns the answer for the newest version of Tailscale.
+func (a *Asker) comparedTailscale(newest string) Answer {
 	here := a.build.Upstream
 	return compared(Module, newest, here, semver.IsValid(here) && semver.Compare(newest, here) > 0,
-		"take a newer release of derpd, or run `make upstream` in its sources"), shown, nil
+		"take a newer release of derpd, or run `make upstream` in its sources")
 }
