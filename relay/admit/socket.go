@@ -63,12 +63,12 @@ func dialSocket(path string) func(context.Context, string, string) (net.Conn, er
 // explainSocket returns an error of a question to tailscaled as a message for
 // operators.
 func (t *tailscaled) explainSocket(what string, err error) error {
+	if request, ok := errors.AsType[*url.Error](err); ok {
+		err = request.Err // without the URL, which has the key of the node in question
+	}
 	if _, ok := errors.AsType[*net.OpError](err); !ok {
 		if ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled); ended {
 			return fmt.Errorf("%s: %w", what, err)
-		}
-		if request, ok := errors.AsType[*url.Error](err); ok {
-			err = request.Err
 		}
 		return fmt.Errorf("%s: %s; %s", what, shortLine(strings.TrimSpace(err.Error())), isTailscaled)
 	}

@@ -1,6 +1,7 @@
 package admit
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"tailscale.com/client/local"
+	"tailscale.com/types/key"
 )
 
 // fakeTailscaled answers as tailscaled's LocalAPI does, in a bubble.
@@ -211,5 +213,22 @@ func TestTailscaledTooOld(t *testing.T) {
 	want := "tailscaled 1.68.1 cannot be asked about node keys, which needs 1.70: update it to 1."
 	if got := answers(t, source, newNode()); !strings.HasPrefix(got, want) {
 		t.Errorf("%s, want %s…", got, want)
+	}
+}
+
+// A tailscaled that does not answer is reported without the URL of the question, which
+// has the key of a node.
+func TestSilentTailscaled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tailscaled.sock")
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err = Tailscaled(path, time.Hour).Ask(ctx, key.NewNode().Public(), netip.Addr{})
+	if !errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "nodekey") || strings.Contains(err.Error(), "://") {
+		t.Errorf("got %v", err)
 	}
 }
