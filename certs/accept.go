@@ -71,7 +71,7 @@ func (f *files) hold(found *loaded) {
 // Accept implements [Manager]. A hash of the certificate in use is accepted already,
 // so that the command may be repeated.
 func (f *files) Accept(prefix string) error {
-	prefix = strings.ToLower(strings.TrimPrefix(prefix, pinPrefix))
+	prefix = strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(prefix, pinPrefix)), ":", "") // openssl prints colons
 	if prefix != "" && len(prefix) < shortHash {
 		return fmt.Errorf("want at least %d digits of the hash, got %q", shortHash, prefix)
 	}

@@ -101,7 +101,7 @@ func TestFilesThatNeedANewMapWait(t *testing.T) {
 		"an authority's for a self-signed":  {one, signed, "pin " + short(one), "no pin", ""},
 		"a self-signed for an authority's ": {signed, one, "no pin", "pin " + short(one), certs.Pin(one[0].Leaf)},
 	} {
-		for _, hash := range []string{"", short(tt.to), strings.ToUpper(testkit.Hash(tt.to[0].Leaf)), "sha256-raw:" + testkit.Hash(tt.to[0].Leaf)} {
+		for _, hash := range []string{"", short(tt.to), strings.ToUpper(testkit.Hash(tt.to[0].Leaf)), colons(testkit.Hash(tt.to[0].Leaf)), "sha256-raw:" + testkit.Hash(tt.to[0].Leaf)} {
 			t.Run(name+" "+hash, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					setClock()
@@ -360,4 +360,13 @@ func TestAcceptedOnce(t *testing.T) {
 			t.Errorf("%+v, changed %q", s, h.changed)
 		}
 	})
+}
+
+// colons writes a hash as `openssl x509 -fingerprint` does.
+func colons(hash string) string {
+	pairs := make([]string, 0, len(hash)/2)
+	for pair := range slices.Chunk([]byte(strings.ToUpper(hash)), 2) {
+		pairs = append(pairs, string(pair))
+	}
+	return strings.Join(pairs, ":")
 }
