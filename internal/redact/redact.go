@@ -100,8 +100,9 @@ func Value(value string) string {
 	return string([]rune(value)[:shown]) + ellipsis
 }
 
-// word matches a part of a path that is no token: words, and versions such as v2.
-var word = regexp.MustCompile(`^(?:[A-Za-z]{1,20}(?:[-_.@][A-Za-z]{1,20}){0,4}|v[0-9]{1,2})?$`)
+// word matches a part of a path that is no token: words, and versions such as v2. Letters
+// in mixed case are a token.
+var word = regexp.MustCompile(`^(?:(?:[A-Z]?[a-z]{1,19}|[A-Z]{1,8})(?:[-_.@](?:[A-Z]?[a-z]{1,19}|[A-Z]{1,8})){0,4}|v[0-9]{1,2})?$`)
 
 // Path returns the path of a URL without the parts that may be tokens: those that are
 // not made of words.

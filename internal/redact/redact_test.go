@@ -76,6 +76,7 @@ func TestPath(t *testing.T) {
 	for path, want := range map[string]string{
 		"": "", "/": "/", "/verify": "/verify", "/api/v2/verify-client": "/api/v2/verify-client",
 		"/hooks/" + hidden + "/verify": "/hooks/…/verify", "/0123": "/…", "/" + strings.Repeat("a", 21): "/…",
+		"/aBcDeFgHiJkL": "/…", "/API/Verify_client": "/API/Verify_client",
 		"/tskey-auth-x1": "/…", "/a%20b": "/…", "/api/v123": "/api/…",
 	} {
 		if got := redact.Path(path); got != want {
