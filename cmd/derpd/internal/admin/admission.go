@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"derpd/internal/redact"
 	"derpd/relay/admit"
 )
 
@@ -42,7 +43,7 @@ func NewAdmission(answers []admit.Answer, err error, grace time.Duration) Admiss
 		case errors.Is(answer.Err, admit.ErrRefused):
 			line.Answer = "no"
 		case answer.Err != nil:
-			line.Answer = fmt.Sprintf("unavailable: %v", answer.Err)
+			line.Answer = redact.Secrets(fmt.Sprintf("unavailable: %v", answer.Err)) // the text of another program
 		default:
 			yes = true
 		}
