@@ -30,6 +30,7 @@ type Listener struct {
 	net.Listener
 	config   Config
 	failures *Failures
+	failed   atomic.Uint64
 	refused  atomic.Uint64
 
 	closed chan struct{} // ends a pause
@@ -54,14 +55,14 @@ func (l *Listener) Accept() (net.Conn, error) {
 		case errors.Is(err, net.ErrClosed):
 			return nil, err
 		case err == nil && l.reserved(conn):
-			_ = conn.Close()
+			_ = l.failures.Failed(syscall.EMFILE) // no pause: the next connection must not wait in the backlog
 			l.refused.Add(1)
-			err = syscall.EMFILE
-			_ = l.failures.Failed(err) // no pause: the next connection must not wait in the backlog
+			_ = conn.Close()
 		case err == nil:
 			l.failures.Succeeded()
 			return conn, nil
 		default:
+			l.failed.Add(1)
 			select {
 			case <-time.After(l.failures.Failed(err)):
 			case <-l.closed:
@@ -93,7 +94,7 @@ func (l *Listener) Close() error { return l.close() }
 func (l *Listener) Name() string { return l.config.Name }
 
 // Failures is the number of errors of Accept since the start.
-func (l *Listener) Failures() uint64 { return l.failures.Count() - l.refused.Load() }
+func (l *Listener) Failures() uint64 { return l.failed.Load() }
 
 // Refused is the number of connections closed since the start for their descriptor.
 func (l *Listener) Refused() uint64 { return l.refused.Load() }
