@@ -34,13 +34,10 @@ func reloadOnHangup(ctx context.Context, hangups chan os.Signal, env []string, b
 			}
 			log.Info().Strs("files", n.Reload()).Msg("SIGHUP: files read again; every other setting needs a restart")
 			after, err := config.Load(env)
-			switch {
-			case err != nil:
+			if err != nil {
 				log.Error().Err(err).Msg("SIGHUP: the configuration has a problem now, and derpd would not start again; the one that runs stays in force")
-			default:
-				if changed := before.Changed(after); len(changed) > 0 {
-					log.Warn().Strs("variables", changed).Msg("SIGHUP: the files of these variables have changed; restart derpd to use them")
-				}
+			} else if changed := before.Changed(after); len(changed) > 0 {
+				log.Warn().Strs("variables", changed).Msg("SIGHUP: the files of these variables have changed; restart derpd to use them")
 			}
 		}
 	}()
