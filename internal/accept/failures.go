@@ -33,7 +33,6 @@ type Failures struct {
 	mu    sync.Mutex
 	last  time.Time     // of the last error; guarded by mu
 	pause time.Duration // after the next error; guarded by mu
-	count uint64        // guarded by mu
 }
 
 // NewFailures returns the Failures of a socket that has not failed.
@@ -41,7 +40,7 @@ func NewFailures(name string, log zerolog.Logger) *Failures {
 	return &Failures{name: name, log: log, pause: firstPause}
 }
 
-// Failed counts an error, and returns the pause before the next try: 5 ms at first,
+// Failed notes an error, and returns the pause before the next try: 5 ms at first,
 // and twice the pause before up to a second. It logs the first error of a state.
 func (f *Failures) Failed(err error) time.Duration {
 	f.mu.Lock()
@@ -50,7 +49,6 @@ func (f *Failures) Failed(err error) time.Duration {
 		f.log.Warn().Err(err).Str("socket", f.name).Msg("socket fails; derpd retries until it works")
 	}
 	f.last = time.Now()
-	f.count++
 	pause := f.pause
 	f.pause = min(2*pause, maxPause)
 	return pause
@@ -69,11 +67,4 @@ func (f *Failures) Succeeded() {
 		f.failing.Store(false)
 		f.log.Info().Str("socket", f.name).Msg("socket works again")
 	}
-}
-
-// Count is the number of errors since the start.
-func (f *Failures) Count() uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.count
 }
