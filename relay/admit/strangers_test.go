@@ -185,16 +185,19 @@ func TestStrangersAreLimited(t *testing.T) {
 		}
 		attempts.Wait()
 		close(errs)
-		const most = QuestionsAtOnce + QuestionsPerSecond // within the wait of one second
-		if got := remote.questions(); got != most {
-			t.Errorf("%d questions, want %d", got, most)
+		// Within the wait of one second. The last question may be asked at the very
+		// moment at which its wait ends.
+		const most = QuestionsAtOnce + QuestionsPerSecond
+		asked := remote.questions()
+		if asked != most && asked != most-1 {
+			t.Errorf("%d questions, want %d or one less", asked, most)
 		}
 		for err := range errs {
 			if !errors.Is(err, ErrRefused) && !errors.Is(err, ErrTooMany) {
 				t.Errorf("%v", err)
 			}
 		}
-		if got := g.Counts(); got != (Counts{Refused: most, Limited: 1000 - most}) {
+		if got := g.Counts(); got != (Counts{Refused: uint64(asked), Limited: uint64(1000 - asked)}) {
 			t.Errorf("counted %+v", got)
 		}
 		if got := g.takeRefusedKeys(); got != 1000 {
