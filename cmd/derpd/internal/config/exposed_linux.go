@@ -8,5 +8,6 @@ func inMemory(path string) bool {
 	if err := unix.Statfs(path, &fs); err != nil {
 		return false
 	}
-	return fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC
+	kind := uint32(fs.Type) // has another size and sign on each architecture
+	return kind == unix.TMPFS_MAGIC || kind == unix.RAMFS_MAGIC
 }
