@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"unicode/utf8"
 )
 
@@ -21,26 +22,27 @@ type shape struct {
 	// debug level.
 	hints [][]string
 
-	// secret matches it. The first group stays.
-	secret *regexp.Regexp
+	// secret matches it. The first group stays. It is compiled at its first use,
+	// because a start would wait for all of them.
+	secret func() *regexp.Regexp
 }
 
 // named are names of secrets in forms, queries, variables and JSON of other programs.
 const named = `[\w-]*(?:secret|token|password|passwd|(?:api|auth|access|account|eab|hmac|mesh)[-_]?key|signature|hmac)`
 
 var shapes = []shape{
-	{[][]string{{"key-"}}, regexp.MustCompile(`((?:ts|hs)key-[a-z]+-)[A-Za-z0-9_][A-Za-z0-9_-]*`)},                                                              // of Tailscale and Headscale
-	{[][]string{{"key-"}}, regexp.MustCompile(`((?:ts|hs)key-)[A-Za-z0-9_]*[A-Z0-9][A-Za-z0-9_-]*`)},                                                            // of Tailscale, without a kind
-	{[][]string{{"priv"}, {":"}}, regexp.MustCompile(`((?:nl|chal)?priv(?:key)?:)[0-9A-Fa-f]{4,}`)},                                                             // private keys of nodes and machines
-	{[][]string{{"://"}, {"@"}}, regexp.MustCompile(`(://)[^/?#\s"'\\]+@`)},                                                                                     // user and password of a URL
-	{[][]string{{"="}}, regexp.MustCompile(`(?i)((?:\b` + named + `|[?&]key)=)[^&\s"'\\…$<{]+…?`)},                                                              // of forms, queries and variables
-	{[][]string{{":"}, {"key\"", `key\"`, "secret", "token", "passw", "signature", "hmac"}}, regexp.MustCompile(`(?i)("` + named + `\\?"\s*:\s*\\?")[^"\\…]+`)}, // of JSON, also within a string
-	{[][]string{{"x-"}, {": "}}, regexp.MustCompile(`(?i)\b(X-[a-z-]*(?:Key|Token|Secret): )[^\s"'\\]+`)},                                                       // of headers
-	{[][]string{{"bearer "}}, regexp.MustCompile(`\b((?i:Bearer) )[a-z+/._~-]*[A-Z0-9=][A-Za-z0-9+/=._~-]*`)},                                                   // of the header Authorization
-	{[][]string{{"basic "}}, regexp.MustCompile(`\b((?i:Basic) )[a-z+/]*[A-Z0-9=][A-Za-z0-9+/=]{4,}`)},                                                          // of the header Authorization
-	{[][]string{{"eyj"}, {"."}}, regexp.MustCompile(`\b(eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?`)},                                        // JSON Web Tokens
-	{[][]string{{"_"}}, regexp.MustCompile(`\b((?:gh[pousr]|github_pat)_)[A-Za-z0-9_]{16,}`)},
-	{[][]string{{"private key-----"}}, regexp.MustCompile(`(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)`)},
+	{[][]string{{"key-"}}, lazily(`((?:ts|hs)key-[a-z]+-)[A-Za-z0-9_][A-Za-z0-9_-]*`)},                                                              // of Tailscale and Headscale
+	{[][]string{{"key-"}}, lazily(`((?:ts|hs)key-)[A-Za-z0-9_]*[A-Z0-9][A-Za-z0-9_-]*`)},                                                            // of Tailscale, without a kind
+	{[][]string{{"priv"}, {":"}}, lazily(`((?:nl|chal)?priv(?:key)?:)[0-9A-Fa-f]{4,}`)},                                                             // private keys of nodes and machines
+	{[][]string{{"://"}, {"@"}}, lazily(`(://)[^/?#\s"'\\]+@`)},                                                                                     // user and password of a URL
+	{[][]string{{"="}}, lazily(`(?i)((?:\b` + named + `|[?&]key)=)[^&\s"'\\…$<{]+…?`)},                                                              // of forms, queries and variables
+	{[][]string{{":"}, {"key\"", `key\"`, "secret", "token", "passw", "signature", "hmac"}}, lazily(`(?i)("` + named + `\\?"\s*:\s*\\?")[^"\\…]+`)}, // of JSON, also within a string
+	{[][]string{{"x-"}, {": "}}, lazily(`(?i)\b(X-[a-z-]*(?:Key|Token|Secret): )[^\s"'\\]+`)},                                                       // of headers
+	{[][]string{{"bearer "}}, lazily(`\b((?i:Bearer) )[a-z+/._~-]*[A-Z0-9=][A-Za-z0-9+/=._~-]*`)},                                                   // of the header Authorization
+	{[][]string{{"basic "}}, lazily(`\b((?i:Basic) )[a-z+/]*[A-Z0-9=][A-Za-z0-9+/=]{4,}`)},                                                          // of the header Authorization
+	{[][]string{{"eyj"}, {"."}}, lazily(`\b(eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?`)},                                        // JSON Web Tokens
+	{[][]string{{"_"}}, lazily(`\b((?:gh[pousr]|github_pat)_)[A-Za-z0-9_]{16,}`)},
+	{[][]string{{"private key-----"}}, lazily(`(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)`)},
 }
 
 // Secrets returns text with every secret cut to the prefix that names its kind.
@@ -48,10 +50,14 @@ func Secrets(text string) string {
 	lower := strings.ToLower(text)
 	for _, s := range shapes {
 		if s.hinted(lower) {
-			text = s.secret.ReplaceAllStringFunc(text, s.cut)
+			text = s.secret().ReplaceAllStringFunc(text, s.cut)
 		}
 	}
 	return text
+}
+
+func lazily(expression string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expression) })
 }
 
 // hinted reports whether a text may contain a secret of the shape.
@@ -66,7 +72,7 @@ func (s shape) hinted(lower string) bool {
 
 // cut returns what may be shown of a secret.
 func (s shape) cut(found string) string {
-	kept := s.secret.FindStringSubmatch(found)[1]
+	kept := s.secret().FindStringSubmatch(found)[1]
 	switch {
 	case kept == "://":
 		return kept + ellipsis + "@"

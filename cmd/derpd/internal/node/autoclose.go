@@ -20,6 +20,9 @@ const (
 	// socketInterval is the interval of the checks for a socket.
 	socketInterval = 2 * time.Second
 
+	// listTime is the time for the list of clients to fill, after the relay has closed.
+	listTime = time.Second
+
 	// evictAfter is added to DERP_VERIFY_INTERVAL. At the end of both, connections from
 	// before the relay closed end, unless a source has admitted their node.
 	evictAfter = 5 * time.Second
@@ -46,7 +49,17 @@ func (n *Node) closeWithSocket(ctx context.Context) error {
 	n.log.Warn().Str("socket", appeared).Strs("sources", gate.Sources()).Str("fix", "set DERP_VERIFY_CLIENTS=true, to be closed from the start").
 		Msg("only admitted nodes may use this relay from now on: a tailscaled socket has appeared, and DERP_VERIFY_CLIENTS is auto")
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return n.runGate(ctx, gate) })
+	// An open relay keeps no list of its clients, which takes memory for each. The first
+	// check of the gate needs the list.
+	group.Go(func() error { return n.relay.Run(ctx) })
+	group.Go(func() error {
+		select {
+		case <-time.After(listTime):
+			return n.runGate(ctx, gate)
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	group.Go(func() error { n.evict(ctx, gate); return nil })
 	return group.Wait()
 }

@@ -52,8 +52,6 @@ func TestClosesWithASocket(t *testing.T) {
 	member, stranger := key.NewNode(), key.NewNode()
 	stays, leaves := testkit.RegionClient(t, r, member), testkit.RegionClient(t, r, stranger)
 	testkit.MustAdmit(t, stays, leaves)
-	testkit.Until(t, "the relay lists both", func() bool { return len(n.connected()) == 2 })
-
 	server := filepath.Join(t.TempDir(), "real.sock")
 	serveSocket(t, server, localAPI(running, func(k key.NodePublic) bool { return k == member.Public() }))
 	if err := os.Symlink(server, socket); err != nil {
@@ -61,8 +59,8 @@ func TestClosesWithASocket(t *testing.T) {
 	}
 	took := ends(t, leaves)
 	t.Logf("disconnected after %s", took.Round(time.Millisecond))
-	if took > n.config.Admission.Interval {
-		t.Errorf("the stranger stayed for %s", took)
+	if most := socketInterval + listTime + 20*time.Second; took > most { // the interval is a minute
+		t.Errorf("the stranger stayed for %s, want at most %s", took, most)
 	}
 	if err := connectAs(t, r, stranger); err == nil {
 		t.Error("the stranger came back")

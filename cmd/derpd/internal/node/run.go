@@ -51,7 +51,7 @@ func (n *Node) tasks() []task {
 	if gate := n.gate.Load(); gate != nil {
 		list = append(list, task{"clients", n.relay.Run}, task{"admission", func(ctx context.Context) error { return n.runGate(ctx, gate) }})
 	} else if n.mayClose() {
-		list = append(list, task{"clients", n.relay.Run}, task{"admission", n.closeWithSocket})
+		list = append(list, task{"admission", n.closeWithSocket})
 	}
 	if n.config.Meshed() {
 		list = append(list, task{"mesh", n.relay.Mesh().Run})
