@@ -58,13 +58,18 @@ func (r *Relay) arrivedProxied(payload []byte, peer net.Addr) {
 // Evidence of a client is one of the names of this relay in the TLS handshake, or
 // its request to /derp.
 func (r *Relay) arrivedWith(at port, first []byte, peer net.Addr) {
+	isTLS := len(first) > 0 && first[0] == recordTypeHandshake
 	if at == tlsPort {
+		// A handshake is no request, and its parsing would take 4 KiB for each connection.
+		if isTLS {
+			return
+		}
 		if request, ok := parseRequest(first); ok {
 			r.misdirected.note(PlainOnTLSPort, isDERP(request), peer.String())
 		}
 		return
 	}
-	if len(first) == 0 || first[0] != recordTypeHandshake {
+	if !isTLS {
 		return
 	}
 	name, ok := serverName(first)

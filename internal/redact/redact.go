@@ -108,14 +108,14 @@ func Value(value string) string {
 
 // word matches a part of a path that is no token: words, and versions such as v2. Letters
 // in mixed case are a token.
-var word = regexp.MustCompile(`^(?:(?:[A-Z]?[a-z]{1,19}|[A-Z]{1,8})(?:[-_.@](?:[A-Z]?[a-z]{1,19}|[A-Z]{1,8})){0,4}|v[0-9]{1,2})?$`)
+var word = lazily(`^(?:(?:[A-Z]?[a-z]{1,19}|[A-Z]{1,8})(?:[-_.@](?:[A-Z]?[a-z]{1,19}|[A-Z]{1,8})){0,4}|v[0-9]{1,2})?$`)
 
 // Path returns the path of a URL without the parts that may be tokens: those that are
 // not made of words.
 func Path(path string) string {
 	parts := strings.Split(path, "/")
 	for i, part := range parts {
-		if !word.MatchString(part) {
+		if !word().MatchString(part) {
 			parts[i] = ellipsis
 		}
 	}
