@@ -39,6 +39,7 @@ type session struct {
 
 	writeMu  sync.Mutex // held by one writer
 	out      joiner     // guarded by writeMu
+	admitted bool       // whether derpserver has answered the client; guarded by writeMu
 	writeErr error      // sticky write error, returned by every later Write; guarded by writeMu
 	told     string     // text of the last [Relay.Tell]; guarded by writeMu
 
@@ -119,6 +120,10 @@ func (s *session) write(p []byte) (err error) {
 		}
 	}()
 	inside := s.out.follow(p)
+	if !s.admitted && s.out.answered() {
+		s.admitted = true
+		s.all.admitted(s)
+	}
 	for rest := p; len(rest) > 0 && s.writeErr == nil; {
 		var send []byte
 		if send, rest = s.out.next(rest, inside); send != nil {

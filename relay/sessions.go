@@ -58,6 +58,10 @@ func (all *sessions) remove(s *session) {
 	}
 }
 
+// admitted is called once for each session whose node derpserver has admitted, before
+// its first frame after the server key is sent. It holds s.writeMu, and must not wait.
+func (all *sessions) admitted(*session) {}
+
 // refuse closes all later sessions: [sessions.add] closes them.
 func (all *sessions) refuse() {
 	all.mu.Lock()
