@@ -92,33 +92,18 @@ func (s *session) greet(p []byte) {
 	s.node = key.NodePublicFromRaw32(mem.B(s.greeting[derp.FrameHeaderLen:]))
 }
 
-// Write implements [net.Conn]. It may return the error of an earlier write.
-//
-// The stack is deepest below this method. With a few hundred bytes more, the
-// goroutine of each client would need a stack of 8 KiB in place of 4.
-func (s *session) Write(p []byte) (int, error) {
-	if err := s.write(p); err != nil {
-		s.ended(err)
-		return 0, err
-	}
-	return len(p), nil
-}
-
 // errPanic ends a session in which derpd has a bug.
 var errPanic = errors.New("a panic, which the log describes")
 
-// write writes p. A panic ends the connection. derpserver writes on a goroutine whose
-// panic would end the process.
-func (s *session) write(p []byte) (err error) {
+// Write implements [net.Conn]. It may return the error of an earlier write. A panic
+// ends the connection: derpserver writes on a goroutine whose panic would end the
+// process.
+//
+// The stack is deepest below this method. With some tens of bytes more in its frame,
+// the goroutine of each client would need a stack of 8 KiB in place of 4.
+func (s *session) Write(p []byte) (n int, err error) {
 	s.writeMu.Lock()
-	defer s.writeMu.Unlock()
-	defer func() {
-		if v := recover(); v != nil {
-			caught.Panic(s.all.log, "write to a client", v)
-			s.writeErr, err = errPanic, errPanic
-			_ = s.below.Close()
-		}
-	}()
+	defer s.written(&err)
 	inside := s.out.follow(p)
 	if !s.admitted && s.out.answered() {
 		s.admitted = true
@@ -131,7 +116,23 @@ func (s *session) write(p []byte) (err error) {
 			s.out.sent()
 		}
 	}
-	return s.writeErr
+	if s.writeErr != nil {
+		return 0, s.writeErr
+	}
+	return len(p), nil
+}
+
+// written ends a Write, which defers it. After a panic it sets err.
+func (s *session) written(err *error) {
+	if v := recover(); v != nil {
+		caught.Panic(s.all.log, "write to a client", v)
+		s.writeErr, *err = errPanic, errPanic
+		_ = s.below.Close()
+	}
+	if *err != nil {
+		s.ended(*err)
+	}
+	s.writeMu.Unlock()
 }
 
 // Close implements [net.Conn]. The connection of a client that was just refused
