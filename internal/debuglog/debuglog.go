@@ -3,9 +3,8 @@
 package debuglog
 
 import (
-	"bytes"
 	"io"
-	"regexp"
+	"strings"
 
 	"github.com/rs/zerolog"
 
@@ -21,16 +20,26 @@ func Writer(log zerolog.Logger, component string) io.Writer {
 
 type writer struct{ log zerolog.Logger }
 
-// panicked matches the line of net/http and of derpserver about a panic that they have
+// panicked splits the line of net/http and of derpserver about a panic that they have
 // recovered: the address of the client, the value and the stack.
-var panicked = regexp.MustCompile(`(?s)^(?:http|derp): panic serving [^ ]*: (.*?)\n(goroutine .*)$`)
+func panicked(line string) (value, stack string, ok bool) {
+	program, rest, _ := strings.Cut(line, ": panic serving ")
+	if program != "http" && program != "derp" {
+		return "", "", false
+	}
+	const goroutine = "\ngoroutine "
+	_, rest, _ = strings.Cut(rest, ": ")
+	value, stack, ok = strings.Cut(rest, goroutine)
+	return value, goroutine[1:] + stack, ok
+}
 
 // Write implements [io.Writer].
 func (w writer) Write(p []byte) (int, error) {
-	if found := panicked.FindSubmatch(p); found != nil {
-		caught.Record(w.log, "connection", string(found[1]), string(found[2]))
-		return len(p), nil
+	line := strings.TrimRight(string(p), "\n")
+	if value, stack, ok := panicked(line); ok {
+		caught.Record(w.log, "connection", value, stack)
+	} else {
+		w.log.Debug().Msg(line)
 	}
-	w.log.Debug().Msg(string(bytes.TrimRight(p, "\n")))
 	return len(p), nil
 }

@@ -31,17 +31,17 @@ type shape struct {
 const named = `[\w-]*(?:secret|token|password|passwd|(?:api|auth|access|account|eab|hmac|mesh)[-_]?key|signature|hmac)`
 
 var shapes = []shape{
-	{[][]string{{"key-"}}, lazily(`((?:ts|hs)key-[a-z]+-)[A-Za-z0-9_][A-Za-z0-9_-]*`)},                                                              // of Tailscale and Headscale
-	{[][]string{{"key-"}}, lazily(`((?:ts|hs)key-)[A-Za-z0-9_]*[A-Z0-9][A-Za-z0-9_-]*`)},                                                            // of Tailscale, without a kind
-	{[][]string{{"priv"}, {":"}}, lazily(`((?:nl|chal)?priv(?:key)?:)[0-9A-Fa-f]{4,}`)},                                                             // private keys of nodes and machines
-	{[][]string{{"://"}, {"@"}}, lazily(`(://)[^/?#\s"'\\]+@`)},                                                                                     // user and password of a URL
-	{[][]string{{"="}}, lazily(`(?i)((?:\b` + named + `|[?&]key)=)[^&\s"'\\…$<{]+…?`)},                                                              // of forms, queries and variables
-	{[][]string{{":"}, {"key\"", `key\"`, "secret", "token", "passw", "signature", "hmac"}}, lazily(`(?i)("` + named + `\\?"\s*:\s*\\?")[^"\\…]+`)}, // of JSON, also within a string
-	{[][]string{{"x-"}, {": "}}, lazily(`(?i)\b(X-[a-z-]*(?:Key|Token|Secret): )[^\s"'\\]+`)},                                                       // of headers
-	{[][]string{{"bearer "}}, lazily(`\b((?i:Bearer) )[a-z+/._~-]*[A-Z0-9=][A-Za-z0-9+/=._~-]*`)},                                                   // of the header Authorization
-	{[][]string{{"basic "}}, lazily(`\b((?i:Basic) )[a-z+/]*[A-Z0-9=][A-Za-z0-9+/=]{4,}`)},                                                          // of the header Authorization
-	{[][]string{{"eyj"}, {"."}}, lazily(`\b(eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?`)},                                        // JSON Web Tokens
-	{[][]string{{"_"}}, lazily(`\b((?:gh[pousr]|github_pat)_)[A-Za-z0-9_]{16,}`)},
+	{[][]string{{"tskey-", "hskey-"}}, lazily(`((?:ts|hs)key-[a-z]+-)[A-Za-z0-9_][A-Za-z0-9_-]*`)},                                                                                                                                          // of Tailscale and Headscale
+	{[][]string{{"tskey-", "hskey-"}}, lazily(`((?:ts|hs)key-)[A-Za-z0-9_]*[A-Z0-9][A-Za-z0-9_-]*`)},                                                                                                                                        // of Tailscale, without a kind
+	{[][]string{{"priv:", "privkey:"}}, lazily(`((?:nl|chal)?priv(?:key)?:)[0-9A-Fa-f]{4,}`)},                                                                                                                                               // private keys of nodes and machines
+	{[][]string{{"://"}, {"@"}}, lazily(`(://)[^/?#\s"'\\]+@`)},                                                                                                                                                                             // user and password of a URL
+	{[][]string{{"key=", "secret=", "token=", "password=", "passwd=", "signature=", "hmac="}}, lazily(`(?i)((?:\b` + named + `|[?&]key)=)[^&\s"'\\…$<{]+…?`)},                                                                               // of forms, queries and variables
+	{[][]string{{":"}, {"key\"", `key\"`, "secret", "token", "passw", "signature", "hmac"}, {"api", "auth", "acc", "eab", "mesh", "secret", "token", "passw", "signature", "hmac"}}, lazily(`(?i)("` + named + `\\?"\s*:\s*\\?")[^"\\…]+`)}, // of JSON, also within a string
+	{[][]string{{"x-"}, {": "}}, lazily(`(?i)\b(X-[a-z-]*(?:Key|Token|Secret): )[^\s"'\\]+`)},                                                                                                                                               // of headers
+	{[][]string{{"bearer "}}, lazily(`\b((?i:Bearer) )[a-z+/._~-]*[A-Z0-9=][A-Za-z0-9+/=._~-]*`)},                                                                                                                                           // of the header Authorization
+	{[][]string{{"basic "}}, lazily(`\b((?i:Basic) )[a-z+/]*[A-Z0-9=][A-Za-z0-9+/=]{4,}`)},                                                                                                                                                  // of the header Authorization
+	{[][]string{{"eyj"}, {"."}}, lazily(`\b(eyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?`)},                                                                                                                                // JSON Web Tokens
+	{[][]string{{"ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"}}, lazily(`\b((?:gh[pousr]|github_pat)_)[A-Za-z0-9_]{16,}`)},
 	{[][]string{{"private key-----"}}, lazily(`(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)`)},
 }
 

@@ -218,7 +218,11 @@ func injected(name, value string, known bool) bool {
 			return true
 		}
 	}
-	return !known && injectedName.MatchString(name)
+	return !known && injectedName().MatchString(name)
 }
 
-var injectedName = regexp.MustCompile(`^DERP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?|ENV_\w+|NAME)$`)
+// injectedName is compiled at its first use, for a fast start: most environments have no
+// unknown variable.
+var injectedName = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^DERP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?|ENV_\w+|NAME)$`)
+})

@@ -2,7 +2,6 @@ package config
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"slices"
 )
@@ -26,13 +25,11 @@ func (c *Config) Exposed() []string {
 	case ModeLetsEncrypt:
 		directories = append(directories, c.Storage.CertDir)
 	}
-	secret := make(map[string]bool)
-	for _, v := range c.environment.variables() {
-		secret[v.Name] = v.Secret()
-	}
-	for _, name := range slices.Sorted(maps.Keys(c.environment.files)) {
-		if secret[name] {
-			private = append(private, c.environment.files[name])
+	if len(c.environment.files) > 0 {
+		for _, v := range c.environment.variables() {
+			if path := c.environment.files[v.Name]; path != "" && v.Secret() {
+				private = append(private, path)
+			}
 		}
 	}
 	var warnings []string

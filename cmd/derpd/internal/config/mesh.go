@@ -1,10 +1,11 @@
 package config
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"net"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -78,8 +79,6 @@ func parseMeshNodes(p *problems, value string, self self) []relay.MeshNode {
 	return nodes
 }
 
-var certHash = regexp.MustCompile(`^sha256-raw:([0-9a-fA-F]{64})$`)
-
 // parseMeshNode parses HOST[:PORT][/DIAL-ADDRESS][=sha256-raw:HASH].
 func parseMeshNode(entry string) (n relay.MeshNode, err error) {
 	wrong := func(want string) (relay.MeshNode, error) {
@@ -90,11 +89,11 @@ func parseMeshNode(entry string) (n relay.MeshNode, err error) {
 	}
 	address, hash, pinned := strings.Cut(entry, "=")
 	if pinned {
-		match := certHash.FindStringSubmatch(hash)
-		if match == nil {
+		digits, ok := strings.CutPrefix(hash, "sha256-raw:")
+		if sum, err := hex.DecodeString(digits); !ok || err != nil || len(sum) != sha256.Size {
 			return wrong("sha256-raw: and 64 hex digits after =, as in CertName in the map of that node")
 		}
-		n.CertHash = strings.ToLower(match[1])
+		n.CertHash = strings.ToLower(digits)
 	}
 	name, dial, elsewhere := strings.Cut(address, "/")
 	var ok bool
