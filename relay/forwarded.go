@@ -1,18 +1,30 @@
 package relay
 
 import (
+	"context"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
 )
 
+// readsForwarded reports whether requests may have a client's address in
+// X-Forwarded-For.
+func (r *Relay) readsForwarded() bool {
+	return len(r.config.TrustedProxies) > 0 && !r.config.ProxyProtocol
+}
+
+// connKey is the key of the connection in the context of a request.
+type connKey struct{}
+
+func withConn(ctx context.Context, conn net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, conn)
+}
+
 // forwarded sets the remote address of requests that come from a trusted proxy
-// to the address of the client in X-Forwarded-For.
-func forwarded(trusted []netip.Prefix, next http.Handler) http.Handler {
-	if len(trusted) == 0 {
-		return next
-	}
+// to the address of the client in X-Forwarded-For. It refuses clients that get no place.
+func forwarded(trusted []netip.Prefix, p *places, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		peer, err := netip.ParseAddrPort(r.RemoteAddr)
 		if err != nil {
@@ -22,6 +34,10 @@ func forwarded(trusted []netip.Prefix, next http.Handler) http.Handler {
 		if client := forwardedFor(trusted, peer, r.Header.Values("X-Forwarded-For")); client != peer {
 			r = r.WithContext(r.Context()) // a copy
 			r.RemoteAddr = client.String()
+			if conn, ok := r.Context().Value(connKey{}).(net.Conn); ok && !p.identify(conn, client.Addr()) {
+				http.Error(w, "too many connections", http.StatusServiceUnavailable)
+				return
+			}
 		}
 		next.ServeHTTP(w, r)
 	})

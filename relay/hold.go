@@ -33,7 +33,8 @@ const (
 	// new may be among the busy ones, and its next attempt may succeed.
 	heldRefused, heldUnavailable, heldBusy = 40 * time.Second, 20 * time.Second, 5 * time.Second
 
-	// maxHeld limits the held connections. Each takes the memory of an idle client.
+	// maxHeld limits the held connections. Each takes the memory of an idle client,
+	// and is one of Limits.Strangers.
 	maxHeld = 256
 
 	// heldBytes are read from a held client and discarded. Further bytes stay in
@@ -84,7 +85,7 @@ type hold struct {
 
 func newTeller(c Config) *teller {
 	t := &teller{
-		private: c.PrivateKey, disallowApps: c.DisallowApps, limit: maxHeld,
+		private: c.PrivateKey, disallowApps: c.DisallowApps, limit: heldLimit(c.Limits),
 		refused: make(map[key.NodePublic]refusal),
 		held:    make(map[key.NodePublic]*hold),
 		told:    make(map[string]int64),
@@ -115,6 +116,14 @@ func (t *teller) admit(next AdmitFunc) AdmitFunc {
 		t.refused[node] = r
 		return err
 	}
+}
+
+// heldLimit leaves half of the places of strangers to connections that may be admitted.
+func heldLimit(l Limits) int {
+	if l.Strangers == 0 {
+		return maxHeld
+	}
+	return min(maxHeld, l.Strangers/2)
 }
 
 // hold takes over the connection of a refused client from derpserver. It returns

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"strconv"
 	"sync"
 	"time"
@@ -74,7 +75,8 @@ type Mesh struct {
 	log    zerolog.Logger
 	peers  []*meshPeer
 
-	pingEvery time.Duration // interval between pings
+	dialed    func(netip.Addr) // called with the address of each node that was reached; may be nil
+	pingEvery time.Duration    // interval between pings
 }
 
 // meshPeer is one of the other nodes.

@@ -51,6 +51,9 @@ func (m *Mesh) link(ctx context.Context, p *meshPeer) error {
 	if err != nil {
 		return err
 	}
+	if m.dialed != nil {
+		m.dialed(addrPort(conn.RemoteAddr()).Addr())
+	}
 	// The end of ctx closes the connection. The cause of ctx is then returned,
 	// because the error of a closed connection varies.
 	ctx, hangUp := context.WithCancelCause(ctx)

@@ -24,6 +24,7 @@ type proxyListener struct {
 	net.Listener
 	trusted []netip.Prefix
 	first   firstFunc // called with the bytes after the header
+	places  *places
 	log     zerolog.Logger
 }
 
@@ -38,9 +39,10 @@ func (l *proxyListener) Accept() (net.Conn, error) {
 		policy = proxyproto.USE
 	}
 	return &proxiedConn{
-		Conn:  proxyproto.NewConn(conn, proxyproto.WithPolicy(policy), proxyproto.SetReadHeaderTimeout(proxyHeaderTimeout)),
-		first: l.first,
-		log:   l.log,
+		Conn:   proxyproto.NewConn(conn, proxyproto.WithPolicy(policy), proxyproto.SetReadHeaderTimeout(proxyHeaderTimeout)),
+		first:  l.first,
+		places: l.places,
+		log:    l.log,
 	}, nil
 }
 
@@ -48,18 +50,24 @@ func (l *proxyListener) Accept() (net.Conn, error) {
 // method that depends on the header reads it.
 type proxiedConn struct {
 	*proxyproto.Conn
-	first firstFunc // nil after the first Read; owned by the reader
-	log   zerolog.Logger
-	once  sync.Once
+	first  firstFunc // nil after the first Read; owned by the reader
+	places *places
+	log    zerolog.Logger
+	once   sync.Once
 }
 
-// readHeader reads the header and nothing else. After an error every Read
-// fails. readHeader logs the error, because the HTTP server closes the
-// connection without a log line.
+// readHeader reads the header and nothing else. After an error, and for a client that
+// gets no place, every Read fails. readHeader logs the error, because the HTTP server
+// closes the connection without a log line.
 func (c *proxiedConn) readHeader() {
 	c.once.Do(func() {
 		if _, err := c.Conn.Read(nil); err != nil {
 			c.log.Debug().Err(err).Stringer("peer", c.NetConn().RemoteAddr()).Msg("connection closed for its PROXY header")
+			return
+		}
+		client, ok := c.Conn.RemoteAddr().(*net.TCPAddr)
+		if ok && !c.places.identify(c, addrPort(client).Addr()) {
+			_ = c.Close()
 		}
 	})
 }

@@ -208,7 +208,7 @@ func TestSlowProxyHeader(t *testing.T) {
 func TestProxyHeaderInPieces(t *testing.T) {
 	client, server := net.Pipe()
 	ln := &oneConn{fakePeer{server, netip.MustParseAddrPort("127.0.0.9:1")}}
-	conn, err := (&proxyListener{ln, proxies, nil, zerolog.Nop()}).Accept()
+	conn, err := (&proxyListener{ln, proxies, nil, nil, zerolog.Nop()}).Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,7 +272,7 @@ func FuzzProxyProtocol(f *testing.F) {
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		for _, from := range []string{"127.0.0.9:1", "[::ffff:127.0.0.9]:1", "127.0.0.8:1"} {
 			peer := netip.MustParseAddrPort(from)
-			conn, err := (&proxyListener{&oneConn{sentConn{fakePeer{peer: peer}, bytes.NewReader(sent)}}, proxies, nil, zerolog.Nop()}).Accept()
+			conn, err := (&proxyListener{&oneConn{sentConn{fakePeer{peer: peer}, bytes.NewReader(sent)}}, proxies, nil, nil, zerolog.Nop()}).Accept()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -360,7 +360,7 @@ func TestProxyHeaderTimeout(t *testing.T) {
 		for _, peer := range []string{"127.0.0.9:1", "127.0.0.8:1"} {
 			synctest.Test(t, func(t *testing.T) {
 				client, server := net.Pipe()
-				conn, err := (&proxyListener{&oneConn{fakePeer{tcpLike{server}, netip.MustParseAddrPort(peer)}}, proxies, nil, zerolog.Nop()}).Accept()
+				conn, err := (&proxyListener{&oneConn{fakePeer{tcpLike{server}, netip.MustParseAddrPort(peer)}}, proxies, nil, nil, zerolog.Nop()}).Accept()
 				if err != nil {
 					t.Fatal(err)
 				}

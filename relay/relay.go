@@ -67,6 +67,12 @@ type Config struct {
 	// the client's header unchanged.
 	ProxyProtocol bool
 
+	// Limits bound the connections.
+	Limits Limits
+
+	// Open reports whether anybody may use the relay now. Nil: if Admit is nil.
+	Open func() bool
+
 	// Misdirected is called when clients begin to arrive in a way that cannot
 	// work, and not again before that has ended. It may be nil.
 	Misdirected func(Misdirection)
@@ -82,6 +88,7 @@ type Config struct {
 type Relay struct {
 	config   Config
 	server   *derpserver.Server
+	places   *places
 	sessions *sessions
 	clients  *clients
 	mesh     *Mesh
@@ -103,6 +110,7 @@ func New(c Config) (*Relay, error) {
 	})
 	server.SetDisallowedAppNames(c.DisallowApps)
 	sessions := newSessions(c.Log)
+	sessions.places = newPlaces(c)
 	if c.TellClients {
 		sessions.teller = newTeller(c)
 	}
@@ -116,6 +124,7 @@ func New(c Config) (*Relay, error) {
 	r := &Relay{
 		config:   c,
 		server:   server,
+		places:   sessions.places,
 		sessions: sessions,
 		clients:  &clients{server: server, log: c.Log},
 		mesh:     newMesh(c, server),
@@ -123,11 +132,15 @@ func New(c Config) (*Relay, error) {
 
 		misdirected: newMisdirections(c.Log, c.Misdirected),
 	}
+	r.mesh.dialed = r.places.remember
 	if c.GetCertificate != nil {
 		r.tls = tlsConfig(server, r.names, c.GetCertificate)
 	}
-	r.public = httpserver.New(r.handler(), c.Log)
-	r.plain = httpserver.New(nil, c.Log)
+	r.public = httpserver.Public(r.handler(), c.Log)
+	if r.readsForwarded() {
+		r.public.ConnContext = withConn
+	}
+	r.plain = httpserver.Public(nil, c.Log)
 	return r, nil
 }
 

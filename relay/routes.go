@@ -22,10 +22,24 @@ func (r *Relay) handler() http.Handler {
 	mux.HandleFunc("/robots.txt", serveRobots)
 	mux.Handle("/", home)
 	mux.Handle(meshPath, r.mesh.serveNode(home))
-	if r.config.ProxyProtocol {
-		return mux
+	handler := closing(mux)
+	if r.readsForwarded() {
+		handler = forwarded(r.config.TrustedProxies, r.places, handler)
 	}
-	return forwarded(r.config.TrustedProxies, mux)
+	return handler
+}
+
+// closing closes the connection after each response, except after the probes that clients
+// repeat. An idle connection would keep its place.
+func closing(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		switch req.URL.Path {
+		case "/derp/probe", "/derp/latency-check", "/generate_204":
+		default:
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, req)
+	})
 }
 
 // upgraded passes requests with an upgrade to DERP or WebSocket to derp, and all
@@ -46,12 +60,12 @@ func (r *Relay) upgraded(derp, home http.Handler) http.Handler {
 // withoutDERP wraps the handler of the plain HTTP listener. A proxy that sends DERP
 // there has the wrong port.
 func (r *Relay) withoutDERP(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+	return closing(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if req.URL.Path == "/derp" {
 			r.misdirected.note(DERPOnPlainPort, isDERP(req), req.RemoteAddr)
 		}
 		next.ServeHTTP(w, req)
-	})
+	}))
 }
 
 // RedirectHandler returns the handler of the plain HTTP listener: the captive

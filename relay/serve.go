@@ -10,6 +10,7 @@ import (
 // Serve accepts the connections of clients until [Relay.Close], and then
 // returns nil. It closes ln. Each connection passes these layers:
 //
+//	places.go     whether there is a place for the connection
 //	socket.go     the TCP connection, read ahead
 //	arrival.go    the first bytes, to see what cannot work
 //	proxy.go      the PROXY header, with Config.ProxyProtocol
@@ -35,10 +36,10 @@ func (r *Relay) ServePlain(ln net.Listener, handler http.Handler) error {
 
 // accepted returns ln with the layers that both listeners share.
 func (r *Relay) accepted(ln net.Listener, at port) net.Listener {
-	ln = socketListener{ln, func(first []byte, peer net.Addr) { r.arrived(at, first, peer) }}
+	ln = socketListener{ln, func(first []byte, peer net.Addr) { r.arrived(at, first, peer) }, r.places}
 	if r.config.ProxyProtocol {
 		first := func(first []byte, peer net.Addr) { r.arrivedWith(at, first, peer) }
-		ln = &proxyListener{ln, r.config.TrustedProxies, first, r.config.Log}
+		ln = &proxyListener{ln, r.config.TrustedProxies, first, r.places, r.config.Log}
 	}
 	return ln
 }

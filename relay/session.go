@@ -87,6 +87,7 @@ func (s *session) greet(p []byte) {
 		binary.BigEndian.Uint32(s.greeting[1:]) < derp.KeyLen {
 		return
 	}
+	s.all.greeted(s)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.node = key.NodePublicFromRaw32(mem.B(s.greeting[derp.FrameHeaderLen:]))

@@ -14,6 +14,7 @@ import (
 type sessions struct {
 	log    zerolog.Logger
 	teller *teller // nil: refused clients are closed
+	places *places // nil in tests
 
 	mu      sync.Mutex
 	open    map[*session]bool // guarded by mu
@@ -41,7 +42,11 @@ func (all *sessions) add(s *session) {
 	if refused {
 		_ = s.Close()
 	}
+	all.places.touch(s.below)
 }
+
+// greeted is called once a client has sent its key.
+func (all *sessions) greeted(s *session) { all.places.touch(s.below) }
 
 // remove forgets s, and logs its end the first time.
 func (all *sessions) remove(s *session) {
@@ -60,7 +65,7 @@ func (all *sessions) remove(s *session) {
 
 // admitted is called once for each session whose node derpserver has admitted, before
 // its first frame after the server key is sent. It holds s.writeMu, and must not wait.
-func (all *sessions) admitted(*session) {}
+func (all *sessions) admitted(s *session) { all.places.admitted(s.below) }
 
 // refuse closes all later sessions: [sessions.add] closes them.
 func (all *sessions) refuse() {

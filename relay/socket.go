@@ -30,30 +30,36 @@ var readAheadBuffers = sync.Pool{New: func() any { return new([readAheadSize]byt
 // that happens for every packet and costs more than the call.
 type socketListener struct {
 	net.Listener
-	first firstFunc // may be nil
+	first  firstFunc // may be nil
+	places *places   // nil accepts every connection
 }
 
 // firstFunc is called with the first bytes that a connection has received, before
 // the reader gets them.
 type firstFunc = func(first []byte, peer net.Addr)
 
-// Accept implements [net.Listener].
+// Accept implements [net.Listener]. It closes connections that get no place.
 func (l socketListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		tcp, ok := conn.(*net.TCPConn)
+		if !ok {
+			return conn, nil
+		}
+		raw, err := tcp.SyscallConn()
+		if err != nil {
+			return conn, nil
+		}
+		c := &socketConn{Conn: conn, raw: raw, first: l.first, places: l.places}
+		c.fillFunc, c.drainFunc = c.fill, c.drain // allocated once, not for each call
+		if l.places.take(c) {
+			return c, nil
+		}
+		c.abort()
 	}
-	tcp, ok := conn.(*net.TCPConn)
-	if !ok {
-		return conn, nil
-	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return conn, nil
-	}
-	c := &socketConn{Conn: conn, raw: raw, first: l.first}
-	c.fillFunc, c.drainFunc = c.fill, c.drain // allocated once, not for each call
-	return c, nil
 }
 
 // socketConn is a TCP connection. It embeds an interface, since
@@ -72,6 +78,9 @@ type socketConn struct {
 	writeMu  sync.Mutex // held by one writer
 	unsent   []byte     // unsent bytes of the write; guarded by writeMu
 	writeErr error      // result of the last drain; guarded by writeMu
+
+	places *places // nil: none are counted
+	place  place   // guarded by places.mu
 }
 
 // NetConn returns the TCP connection below, as [crypto/tls.Conn.NetConn] does.
@@ -85,6 +94,22 @@ func (c *socketConn) SyscallConn() (syscall.RawConn, error) { return c.raw, nil 
 // Closing the connection at once would reset it, and the client could lose the
 // response.
 func (c *socketConn) CloseWrite() error { return closeWrite(c.Conn) }
+
+// Close implements [net.Conn]. It gives back the place of the connection.
+func (c *socketConn) Close() error {
+	err := c.Conn.Close()
+	c.places.give(c)
+	return err
+}
+
+// abort closes the connection with a reset. The kernel then keeps nothing of it, as it
+// would for a minute after a close.
+func (c *socketConn) abort() {
+	if tcp, ok := c.Conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0)
+	}
+	_ = c.Close()
+}
 
 func closeWrite(conn net.Conn) error {
 	if c, ok := conn.(interface{ CloseWrite() error }); ok {
@@ -109,6 +134,7 @@ func (c *socketConn) Read(p []byte) (int, error) {
 		}
 		if first := c.first; first != nil {
 			c.first = nil
+			c.places.touch(c)
 			first(c.unread, c.RemoteAddr())
 		}
 	}

@@ -17,7 +17,7 @@ import (
 )
 
 // sockets adds the layer under test.
-func sockets(l net.Listener) net.Listener { return socketListener{l, nil} }
+func sockets(l net.Listener) net.Listener { return socketListener{l, nil, nil} }
 
 // plain adds no layer.
 func plain(l net.Listener) net.Listener { return l }

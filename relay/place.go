@@ -1,0 +1,138 @@
+package relay
+
+import (
+	"container/heap"
+	"net"
+	"net/netip"
+	"time"
+)
+
+// place is the place of one connection. places.mu guards its fields.
+type place struct {
+	at    *address      // nil without a place
+	since time.Duration // time of the last step, on the clock of the places, or sinceAdmitted
+}
+
+// sinceAdmitted is place.since of a connection whose node is admitted.
+const sinceAdmitted time.Duration = -1
+
+func (p place) admitted() bool { return p.since == sinceAdmitted }
+
+// address is one address with a place. places.mu guards its fields.
+type address struct {
+	addr     netip.Addr    // zero for connections of a proxy or gateway
+	waiting  []*socketConn // the one with the oldest step first
+	admitted int
+	client   bool // whether a node was admitted from here
+	known    bool // whether strangers cannot take its places
+	index    int  // position in crowds, or -1
+}
+
+// crowds is a heap of addresses. The first has the most waiting connections. Among
+// equals, the first has the connection with the oldest step.
+type crowds []*address
+
+// update puts an address where its connections belong.
+func (h *crowds) update(a *address) {
+	belongs := !a.known && len(a.waiting) > 0
+	switch {
+	case belongs && a.index < 0:
+		heap.Push(h, a)
+	case belongs:
+		heap.Fix(h, a.index)
+	case a.index >= 0:
+		heap.Remove(h, a.index)
+	}
+}
+
+// Len implements [heap.Interface].
+func (h crowds) Len() int { return len(h) }
+
+// Less implements [heap.Interface].
+func (h crowds) Less(i, j int) bool {
+	if a, b := len(h[i].waiting), len(h[j].waiting); a != b {
+		return a > b
+	}
+	return oldestStep(h[i]) < oldestStep(h[j])
+}
+
+// oldestStep is the oldest step of an address. An address that leaves the heap has none.
+func oldestStep(a *address) time.Duration {
+	if len(a.waiting) == 0 {
+		return 0
+	}
+	return a.waiting[0].place.since
+}
+
+// Swap implements [heap.Interface].
+func (h crowds) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+
+// Push implements [heap.Interface].
+func (h *crowds) Push(a any) {
+	added := a.(*address)
+	added.index = len(*h)
+	*h = append(*h, added)
+}
+
+// Pop implements [heap.Interface].
+func (h *crowds) Pop() any {
+	last := len(*h) - 1
+	a := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	a.index = -1
+	return a
+}
+
+// recent is a table of addresses. It keeps at least the size latest ones, and at most
+// twice as many.
+type recent[V any] struct {
+	size       int
+	young, old map[netip.Addr]V
+}
+
+func (t *recent[V]) get(addr netip.Addr) (v V, ok bool) {
+	if v, ok = t.young[addr]; ok {
+		return v, true
+	}
+	if v, ok = t.old[addr]; ok {
+		t.put(addr, v)
+	}
+	return v, ok
+}
+
+func (t *recent[V]) put(addr netip.Addr, v V) {
+	if t.young == nil || len(t.young) >= t.size {
+		t.young, t.old = make(map[netip.Addr]V), t.young
+	}
+	t.young[addr] = v
+}
+
+// socketOf returns the TCP connection below a connection, or nil.
+func socketOf(conn net.Conn) *socketConn {
+	for {
+		switch c := conn.(type) {
+		case *socketConn:
+			return c
+		case webSocket:
+			conn = c.below
+		case interface{ NetConn() net.Conn }:
+			conn = c.NetConn()
+		default:
+			return nil
+		}
+	}
+}
+
+// addrPort returns the address and port of a TCP address.
+func addrPort(a net.Addr) netip.AddrPort {
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	ap := tcp.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}

@@ -1,0 +1,396 @@
+package relay
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// Limits bound the connections of both listeners. 0 is no limit.
+//
+// A connection is waiting until derpserver admits its node. Connections of strangers,
+// HTTP requests and refused nodes wait until they are closed. An address is an IPv4
+// address, or an IPv6 network of 64 bits, which is what one customer gets. TrustedProxies
+// do not count as addresses: the address is then that of the client.
+//
+// On a relay with admission, addresses of admitted nodes are known. Waiting connections
+// of known addresses do not count as Strangers, and an eighth of Connections is for known
+// addresses alone.
+type Limits struct {
+	// Connections is the number of connections.
+	Connections int
+
+	// Strangers is the number of waiting connections from unknown addresses. Another
+	// one closes an older one; see [places.crowded].
+	Strangers int
+
+	// PerAddress is the number of connections of one address that wait. On an open
+	// relay connected clients count too.
+	PerAddress int
+
+	// AcceptRate is the number of new connections a second from one address, and
+	// AcceptBurst the number that may come at once.
+	AcceptRate, AcceptBurst int
+
+	// Shared are networks of gateways that hide the addresses of many clients.
+	// PerAddress and AcceptRate do not apply to them.
+	Shared []netip.Prefix
+}
+
+// Limit is one of the limits. The values are labels of metrics.
+type Limit string
+
+// The limits.
+const (
+	LimitConnections Limit = "connections"
+	LimitStrangers   Limit = "strangers"
+	LimitPerAddress  Limit = "per-address"
+	LimitAcceptRate  Limit = "accept-rate"
+)
+
+// AllLimits are the limits, in the order of [Places.Limited].
+func AllLimits() []Limit {
+	return []Limit{LimitConnections, LimitStrangers, LimitPerAddress, LimitAcceptRate}
+}
+
+// Places is a state of the connections.
+type Places struct {
+	Open    int // all connections
+	Waiting int // those without an admitted node
+	Limited []Limited
+}
+
+// Limited is how often a limit was reached. Each time one connection was closed: the
+// new one, or an older one in its favor.
+type Limited struct {
+	Limit Limit
+	Count uint64
+	Last  time.Time // zero before the first
+}
+
+// tenure is the time for which a waiting connection keeps its place although another
+// one of its address, or of an address with as many connections, wants it. A client needs
+// about three round trips before its node is admitted, and each step begins the time again.
+const tenure = 300 * time.Millisecond
+
+// Tables of addresses keep at least the latest known addresses, and the latest rate
+// limiters. The memory of both is below one megabyte each.
+const maxKnown, maxLimiters = 4096, 2048
+
+// places counts the connections of both listeners, and decides which are accepted. A
+// place is taken by accept, and given back by [socketConn.Close]. A nil *places accepts
+// every connection.
+type places struct {
+	limits Limits
+	exempt []netip.Prefix            // addresses that stand for many clients
+	open   func() bool               // whether anybody may use the relay
+	own    func(netip.AddrPort) bool // whether the peer is this relay itself; may be nil
+	begin  time.Time
+
+	mu        sync.Mutex
+	total     int                     // guarded by mu
+	strangers int                     // waiting connections of unknown addresses; guarded by mu
+	waiting   int                     // waiting connections; guarded by mu
+	addresses map[netip.Addr]*address // those with a place; guarded by mu
+	crowds    crowds                  // unknown addresses with a waiting connection; guarded by mu
+	known     recent[struct{}]        // addresses without a place that had an admitted node; guarded by mu
+	limiters  recent[*rate.Limiter]   // guarded by mu
+	limited   map[Limit]*Limited      // of [AllLimits] alone; guarded by mu
+}
+
+func newPlaces(c Config) *places {
+	p := &places{
+		limits: c.Limits, exempt: slices.Concat(c.TrustedProxies, c.Limits.Shared), open: c.Open, begin: time.Now(),
+		addresses: make(map[netip.Addr]*address),
+		known:     recent[struct{}]{size: maxKnown},
+		limiters:  recent[*rate.Limiter]{size: maxLimiters},
+		limited:   make(map[Limit]*Limited),
+	}
+	if p.open == nil {
+		p.open = func() bool { return c.Admit == nil }
+	}
+	for _, l := range AllLimits() {
+		p.limited[l] = &Limited{Limit: l}
+	}
+	return p
+}
+
+// take gives a new connection a place. It may close an older connection for that. Without
+// a place the connection must be closed.
+func (p *places) take(c *socketConn) bool {
+	if p == nil {
+		return true
+	}
+	peer := addrPort(c.RemoteAddr())
+	if p.own != nil && p.own(peer) {
+		return true
+	}
+	return p.enter(c, p.addressOf(peer.Addr()), false)
+}
+
+// identify moves a connection of a proxy to the address of its client. Without a place
+// for that address, the connection must be closed.
+func (p *places) identify(conn net.Conn, client netip.Addr) bool {
+	c := socketOf(conn)
+	if p == nil || c == nil {
+		return true
+	}
+	return p.enter(c, p.addressOf(client), true)
+}
+
+// enter takes a place at an address. A connection that moves gives back its place first.
+func (p *places) enter(c *socketConn, addr netip.Addr, moves bool) bool {
+	p.mu.Lock()
+	if moves {
+		if c.place.at == nil || c.place.admitted() || c.place.at.addr == addr {
+			p.mu.Unlock()
+			return true
+		}
+		p.leave(c)
+	}
+	older, ok := p.sit(c, addr)
+	p.mu.Unlock()
+	if older != nil {
+		older.abort()
+	}
+	return ok
+}
+
+// sit takes a place, or reports that a limit is reached. It returns an older connection
+// that has lost its place and must be closed.
+func (p *places) sit(c *socketConn, addr netip.Addr) (older *socketConn, ok bool) {
+	if !p.mayCome(addr) {
+		p.note(LimitAcceptRate)
+		return nil, false
+	}
+	a := p.addresses[addr]
+	if a == nil {
+		_, client := p.known.get(addr)
+		a = &address{addr: addr, client: client, known: client && !p.open(), index: -1}
+	}
+	if limit := p.reached(a); limit != "" {
+		p.note(limit)
+		if older = p.crowded(a, limit); older == nil {
+			return nil, false
+		}
+		p.leave(older)
+	}
+	p.addresses[addr] = a // leave may have removed it
+	p.total++
+	p.wait(c, a)
+	return older, true
+}
+
+// mayCome reports whether the rate of an address allows one more connection.
+func (p *places) mayCome(addr netip.Addr) bool {
+	if p.limits.AcceptRate == 0 || !addr.IsValid() {
+		return true
+	}
+	limiter, ok := p.limiters.get(addr)
+	if !ok {
+		limiter = rate.NewLimiter(rate.Limit(p.limits.AcceptRate), p.limits.AcceptBurst)
+		p.limiters.put(addr, limiter)
+	}
+	return limiter.Allow()
+}
+
+// reached returns the limit that one more connection of an address exceeds, or "".
+func (p *places) reached(a *address) Limit {
+	open := p.open()
+	ofAddress := len(a.waiting)
+	if open {
+		ofAddress += a.admitted
+	}
+	connections := p.limits.Connections
+	if !a.known && a.addr.IsValid() && !open {
+		connections -= connections / 8
+	}
+	switch {
+	case a.addr.IsValid() && exceeds(ofAddress, p.limits.PerAddress):
+		return LimitPerAddress
+	case !a.known && exceeds(p.strangers, p.limits.Strangers):
+		return LimitStrangers
+	case exceeds(p.total, connections):
+		return LimitConnections
+	}
+	return ""
+}
+
+func exceeds(count, limit int) bool { return limit > 0 && count >= limit }
+
+// crowded returns the connection that gives its place to a new one of address a, or nil.
+// It is the oldest waiting connection of the address that has the most of them, if that
+// address then still has as many as a. A crowd from one address thus never keeps another
+// address out. Otherwise the connection must be older than tenure. At the limit of an
+// address, it is a connection of the same address.
+func (p *places) crowded(a *address, limit Limit) *socketConn {
+	most := a
+	if limit != LimitPerAddress {
+		if len(p.crowds) == 0 {
+			return nil
+		}
+		most = p.crowds[0]
+	}
+	if len(most.waiting) == 0 {
+		return nil
+	}
+	oldest := most.waiting[0]
+	if a.known && most != a || len(most.waiting) > len(a.waiting)+1 || p.now()-oldest.place.since >= tenure {
+		return oldest
+	}
+	return nil
+}
+
+// touch notes that a client has made a step towards its admission.
+func (p *places) touch(conn net.Conn) {
+	c := socketOf(conn)
+	if p == nil || c == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a := c.place.at; a != nil && !c.place.admitted() {
+		p.stopWaiting(c)
+		p.wait(c, a)
+	}
+}
+
+// admitted notes that derpserver has admitted the node of a connection. It does not wait.
+func (p *places) admitted(conn net.Conn) {
+	c := socketOf(conn)
+	if p == nil || c == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a := c.place.at
+	if a == nil || c.place.admitted() {
+		return
+	}
+	p.stopWaiting(c)
+	c.place.since = sinceAdmitted
+	a.admitted++
+	a.client = true
+	if !a.known && a.addr.IsValid() && !p.open() {
+		a.known = true
+		p.strangers -= len(a.waiting)
+		p.crowds.update(a)
+	}
+}
+
+// remember adds the address of another node of the mesh to the known ones.
+func (p *places) remember(addr netip.Addr) {
+	if addr = p.addressOf(addr); !addr.IsValid() {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.known.put(addr, struct{}{})
+}
+
+// member reports whether an admitted node came lately from an address.
+func (p *places) member(addr netip.Addr) bool {
+	if addr = p.addressOf(addr); !addr.IsValid() {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a := p.addresses[addr]; a != nil {
+		return a.client
+	}
+	_, known := p.known.get(addr)
+	return known
+}
+
+// give gives back the place of a connection. A second call has no effect.
+func (p *places) give(c *socketConn) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c.place.at != nil {
+		p.leave(c)
+	}
+}
+
+// leave gives back a place.
+func (p *places) leave(c *socketConn) {
+	a := c.place.at
+	if c.place.admitted() {
+		a.admitted--
+	} else {
+		p.stopWaiting(c)
+	}
+	c.place = place{}
+	p.total--
+	if a.admitted == 0 && len(a.waiting) == 0 {
+		delete(p.addresses, a.addr)
+		if a.client && a.addr.IsValid() {
+			p.known.put(a.addr, struct{}{})
+		}
+	}
+}
+
+// wait adds a connection to the waiting ones of an address, as the latest.
+func (p *places) wait(c *socketConn, a *address) {
+	c.place = place{at: a, since: p.now()}
+	a.waiting = append(a.waiting, c)
+	p.waiting++
+	if !a.known {
+		p.strangers++
+	}
+	p.crowds.update(a)
+}
+
+// stopWaiting removes a connection from the waiting ones of its address.
+func (p *places) stopWaiting(c *socketConn) {
+	a := c.place.at
+	i := slices.Index(a.waiting, c)
+	a.waiting = slices.Delete(a.waiting, i, i+1)
+	p.waiting--
+	if !a.known {
+		p.strangers--
+	}
+	p.crowds.update(a)
+}
+
+// note counts a connection that a limit closes.
+func (p *places) note(limit Limit) {
+	l := p.limited[limit]
+	l.Count++
+	l.Last = time.Now()
+}
+
+func (p *places) now() time.Duration { return time.Since(p.begin) }
+
+// addressOf returns the address that addr counts for: addr itself, or its network of 64
+// bits. It is the zero address for an address that stands for many clients.
+func (p *places) addressOf(addr netip.Addr) netip.Addr {
+	addr = addr.Unmap().WithZone("")
+	switch {
+	case contains(p.exempt, addr):
+		return netip.Addr{}
+	case addr.Is6():
+		return netip.PrefixFrom(addr, 64).Masked().Addr()
+	}
+	return addr
+}
+
+// state returns the state of the connections.
+func (p *places) state() Places {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := Places{Open: p.total, Waiting: p.waiting}
+	for _, l := range AllLimits() {
+		s.Limited = append(s.Limited, *p.limited[l])
+	}
+	return s
+}
+
+// Places returns the state of the connections of both listeners.
+func (r *Relay) Places() Places { return r.places.state() }
