@@ -94,6 +94,7 @@ type Relay struct {
 	mesh     *Mesh
 	names    names
 	tls      *tls.Config // nil: plain HTTP
+	own      ownPeers
 
 	misdirected   *misdirections
 	public, plain *http.Server

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"net"
+	"net/netip"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -128,7 +130,11 @@ func TestReserve(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	l := Listen(below, Config{Name: "https", Highest: 500, Log: zerolog.New(&log)})
+	var exempt atomic.Pointer[string]
+	l := Listen(below, Config{Name: "https", Highest: 500, Exempt: func(peer net.Addr) bool {
+		addr := exempt.Load()
+		return addr != nil && *addr == peer.String()
+	}, Log: zerolog.New(&log)})
 	defer func() { _ = l.Close() }()
 	accepted := make(chan net.Conn)
 	go func() {
@@ -177,6 +183,24 @@ func TestReserve(t *testing.T) {
 		if n, err := dial().Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, syscall.EAGAIN) {
 			t.Errorf("a connection in the reserve: %d, %v", n, err)
 		}
+	}
+	bound := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			_ = unix.Bind(int(fd), &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+			name, _ := unix.Getsockname(int(fd))
+			addr := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(name.(*unix.SockaddrInet4).Port)).String()
+			exempt.Store(&addr)
+		})
+	}}
+	own, err := bound.DialContext(t.Context(), "tcp", below.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = own.Close() }()
+	if exempted := <-accepted; exempted.RemoteAddr().String() != own.LocalAddr().String() {
+		t.Errorf("accepted %s, want the exempt peer %s", exempted.RemoteAddr(), own.LocalAddr())
+	} else {
+		_ = exempted.Close()
 	}
 	if l.Refused() != 3 || l.Failures() != 0 {
 		t.Errorf("%d refused, %d failures; want 3 and 0", l.Refused(), l.Failures())

@@ -21,6 +21,9 @@ type Config struct {
 	// descriptors left are those kept for others, and the connection is closed.
 	Highest int
 
+	// Exempt reports whether a peer may have a higher descriptor. Nil exempts nobody.
+	Exempt func(peer net.Addr) bool
+
 	Log zerolog.Logger
 }
 
@@ -84,7 +87,7 @@ func (l *Listener) reserved(conn net.Conn) bool {
 	}
 	above := false
 	err = raw.Control(func(fd uintptr) { above = fd > uintptr(l.config.Highest) })
-	return err == nil && above
+	return err == nil && above && (l.config.Exempt == nil || !l.config.Exempt(conn.RemoteAddr()))
 }
 
 // Close implements [net.Listener]. A second call has no effect.

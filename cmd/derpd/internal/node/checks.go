@@ -50,7 +50,7 @@ func (n *Node) checkListeners(ctx context.Context) healthz.Result {
 		if l.ln == nil {
 			continue
 		}
-		conn, err := new(net.Dialer).DialContext(ctx, "tcp", loopback(l.ln.Addr()).String())
+		conn, err := n.relay.DialSelf(ctx, loopback(l.ln.Addr()))
 		if err != nil {
 			return healthz.Failf("%s on %s: %v", l.name, l.ln.Addr(), err)
 		}

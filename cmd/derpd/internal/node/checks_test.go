@@ -14,6 +14,7 @@ import (
 	"derpd/cmd/derpd/internal/config"
 	"derpd/healthz"
 	"derpd/internal/testkit"
+	"derpd/relay"
 )
 
 // statusCerts is a manager with a given status.
@@ -115,7 +116,7 @@ func TestCheckListeners(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.close()
-	n := &Node{listeners: l}
+	n := &Node{listeners: l, relay: new(relay.Relay)}
 	want := fmt.Sprintf("https %s, http %s", l.https.Addr(), l.http.Addr())
 	if got := n.checkListeners(t.Context()); got.Level != healthz.OK || got.Detail != want {
 		t.Errorf("%+v, want %q", got, want)

@@ -81,8 +81,9 @@ func listen(ctx context.Context, c config.Listen) (*listeners, error) {
 
 // retry makes every TCP listener survive the errors of accept. The public listeners
 // leave descriptors to all others, because an orchestrator restarts a relay whose
-// /livez does not answer. The health listener leaves some to the admin listener.
-func (l *listeners) retry(log zerolog.Logger) {
+// /livez does not answer. The health listener leaves some to the admin listener. The
+// self-check, whose connections exempt reports, may use them all.
+func (l *listeners) retry(exempt func(peer net.Addr) bool, log zerolog.Logger) {
 	for _, of := range []struct {
 		ln      *net.Listener
 		name    string
@@ -94,7 +95,7 @@ func (l *listeners) retry(log zerolog.Logger) {
 		{&l.admin, "admin", 0},
 	} {
 		if *of.ln != nil {
-			retried := accept.Listen(*of.ln, accept.Config{Name: of.name, Highest: of.highest, Log: log})
+			retried := accept.Listen(*of.ln, accept.Config{Name: of.name, Highest: of.highest, Exempt: exempt, Log: log})
 			*of.ln = retried
 			l.retried = append(l.retried, retried)
 		}

@@ -100,11 +100,11 @@ func New(ctx context.Context, c *config.Config, o Options) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.retry(o.Log)
 	n := &Node{
 		config: c, options: o, log: o.Log, listeners: l,
 		probe: newProbeKeys(), eyes: newEyes(o.Roots), serving: make(chan struct{}), address: make(chan struct{}),
 	}
+	l.retry(func(peer net.Addr) bool { return n.relay.Own(peer) }, o.Log)
 	if err := n.build(ctx); err != nil {
 		l.close()
 		return nil, err

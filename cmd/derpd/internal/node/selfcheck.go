@@ -109,7 +109,7 @@ func (n *Node) probeDERP(ctx context.Context) (time.Duration, error) {
 	probe := healthz.DERPProbe{
 		Host: "localhost",
 		Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", loopback(n.listeners.https.Addr()).String())
+			return n.relay.DialSelf(ctx, loopback(n.listeners.https.Addr()))
 		},
 		From: n.probe.from, To: n.probe.to,
 	}
