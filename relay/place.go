@@ -111,8 +111,8 @@ func (t *recent[V]) put(addr netip.Addr, v V) {
 	t.young[addr] = v
 }
 
-// socketOf returns the TCP connection below a connection, or nil.
-func socketOf(conn net.Conn) *socketConn {
+// socketBelow returns the TCP connection below a connection, or nil.
+func socketBelow(conn net.Conn) *socketConn {
 	for {
 		switch c := conn.(type) {
 		case *socketConn:
@@ -127,12 +127,11 @@ func socketOf(conn net.Conn) *socketConn {
 	}
 }
 
-// addrPort returns the address and port of a TCP address.
+// addrPort returns the address and port of a TCP connection.
 func addrPort(a net.Addr) netip.AddrPort {
 	tcp, ok := a.(*net.TCPAddr)
 	if !ok {
 		return netip.AddrPort{}
 	}
-	ap := tcp.AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	return plainAddr(tcp.AddrPort())
 }

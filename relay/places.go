@@ -61,12 +61,12 @@ func AllLimits() []Limit {
 type Places struct {
 	Open    int // all connections
 	Waiting int // those without an admitted node
-	Limited []Limited
+	Limited []LimitCount
 }
 
-// Limited is how often a limit was reached. Each time one connection was closed: the
+// LimitCount is how often a limit was reached. Each time one connection was closed: the
 // new one, or an older one in its favor.
-type Limited struct {
+type LimitCount struct {
 	Limit Limit
 	Count uint64
 	Last  time.Time // zero before the first
@@ -99,7 +99,7 @@ type places struct {
 	crowds    crowds                  // unknown addresses with a waiting connection; guarded by mu
 	known     recent[struct{}]        // addresses without a place that had an admitted node; guarded by mu
 	limiters  recent[*rate.Limiter]   // guarded by mu
-	limited   map[Limit]*Limited      // of [AllLimits] alone; guarded by mu
+	limited   map[Limit]*LimitCount      // of [AllLimits] alone; guarded by mu
 }
 
 func newPlaces(c Config) *places {
@@ -108,13 +108,13 @@ func newPlaces(c Config) *places {
 		addresses: make(map[netip.Addr]*address),
 		known:     recent[struct{}]{size: maxKnown},
 		limiters:  recent[*rate.Limiter]{size: maxLimiters},
-		limited:   make(map[Limit]*Limited),
+		limited:   make(map[Limit]*LimitCount),
 	}
 	if p.open == nil {
 		p.open = func() bool { return c.Admit == nil }
 	}
 	for _, l := range AllLimits() {
-		p.limited[l] = &Limited{Limit: l}
+		p.limited[l] = &LimitCount{Limit: l}
 	}
 	return p
 }
@@ -135,7 +135,7 @@ func (p *places) take(c *socketConn) bool {
 // identify moves a connection of a proxy to the address of its client. Without a place
 // for that address, the connection must be closed.
 func (p *places) identify(conn net.Conn, client netip.Addr) bool {
-	c := socketOf(conn)
+	c := socketBelow(conn)
 	if p == nil || c == nil {
 		return true
 	}
@@ -247,7 +247,7 @@ func (p *places) crowded(a *address, limit Limit) *socketConn {
 
 // touch notes that a client has made a step towards its admission.
 func (p *places) touch(conn net.Conn) {
-	c := socketOf(conn)
+	c := socketBelow(conn)
 	if p == nil || c == nil {
 		return
 	}
@@ -261,7 +261,7 @@ func (p *places) touch(conn net.Conn) {
 
 // admitted notes that derpserver has admitted the node of a connection. It does not wait.
 func (p *places) admitted(conn net.Conn) {
-	c := socketOf(conn)
+	c := socketBelow(conn)
 	if p == nil || c == nil {
 		return
 	}

@@ -134,6 +134,7 @@ func New(c Config) (*Relay, error) {
 		misdirected: newMisdirections(c.Log, c.Misdirected),
 	}
 	r.mesh.dialed = r.places.remember
+	r.places.own = r.own.has
 	if c.GetCertificate != nil {
 		r.tls = tlsConfig(server, r.names, c.GetCertificate)
 	}
