@@ -18,6 +18,7 @@
 //	region.go       this node in the DERP map
 //	mesh.go         the other nodes of the region
 //	proxies.go      proxies in front of derpd
+//	limits.go       limits of connections
 //	web.go          what browsers and bootstrap clients get
 //	updates.go      the search for newer releases
 //	log.go          logging
@@ -84,6 +85,7 @@ type Config struct {
 	Region      Region
 	Mesh        relay.MeshConfig // without Describe
 	Proxies     Proxies
+	Limits      relay.Limits // without Shared
 	Web         Web
 	Updates     Updates
 	Log         Log
@@ -142,11 +144,13 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string
 	c.Proxies, proxyWarnings = parseProxies(p, e.ProxiesEnv, c.Certificate.Mode)
+	var limitWarnings []string
+	c.Limits, limitWarnings = parseLimits(p, e.LimitsEnv, thisMachine())
 	c.Web = parseWeb(p, e.WebEnv)
 	c.Updates = parseUpdates(p, e.UpdatesEnv, environ)
 	c.Log = parseLog(p, e.LogEnv)
 
-	c.Warnings = slices.Concat(e.warnings(), c.Platform.warnings, optional(fallback), storageWarnings, admissionWarnings, proxyWarnings)
+	c.Warnings = slices.Concat(e.warnings(), c.Platform.warnings, optional(fallback), storageWarnings, admissionWarnings, proxyWarnings, limitWarnings)
 	err := p.err(e.order)
 	if err == nil {
 		c.computed = c.computedDefaults()

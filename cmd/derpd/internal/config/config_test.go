@@ -46,6 +46,23 @@ var badConfigurations = []struct {
 	{env: "DERP_LISTENERS=1", want: []string{"DERP_LISTENERS: unknown variable; `derpd env` lists all variables"}},
 	{env: "DERP_ALOW_KEYS_FILE=$D/keys", want: []string{"DERP_ALOW_KEYS_FILE: unknown variable; did you mean DERP_ALLOW_KEYS_FILE?"}},
 
+	// Limits.
+	{env: "DERP_MAX_CONNECTIONS=many DERP_MAX_STRANGERS=0", want: []string{
+		`DERP_MAX_CONNECTIONS: want a number of connections from 16 to 100000000, or off for no limit, got "many"`,
+		`DERP_MAX_STRANGERS: want a number of connections from 4 to 100000000, or off for no limit, got "0"`,
+	}},
+	{env: "DERP_MAX_CONNECTIONS=15", want: []string{`DERP_MAX_CONNECTIONS: want a number of connections from 16 to 100000000, or off for no limit, got "15"`}},
+	{env: "DERP_MAX_CONNECTIONS=100000001", want: []string{`DERP_MAX_CONNECTIONS: want a number of connections from 16 to 100000000, or off for no limit, got "100000001"`}},
+	{env: "DERP_MAX_CONNECTIONS=1k DERP_MAX_STRANGERS=2000", want: []string{`DERP_MAX_CONNECTIONS: want a number of connections from 16 to 100000000, or off for no limit, got "1k"`}},
+	{env: "DERP_MAX_CONNECTIONS=100 DERP_MAX_STRANGERS=101", want: []string{`DERP_MAX_STRANGERS: want at most DERP_MAX_CONNECTIONS, which is 100, got "101"; lower this, or raise that`}},
+	{env: "DERP_MAX_CONNECTIONS=100 DERP_MAX_PER_ADDRESS=200", want: []string{`DERP_MAX_PER_ADDRESS: want at most DERP_MAX_CONNECTIONS, which is 100, got "200"; lower this, or raise that`}},
+	{env: "DERP_MAX_PER_ADDRESS=-1 DERP_ACCEPT_RATE=0.5", want: []string{
+		`DERP_MAX_PER_ADDRESS: want a number of connections from 4 to 100000000, or off for no limit, got "-1"`,
+		`DERP_ACCEPT_RATE: want a number of connections a second from 1 to 100000000, or off for no limit, got "0.5"`,
+	}},
+	{env: "DERP_ACCEPT_RATE=50/s", want: []string{`DERP_ACCEPT_RATE: want a number of connections a second from 1 to 100000000, or off for no limit, got "50/s"`}},
+	{env: "DERP_ACCEPT_RAET=5", want: []string{"DERP_ACCEPT_RAET: unknown variable; did you mean DERP_ACCEPT_RATE?"}},
+
 	// _FILE.
 	{env: "DERP_DOMAIN=a.example.com DERP_DOMAIN_FILE=$D/domain", setup: file("domain", "b.example.com"), want: []string{"DERP_DOMAIN: is set, and so is DERP_DOMAIN_FILE; remove one of the two"}},
 	{env: "DERP_DOMAIN=a.example.com DERP_DOMAIN_FILE=$D/none", want: []string{"DERP_DOMAIN: is set, and so is DERP_DOMAIN_FILE; remove one of the two"}},

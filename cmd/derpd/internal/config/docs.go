@@ -108,6 +108,10 @@ func (c *Config) computedDefaults() map[string]string {
 		"DERP_CERT_DIR":  c.Storage.CertDir,
 		"DERP_CERT_MODE": c.Certificate.Mode,
 		"DERP_NODE_NAME": c.Region.Node.Name,
+
+		"DERP_MAX_CONNECTIONS": formatLimit(c.Limits.Connections),
+		"DERP_MAX_STRANGERS":   formatLimit(c.Limits.Strangers),
+		"DERP_MAX_PER_ADDRESS": formatLimit(c.Limits.PerAddress),
 	}
 	switch c.Certificate.Mode {
 	case ModeManual:

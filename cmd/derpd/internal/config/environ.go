@@ -32,6 +32,7 @@ type Env struct {
 	RegionEnv
 	MeshEnv
 	ProxiesEnv
+	LimitsEnv
 	WebEnv
 	UpdatesEnv
 	LogEnv

@@ -7,6 +7,9 @@ func railway(env, set map[string]string) *platform {
 	r := &platform{name: "Railway", defaults: map[string]string{
 		"DERP_HTTP_PORT": "-1",
 		"DERP_STUN":      "false",
+		// All clients come from the addresses of the proxy.
+		"DERP_MAX_PER_ADDRESS": "off",
+		"DERP_ACCEPT_RATE":     "off",
 	}}
 	if host == "" || port == "" || inside == "" {
 		r.refuse = func(p *problems, _ *environment) {

@@ -35,3 +35,22 @@ func TestLastDescriptor(t *testing.T) {
 		}
 	}
 }
+
+// All connections together leave descriptors below the last one of a listener.
+func TestMaxConnections(t *testing.T) {
+	for limit, want := range map[uint64]int{64: 32, 256: 128, 1024: 896, 65536: 65408, 1<<64 - 1: 1<<30 - 128} {
+		got := maxConnections(limit)
+		if got != want {
+			t.Errorf("limit %d: %d connections, want %d", limit, got, want)
+		}
+		if last := lastDescriptor(limit, 1); got > last-15 {
+			t.Errorf("limit %d: %d connections reach the last descriptor %d", limit, got, last)
+		}
+		if limit >= 256 && OpenFilesFor(got) != int(min(limit, maxDescriptors)) {
+			t.Errorf("%d connections need %d open files, want %d", got, OpenFilesFor(got), limit)
+		}
+	}
+	if MaxConnections() < 32 {
+		t.Errorf("this process may have %d connections", MaxConnections())
+	}
+}

@@ -73,3 +73,44 @@ func TestCgroupMemory(t *testing.T) {
 		}
 	}
 }
+
+// The memory is the lowest limit, or else half of the machine's.
+func TestMemory(t *testing.T) {
+	before := debug.SetMemoryLimit(math.MaxInt64)
+	t.Cleanup(func() { debug.SetMemoryLimit(before) })
+	const machine = "MemTotal:        4000000 kB\nMemFree:          100000 kB\n"
+	for name, tt := range map[string]struct {
+		meminfo, max string
+		ofGo         int64 // 0: none
+		want         int64
+	}{
+		"nothing":                       {want: unknownMemory},
+		"a machine":                     {meminfo: machine, want: 2_000_000 << 10},
+		"a container":                   {meminfo: machine, max: "268435456\n", want: 256 << 20},
+		"a container with more":         {meminfo: machine, max: "8589934592\n", want: 4_000_000 << 10},
+		"without a limit":               {meminfo: machine, max: "max\n", want: 2_000_000 << 10},
+		"a container that says no more": {max: "268435456\n", want: 256 << 20},
+		"GOMEMLIMIT":                    {meminfo: machine, ofGo: 90_000_000, want: 100_000_000},
+		"GOMEMLIMIT in a container":     {meminfo: machine, max: "268435456\n", ofGo: 90_000_000, want: 100_000_000},
+		"nonsense":                      {meminfo: "MemTotal: x kB\nMemTotal\n", want: unknownMemory},
+	} {
+		root := fstest.MapFS{"proc/meminfo": {Data: []byte(tt.meminfo)}}
+		if tt.max != "" {
+			root["proc/self/cgroup"] = &fstest.MapFile{Data: []byte("0::/\n")}
+			root["sys/fs/cgroup/memory.max"] = &fstest.MapFile{Data: []byte(tt.max)}
+		}
+		debug.SetMemoryLimit(math.MaxInt64)
+		if tt.ofGo > 0 {
+			debug.SetMemoryLimit(tt.ofGo)
+		}
+		if got := memory(root); got != tt.want {
+			t.Errorf("%s: %d, want %d", name, got, tt.want)
+		}
+	}
+	// The limit that LimitMemory sets changes nothing.
+	debug.SetMemoryLimit(math.MaxInt64)
+	root := fstest.MapFS{"proc/self/cgroup": {Data: []byte("0::/\n")}, "sys/fs/cgroup/memory.max": {Data: []byte("1000000000")}}
+	if limitMemory(root); memory(root) != 1_000_000_000 {
+		t.Errorf("after LimitMemory: %d", memory(root))
+	}
+}
