@@ -99,7 +99,7 @@ type places struct {
 	crowds    crowds                  // unknown addresses with a waiting connection; guarded by mu
 	known     recent[struct{}]        // addresses without a place that had an admitted node; guarded by mu
 	limiters  recent[*rate.Limiter]   // guarded by mu
-	limited   map[Limit]*LimitCount      // of [AllLimits] alone; guarded by mu
+	limited   map[Limit]*LimitCount   // of [AllLimits] alone; guarded by mu
 }
 
 func newPlaces(c Config) *places {

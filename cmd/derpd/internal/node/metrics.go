@@ -52,7 +52,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 		}
 	}
 	list = append(append(append(list, n.listenerMetrics()...), relay.ProcessMetrics()...), n.toldMetrics()...)
-	return append(append(list, n.admissionMetrics()...), n.meshMetrics()...)
+	return append(append(append(list, n.limitMetrics()...), n.admissionMetrics()...), n.meshMetrics()...)
 }
 
 // The types are labels of metrics.
@@ -62,6 +62,7 @@ type (
 	nodeLabel     struct{ Node string }
 	reasonLabel   struct{ Reason string }
 	listenerLabel struct{ Listener string }
+	limitLabel    struct{ Limit string }
 )
 
 func (n *Node) listenerMetrics() []expvar.KeyValue {

@@ -5,8 +5,8 @@
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
 //   - admission.go connects the relay to the gate, and autoclose.go closes an open
 //     relay when a tailscaled appears
-//   - selfcheck.go, eyes.go, checks.go, misdirected.go and metrics.go observe; a new
-//     health check is one function and one line in checks.go
+//   - selfcheck.go, eyes.go, checks.go, misdirected.go, limits.go and metrics.go
+//     observe; a new health check is one function and one line in checks.go
 //   - public.go and region.go make the map, and mapcert.go remembers its pin
 //   - notices.go warns clients, updates.go looks for newer releases
 package node
@@ -180,6 +180,8 @@ func (n *Node) relayConfig(private key.NodePrivate) relay.Config {
 		Mesh:           mesh,
 		TrustedProxies: c.Proxies.Trusted,
 		ProxyProtocol:  c.Proxies.ProxyProtocol,
+		Limits:         n.relayLimits(),
+		Open:           func() bool { return n.gate.Load() == nil },
 		Misdirected:    n.misdirected,
 		Log:            n.log,
 	}

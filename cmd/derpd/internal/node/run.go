@@ -33,6 +33,7 @@ func (n *Node) tasks() []task {
 		{"self-check", n.runSelfCheck},
 		{"announce", n.announce},
 		{"packets", n.packets.run},
+		{"limits", n.watchLimits},
 		{"notices", n.runNotices},
 		{"stop", n.stop},
 	}
@@ -165,6 +166,8 @@ func (n *Node) logStart() {
 		e = e.Stringer("health", n.listeners.health.Addr())
 	}
 	e.Msg("listening")
+	n.log.Info().Int("connections", c.Limits.Connections).Int("strangers", c.Limits.Strangers).Int("per_address", c.Limits.PerAddress).
+		Int("accept_rate", c.Limits.AcceptRate).Msg("limits of connections; derpd env prints their variables, and 0 is off")
 	if c.Platform.Name != "" {
 		n.log.Info().Str("platform", c.Platform.Name).Strs("assumed", c.Platform.Assumed).Msg("platform found; derpd env prints the defaults it sets")
 	}
