@@ -11,7 +11,6 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,6 +20,7 @@ import (
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/types/key"
 
+	"derpd/internal/httpserver"
 	"derpd/internal/testkit"
 )
 
@@ -313,30 +313,13 @@ func TestTimeBeforeAdmission(t *testing.T) {
 	}
 }
 
-// A header may have 8 KiB, on both listeners.
-func TestPublicHeaderLimit(t *testing.T) {
+// Both servers have the limits of public listeners.
+func TestServersArePublic(t *testing.T) {
 	r := newRelay(t, Config{Log: zerolog.Nop()})
-	for name, server := range map[string]*http.Server{"public": r.public, "plain": r.plain} {
-		if server == r.plain {
-			server.Handler = RedirectHandler(443)
-		}
-		ln := listen(t)
-		go func() { _ = server.Serve(ln) }()
-		for length, want := range map[int]int{8000: http.StatusNoContent, 9000: http.StatusRequestHeaderFieldsTooLarge} {
-			conn, err := dialFrom(t.Context(), "127.0.0.1", ln)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, _ = io.WriteString(conn, "GET /generate_204 HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", length)+"\r\n\r\n")
-			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = response.Body.Close()
-			_ = conn.Close()
-			if response.StatusCode != want {
-				t.Errorf("%s: a header of %d bytes: status %d, want %d", name, length, response.StatusCode, want)
-			}
+	want := httpserver.Public(nil, zerolog.Nop())
+	for _, server := range []*http.Server{r.public, r.plain} {
+		if server.ReadTimeout != want.ReadTimeout || server.IdleTimeout != want.IdleTimeout || server.MaxHeaderBytes != want.MaxHeaderBytes {
+			t.Errorf("%+v, want the limits of %+v", server, want)
 		}
 	}
 }

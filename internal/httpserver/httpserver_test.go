@@ -49,11 +49,10 @@ func (l *pipes) dial() net.Conn {
 	return near
 }
 
-// serve starts a server of handler until the test ends.
-func serve(t *testing.T, handler http.HandlerFunc, log io.Writer) *pipes {
+// serve starts a server until the test ends.
+func serve(t *testing.T, server *http.Server) *pipes {
 	t.Helper()
 	l := newPipes()
-	server := httpserver.New(handler, zerolog.New(log))
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(l) }()
 	t.Cleanup(func() {
@@ -65,77 +64,94 @@ func serve(t *testing.T, handler http.HandlerFunc, log io.Writer) *pipes {
 	return l
 }
 
-// A connection without a whole request, and a response that nobody reads, end
-// after 30 seconds.
+// create are the functions of the package.
+var create = map[string]func(http.Handler, zerolog.Logger) *http.Server{"New": httpserver.New, "Public": httpserver.Public}
+
+// A connection without a whole request, a response that nobody reads, and an idle
+// connection end.
 func TestTimeouts(t *testing.T) {
-	for name, request := range map[string]string{
-		"no request":      "",
-		"half a request":  "GET / HTTP/1.1\r\nHost: x\r\n",
-		"half a body":     "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab",
-		"unread response": "GET /large HTTP/1.1\r\nHost: x\r\n\r\n",
+	for _, tt := range []struct {
+		name, request   string
+		ofNew, ofPublic time.Duration
+	}{
+		{"no request", "", 30 * time.Second, 5 * time.Second},
+		{"half a request", "GET / HTTP/1.1\r\nHost: x\r\n", 30 * time.Second, 5 * time.Second},
+		{"half a body", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab", 30 * time.Second, 5 * time.Second},
+		{"unread response", "GET /large HTTP/1.1\r\nHost: x\r\n\r\n", 30 * time.Second, 10 * time.Second},
+		{"idle", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", 30 * time.Second, 3 * time.Second},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				// net/http waits before it closes a connection.
-				t.Cleanup(func() { <-time.After(time.Second) })
-				failed := make(chan time.Duration, 1)
-				begun := time.Now()
-				l := serve(t, func(w http.ResponseWriter, r *http.Request) {
-					var err error
-					if r.URL.Path == "/large" {
-						_, err = w.Write(make([]byte, 1<<20))
+		for of, want := range map[string]time.Duration{"New": tt.ofNew, "Public": tt.ofPublic} {
+			t.Run(tt.name+" of "+of, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					// net/http waits before it closes a connection.
+					t.Cleanup(func() { <-time.After(time.Second) })
+					failed := make(chan time.Duration, 1)
+					begun := time.Now()
+					l := serve(t, create[of](http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						var err error
+						if r.URL.Path == "/large" {
+							_, err = w.Write(make([]byte, 1<<20))
+						} else {
+							_, err = io.ReadAll(r.Body)
+						}
+						if err != nil {
+							failed <- time.Since(begun)
+						}
+					}), zerolog.Nop()))
+					conn := l.dial()
+					defer func() { _ = conn.Close() }()
+					if _, err := io.WriteString(conn, tt.request); err != nil {
+						t.Fatal(err)
+					}
+					var took time.Duration
+					if tt.name == "half a body" || tt.name == "unread response" {
+						took = <-failed
 					} else {
-						_, err = io.ReadAll(r.Body)
+						_, _ = io.ReadAll(conn)
+						took = time.Since(begun)
 					}
-					if err != nil {
-						failed <- time.Since(begun)
+					if took != want {
+						t.Errorf("ended after %v, want %v", took, want)
 					}
-				}, io.Discard)
-				conn := l.dial()
-				defer func() { _ = conn.Close() }()
-				if _, err := io.WriteString(conn, request); err != nil {
-					t.Fatal(err)
-				}
-				var took time.Duration
-				if strings.HasPrefix(name, "half a body") || strings.HasPrefix(name, "unread") {
-					took = <-failed
-				} else {
-					_, _ = io.ReadAll(conn)
-					took = time.Since(begun)
-				}
-				if took != 30*time.Second {
-					t.Errorf("ended after %v, want 30s", took)
-				}
+				})
 			})
-		})
+		}
 	}
 }
 
 // Headers up to the limit are accepted, longer ones refused.
 func TestHeaderLimit(t *testing.T) {
-	l := serve(t, func(http.ResponseWriter, *http.Request) {}, io.Discard)
-	for length, want := range map[int]int{8 << 10: http.StatusOK, 15 << 10: http.StatusOK, 24 << 10: http.StatusRequestHeaderFieldsTooLarge} {
-		conn := l.dial()
-		go func() {
-			_, _ = io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", length)+"\r\n\r\n")
-		}()
-		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = res.Body.Close()
-		_ = conn.Close()
-		if res.StatusCode != want {
-			t.Errorf("a header of %d bytes: %d, want %d", length, res.StatusCode, want)
+	const ok, refused = http.StatusOK, http.StatusRequestHeaderFieldsTooLarge
+	for of, statuses := range map[string]map[int]int{
+		"New":    {8 << 10: ok, 15 << 10: ok, 24 << 10: refused},
+		"Public": {8000: ok, 8300: refused, 15 << 10: refused},
+	} {
+		l := serve(t, create[of](http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), zerolog.Nop()))
+		for length, want := range statuses {
+			conn := l.dial()
+			go func() {
+				_, _ = io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", length)+"\r\n\r\n")
+			}()
+			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = res.Body.Close()
+			_ = conn.Close()
+			if res.StatusCode != want {
+				t.Errorf("%s: a header of %d bytes: %d, want %d", of, length, res.StatusCode, want)
+			}
 		}
 	}
 }
 
 // The protocol is HTTP/1.1 alone: a hijacked connection exists only there.
 func TestProtocols(t *testing.T) {
-	p := httpserver.New(http.NotFoundHandler(), zerolog.Nop()).Protocols
-	if !p.HTTP1() || p.HTTP2() || p.UnencryptedHTTP2() {
-		t.Errorf("protocols %v, want HTTP/1 alone", p)
+	for of, server := range create {
+		p := server(http.NotFoundHandler(), zerolog.Nop()).Protocols
+		if !p.HTTP1() || p.HTTP2() || p.UnencryptedHTTP2() {
+			t.Errorf("%s: protocols %v, want HTTP/1 alone", of, p)
+		}
 	}
 }
 

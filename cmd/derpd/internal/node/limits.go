@@ -65,21 +65,24 @@ func isReported(l relay.LimitCount) bool { return l.Count > 0 && time.Since(l.La
 // ctx ends.
 func (n *Node) watchLimits(ctx context.Context) error {
 	closing := make(map[relay.Limit]bool)
-	return repeat(ctx, limitsWatched, func() {
-		for _, l := range n.relay.Places().Limited {
-			if isReported(l) == closing[l.Limit] {
-				continue
-			}
-			closing[l.Limit] = !closing[l.Limit]
-			if closing[l.Limit] {
-				n.log.Warn().Str("variable", limitVariable[l.Limit]).Int("limit", n.limitOf(l.Limit)).Str("meaning", limitMeaning[l.Limit]).
-					Msg("a limit closes connections; connected clients are not affected")
-			} else {
-				n.log.Info().Str("variable", limitVariable[l.Limit]).Uint64("closed_since_start", l.Count).Msg("the limit closes no more connections")
-			}
-			n.health.Changed()
+	return repeat(ctx, limitsWatched, func() { n.logLimits(closing, n.relay.Places().Limited) })
+}
+
+// logLimits logs the limits that differ from closing, and updates it.
+func (n *Node) logLimits(closing map[relay.Limit]bool, limited []relay.LimitCount) {
+	for _, l := range limited {
+		if isReported(l) == closing[l.Limit] {
+			continue
 		}
-	})
+		closing[l.Limit] = !closing[l.Limit]
+		if closing[l.Limit] {
+			n.log.Warn().Str("variable", limitVariable[l.Limit]).Int("limit", n.limitOf(l.Limit)).Str("meaning", limitMeaning[l.Limit]).
+				Msg("a limit closes connections; connected clients are not affected")
+		} else {
+			n.log.Info().Str("variable", limitVariable[l.Limit]).Uint64("closed_since_start", l.Count).Msg("the limit closes no more connections")
+		}
+		n.health.Changed()
+	}
 }
 
 // checkLimits never fails: strangers could otherwise make the relay refuse its clients.
