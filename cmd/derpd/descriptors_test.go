@@ -12,36 +12,39 @@ import (
 	"testing"
 	"time"
 
+	"tailscale.com/types/key"
+
 	"derpd/internal/testkit"
 )
 
-// TestDescriptorsGone asserts that strangers who take every connection they can get
-// leave the descriptors that /livez, the health report and metrics need.
-func TestDescriptorsGone(t *testing.T) {
-	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
-	defer cancel()
+// startWithFiles starts derpd with a limit of open files, and waits until it is ready.
+func startWithFiles(ctx context.Context, t *testing.T, limit int, env ...string) *running {
+	t.Helper()
 	p := &running{admin: testkit.FreeAddr(t)}
-	public := testkit.FreeAddr(t)
-	health := testkit.FreeAddr(t)
-	cmd := exec.CommandContext(ctx, "sh", "-c", `ulimit -n 64; exec "$0"`, testkit.LinkAsDerpd(t))
-	cmd.Env = testkit.LastOfEach(testkit.Environ(t, "DERP_ADDR="+public, "DERP_ADMIN_ADDR="+p.admin, "DERP_HEALTH_ADDR="+health))
+	cmd := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0"`, limit), testkit.LinkAsDerpd(t))
+	cmd.Env = testkit.LastOfEach(testkit.Environ(t, append(env, "DERP_ADMIN_ADDR="+p.admin)...))
 	cmd.Stderr = &p.stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _, _ = cmd.Process.Kill(), cmd.Wait() }()
+	t.Cleanup(func() { _, _ = cmd.Process.Kill(), cmd.Wait() })
 	testkit.Until(t, "derpd is ready", func() bool { return strings.Contains(p.stderr.String(), `"message":"ready"`) })
+	return p
+}
 
-	strangers := make([]net.Conn, 100)
-	defer func() {
+// strangersOf returns a function that connects to addr as often as it can. Connections
+// that were closed are replaced at each call.
+func strangersOf(ctx context.Context, t *testing.T, addr string, from ...string) (connect func()) {
+	t.Helper()
+	strangers := make([]net.Conn, 100*len(from))
+	t.Cleanup(func() {
 		for _, conn := range strangers {
 			if conn != nil {
 				_ = conn.Close()
 			}
 		}
-	}()
-	connect := func() {
+	})
+	return func() {
 		for i := range strangers {
 			if strangers[i] != nil {
 				_ = strangers[i].SetReadDeadline(time.Now().Add(time.Millisecond))
@@ -50,9 +53,57 @@ func TestDescriptorsGone(t *testing.T) {
 				}
 				_ = strangers[i].Close()
 			}
-			strangers[i], _ = (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", public)
+			d := net.Dialer{Timeout: time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from[i%len(from)])}}
+			strangers[i], _ = d.DialContext(ctx, "tcp", addr)
 		}
 	}
+}
+
+// TestStrangersAtTheLimits asserts that strangers who take every connection that they can
+// get keep no new client out, with few open files.
+func TestStrangersAtTheLimits(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
+	defer cancel()
+	public := testkit.FreeAddr(t)
+	p := startWithFiles(ctx, t, 128, "DERP_ADDR="+public, "DERP_CERT_MODE=off", "DERP_HTTP_PORT=-1")
+	connect := strangersOf(ctx, t, public, "127.0.0.1", "127.0.0.2", "127.0.0.3")
+	for range 2 {
+		connect()
+		if status, _, err := p.ask(ctx, "/livez"); err != nil || status != http.StatusOK {
+			t.Fatalf("/livez: %d, %v", status, err)
+		}
+		if status, body, err := p.ask(ctx, "/readyz"); err != nil || status != http.StatusOK {
+			t.Fatalf("/readyz: %d, %v\n%s", status, err, body)
+		}
+		for _, from := range []string{"127.0.0.9", "127.0.0.1"} { // an own address, and one of the strangers
+			c := testkit.URLClient(t, "http://"+public+"/derp", key.NewNode())
+			c.SetURLDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
+				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+				return d.DialContext(ctx, network, addr)
+			})
+			testkit.Within(t, 10*time.Second, "a client from "+from, func(context.Context) error { return testkit.Admitted(t, c) })
+			_ = c.Close()
+		}
+	}
+	if text := p.page(t, "/metrics"); !strings.Contains(text, `derpd_accept_refused_total{listener="https"} 0`) {
+		t.Errorf("connections took descriptors of the reserve:\n%s", text)
+	}
+	testkit.Until(t, "a warning about a limit", func() bool { return strings.Contains(p.stderr.String(), "a limit closes connections") })
+}
+
+// TestDescriptorsGone asserts that strangers who take every connection they can get
+// leave the descriptors that /livez, the health report and metrics need, without
+// limits of connections.
+func TestDescriptorsGone(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), testkit.Patience)
+	defer cancel()
+	public := testkit.FreeAddr(t)
+	health := testkit.FreeAddr(t)
+	p := startWithFiles(ctx, t, 64, "DERP_ADDR="+public, "DERP_HEALTH_ADDR="+health,
+		"DERP_MAX_CONNECTIONS=off", "DERP_MAX_STRANGERS=off", "DERP_MAX_PER_ADDRESS=off", "DERP_ACCEPT_RATE=off")
+	connect := strangersOf(ctx, t, public, "127.0.0.1")
 	connect()
 	testkit.Until(t, "connections are refused", func() bool {
 		connect()
