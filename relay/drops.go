@@ -33,14 +33,15 @@ func ProcessMetrics() []expvar.KeyValue {
 // Packets are numbers of packets since the start.
 type Packets struct {
 	Received int64            // from clients and from other nodes of the mesh
-	Dropped  map[string]int64 // not delivered, by derpserver's reason
+	Dropped  map[string]int64 // not delivered, by derpserver's reason, or "large_backlog"
 }
 
 // Packets returns the numbers of packets so far. Dropped leaves out disco packets
 // for nodes that are not connected: nodes send them to find out whether another
 // node is there.
 func (r *Relay) Packets() Packets {
-	p := Packets{Dropped: make(map[string]int64)}
+	large := r.Excess().LargePackets
+	p := Packets{Received: large, Dropped: map[string]int64{"large_backlog": large}}
 	if counters, ok := r.server.ExpVar(false).(*metrics.Set); ok {
 		for _, name := range []string{"packets_received", "packets_forwarded_in"} {
 			if n, ok := counters.Get(name).(*expvar.Int); ok {

@@ -47,11 +47,11 @@ func TestPackets(t *testing.T) {
 
 	// Both kinds of packets count, disco packets too.
 	idle := connect(t, ln, nil, key.NewNode()) // never reads
-	large := make([]byte, 60_000)
-	copy(large, disco.Magic)
+	packet := make([]byte, longestOrdinary)
+	copy(packet, disco.Magic)
 	testkit.Wait(t, "a drop for the full queue", func(context.Context) error {
-		for range 200 {
-			if err := c.Send(idle.SelfPublicKey(), large); err != nil {
+		for range 1000 {
+			if err := c.Send(idle.SelfPublicKey(), packet); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -88,6 +88,7 @@ type frames struct {
 	read   int    // length of header so far
 	rest   uint32 // bytes of the payload still to come, once header is complete
 	lost   bool   // whether a length was too long, so that the stream has no frames
+	large  int    // memory of the large packets that have ended
 }
 
 // follow moves the position by p. It reports whether the new position is inside a
@@ -110,6 +111,9 @@ func (f *frames) follow(p []byte) (inside bool) {
 		f.rest -= uint32(n)
 		if f.rest == 0 {
 			f.read = 0
+			if length := binary.BigEndian.Uint32(f.header[1:]); length > longestOrdinary+derp.KeyLen && f.last() == derp.FrameRecvPacket {
+				f.large += roomFor(length - derp.KeyLen)
+			}
 		}
 	}
 	return f.read > 0 && !f.lost

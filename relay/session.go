@@ -2,13 +2,11 @@ package relay
 
 import (
 	"bufio"
-	"encoding/binary"
 	"errors"
 	"net"
 	"sync"
 	"time"
 
-	"go4.org/mem"
 	"tailscale.com/derp"
 	"tailscale.com/net/netutil"
 	"tailscale.com/types/key"
@@ -20,7 +18,7 @@ import (
 const greetingLength = derp.FrameHeaderLen + derp.KeyLen
 
 // session is the hijacked connection of one client. It joins the writes of
-// derpserver, reads the client's key, and notes how the connection ended.
+// derpserver, follows the client's frames, and notes how the connection ended.
 //
 // One goroutine reads. One goroutine at a time writes. Any goroutine may close.
 type session struct {
@@ -30,8 +28,7 @@ type session struct {
 	started  time.Time
 	all      *sessions
 
-	greeting [greetingLength]byte // first bytes of the client; owned by the reader
-	greeted  int                  // length of greeting; owned by the reader
+	in incoming // owned by the reader
 
 	mu   sync.Mutex
 	node key.NodePublic // zero until the client has sent its key; guarded by mu
@@ -42,6 +39,7 @@ type session struct {
 	admitted bool       // whether derpserver has answered the client; guarded by writeMu
 	writeErr error      // sticky write error, returned by every later Write; guarded by writeMu
 	told     string     // text of the last [Relay.Tell]; guarded by writeMu
+	backlog  *backlog   // nil until admitted; set with writeMu and sessions.mu
 
 	deadlineMu sync.Mutex
 	deadline   time.Time // write deadline of below; guarded by deadlineMu
@@ -69,28 +67,12 @@ func (s *session) RemoteAddr() net.Addr { return s.client }
 
 // Read implements [net.Conn].
 func (s *session) Read(p []byte) (int, error) {
-	n, err := s.Conn.Read(p)
-	if s.greeted < greetingLength {
-		s.greet(p[:n])
-	}
+	n, err := s.read(p)
 	if err != nil {
+		s.unread()
 		s.ended(err)
 	}
 	return n, err
-}
-
-// greet finds the client's key in its first frame. The rest of the frame is
-// encrypted.
-func (s *session) greet(p []byte) {
-	s.greeted += copy(s.greeting[s.greeted:], p)
-	if s.greeted < greetingLength || derp.FrameType(s.greeting[0]) != derp.FrameClientInfo ||
-		binary.BigEndian.Uint32(s.greeting[1:]) < derp.KeyLen {
-		return
-	}
-	s.all.greeted(s)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.node = key.NodePublicFromRaw32(mem.B(s.greeting[derp.FrameHeaderLen:]))
 }
 
 // errPanic ends a session in which derpd has a bug.
@@ -132,6 +114,10 @@ func (s *session) written(err *error) {
 	}
 	if *err != nil {
 		s.ended(*err)
+	}
+	if size := s.out.frames.large; size > 0 {
+		s.out.frames.large = 0
+		s.all.unqueue(s.backlog, size)
 	}
 	s.writeMu.Unlock()
 }

@@ -5,9 +5,11 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
+	"tailscale.com/types/key"
 )
 
 // sessions is the set of open sessions.
@@ -16,14 +18,18 @@ type sessions struct {
 	teller *teller // nil: refused clients are closed
 	places *places // nil in tests
 
-	mu      sync.Mutex
-	open    map[*session]bool // guarded by mu
-	refused bool              // whether new sessions are closed; guarded by mu
+	refusedFirst atomic.Int64 // connections ended for their first frame
+	droppedLarge atomic.Int64 // packets dropped for the backlog of their receiver
+
+	mu       sync.Mutex
+	open     map[*session]bool           // guarded by mu
+	backlogs map[key.NodePublic]*backlog // of the admitted nodes; guarded by mu
+	refused  bool                        // whether new sessions are closed; guarded by mu
 }
 
 // newSessions returns an empty set.
 func newSessions(log zerolog.Logger) *sessions {
-	return &sessions{log: log, open: make(map[*session]bool)}
+	return &sessions{log: log, open: make(map[*session]bool), backlogs: make(map[key.NodePublic]*backlog)}
 }
 
 // handler wraps next, so that its hijacked connections are sessions.
@@ -50,22 +56,41 @@ func (all *sessions) greeted(s *session) { all.places.touch(s.below) }
 
 // remove forgets s, and logs its end the first time.
 func (all *sessions) remove(s *session) {
+	node, end := s.state()
 	all.mu.Lock()
 	open := all.open[s]
 	delete(all.open, s)
+	if b := s.backlog; open && b != nil {
+		if b.sessions--; b.sessions == 0 {
+			delete(all.backlogs, node)
+		}
+	}
 	all.mu.Unlock()
 	if !open {
 		return
 	}
 	if e := all.log.Debug(); e.Enabled() {
-		node, end := s.state()
 		e.Stringer("client", s.client).Str("node", node.ShortString()).Dur("connected", time.Since(s.started)).AnErr("end", end).Msg("client disconnected")
 	}
 }
 
 // admitted is called once for each session whose node derpserver has admitted, before
 // its first frame after the server key is sent. It holds s.writeMu, and must not wait.
-func (all *sessions) admitted(s *session) { all.places.admitted(s.below) }
+func (all *sessions) admitted(s *session) {
+	all.places.admitted(s.below)
+	node, _ := s.state()
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	if !all.open[s] {
+		return
+	}
+	s.backlog = all.backlogs[node]
+	if s.backlog == nil {
+		s.backlog = new(backlog)
+		all.backlogs[node] = s.backlog
+	}
+	s.backlog.sessions++
+}
 
 // refuse closes all later sessions: [sessions.add] closes them.
 func (all *sessions) refuse() {

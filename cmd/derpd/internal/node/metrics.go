@@ -44,6 +44,10 @@ func (n *Node) metrics() []expvar.KeyValue {
 		misdirected.Set(reasonLabel{string(s.Misdirection)}, number(int64(s.Count)))
 	}
 	list = append(list, expvar.KeyValue{Key: "derpd_misdirected_total", Value: misdirected})
+	excess := n.relay.Excess()
+	list = append(list,
+		expvar.KeyValue{Key: "counter_derpd_first_frames_refused_total", Value: number(excess.FirstFrames)},
+		expvar.KeyValue{Key: "counter_derpd_large_packets_dropped_total", Value: number(excess.LargePackets)})
 	if n.updates != nil {
 		if answer, asOf, _ := n.updates.last(); !asOf.IsZero() {
 			list = append(list,

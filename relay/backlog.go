@@ -1,0 +1,64 @@
+package relay
+
+import (
+	"math/bits"
+	"time"
+
+	"tailscale.com/derp"
+	"tailscale.com/types/key"
+)
+
+const (
+	// longestBacklog limits the memory of a node's large packets in derpserver, which
+	// has two queues of 32 packets for each client. Longer backlogs drop packets.
+	longestBacklog = 128 << 10
+
+	// backlogForgotten is the time after which a backlog that does not change is
+	// empty. derpserver has dropped its packets: each write that leads to a large
+	// packet ends within three seconds, and there are at most six such writes.
+	backlogForgotten = 20 * time.Second
+)
+
+// backlog is the memory of the large packets for one node that derpserver has, with all
+// connections of the node. It is guarded by sessions.mu.
+type backlog struct {
+	sessions int
+	size     int
+	changed  time.Time
+}
+
+// roomFor returns the memory of a packet: derpserver's buffers are powers of two.
+func roomFor(length uint32) int { return 1 << bits.Len32(length-1) }
+
+// queue notes a large packet for a node. It reports whether the packet must be dropped,
+// or else returns the backlog, or nil if the node has no connection here.
+func (all *sessions) queue(to key.NodePublic, size int) (b *backlog, drop bool) {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	b = all.backlogs[to]
+	if b == nil || size > derp.MaxPacketSize { // derpserver refuses longer packets
+		return nil, false
+	}
+	now := time.Now()
+	if b.size+size > longestBacklog {
+		if now.Sub(b.changed) < backlogForgotten {
+			all.droppedLarge.Add(1)
+			return nil, true
+		}
+		b.size = 0
+	}
+	b.size += size
+	b.changed = now
+	return b, false
+}
+
+// unqueue notes that derpserver no longer has a large packet.
+func (all *sessions) unqueue(b *backlog, size int) {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	if b == nil {
+		return
+	}
+	b.size = max(0, b.size-size)
+	b.changed = time.Now()
+}
