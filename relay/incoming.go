@@ -32,8 +32,8 @@ type incoming struct {
 	kept  int                                       // bytes of start that derpserver may not get yet
 	give  []byte                                    // bytes of start that derpserver gets next
 
-	to   *backlog // of the receiver of a large packet, until the next frame; may be nil
-	size int      // of the large packet
+	size int      // memory of the large packet that is read; zero for other frames
+	to   *backlog // of the receiver of the large packet
 }
 
 // read reads the frames of the client. derpserver gets no byte of a frame that is
@@ -76,7 +76,7 @@ func (s *session) read(p []byte) (int, error) {
 func (s *session) follow(p []byte) (n int, err error) {
 	in := &s.in
 	for at := 0; at < len(p); {
-		if in.rest == 0 {
+		if in.rest == 0 && !in.ordinary(p[at:]) {
 			needed, err := s.begin(p[at:])
 			if err != nil || len(p)-at < needed {
 				in.kept = copy(in.start[:], p[at:])
@@ -94,6 +94,21 @@ func (s *session) follow(p []byte) (n int, err error) {
 		}
 	}
 	return n, nil
+}
+
+// ordinary begins a frame that is too short for a large packet. It is fast, and does
+// what begin does.
+func (in *incoming) ordinary(start []byte) bool {
+	if !in.greeted || len(start) < derp.FrameHeaderLen {
+		return false
+	}
+	length := binary.BigEndian.Uint32(start[1:])
+	if length > longestOrdinary+derp.KeyLen {
+		return false
+	}
+	in.rest = derp.FrameHeaderLen + int64(length)
+	in.skip, in.size = false, 0
+	return true
 }
 
 // readStart reads until the client's next frame can be judged.
@@ -155,7 +170,7 @@ func (s *session) begin(start []byte) (needed int, err error) {
 		return needed, nil
 	}
 	in.rest = derp.FrameHeaderLen + int64(length)
-	in.skip, in.to = false, nil
+	in.skip, in.size = false, 0
 	switch last := start[:needed]; {
 	case keys < derp.KeyLen:
 	case !in.greeted:
@@ -164,8 +179,11 @@ func (s *session) begin(start []byte) (needed int, err error) {
 		s.mu.Unlock()
 		s.all.greeted(s)
 	default:
-		in.size = roomFor(length - keys)
-		in.to, in.skip = s.all.queue(key.NodePublicFromRaw32(mem.B(last[len(last)-derp.KeyLen:])), in.size)
+		size := roomFor(length - keys)
+		in.to, in.skip = s.all.queue(key.NodePublicFromRaw32(mem.B(last[len(last)-derp.KeyLen:])), size)
+		if in.to != nil {
+			in.size = size
+		}
 	}
 	in.greeted = true
 	return needed, nil
@@ -173,9 +191,9 @@ func (s *session) begin(start []byte) (needed int, err error) {
 
 // unread corrects the backlog of the receiver when a large packet stays incomplete.
 func (s *session) unread() {
-	if in := &s.in; in.to != nil && in.rest > 0 {
+	if in := &s.in; in.size > 0 && in.rest > 0 {
 		s.all.unqueue(in.to, in.size)
-		in.to = nil
+		in.size = 0
 	}
 }
 
