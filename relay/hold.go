@@ -245,7 +245,7 @@ func (t *teller) disallowed(s *session, node key.NodePublic) bool {
 		return false
 	}
 	length := int64(binary.BigEndian.Uint32(first.bytes[1:])) + derp.FrameHeaderLen
-	if length > int64(len(first.bytes)) {
+	if length < greetingLength || length > int64(len(first.bytes)) {
 		return false
 	}
 	text, ok := t.private.OpenFrom(node, first.bytes[greetingLength:length])
