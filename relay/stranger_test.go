@@ -57,22 +57,22 @@ func (pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), P
 func (l pipes) connect() (client net.Conn, ended chan struct{}) {
 	client, server := net.Pipe()
 	ended = make(chan struct{})
-	l.accepted <- closing{server, sync.OnceFunc(func() { close(ended) })}
+	l.accepted <- endingConn{server, sync.OnceFunc(func() { close(ended) })}
 	return client, ended
 }
 
-// closing is a connection that reports its first Close.
-type closing struct {
+// endingConn is a connection that reports its first Close.
+type endingConn struct {
 	net.Conn
 	closed func()
 }
 
-func (c closing) Close() error {
+func (c endingConn) Close() error {
 	defer c.closed()
 	return c.Conn.Close()
 }
 
-func (closing) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 4000} }
+func (endingConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 4000} }
 
 // FuzzStranger sends any bytes to a whole relay: in place of a request, after the
 // upgrade to DERP or to a WebSocket, and as an admitted client. Nothing panics, and the
