@@ -180,6 +180,25 @@ func TestKnownAddresses(t *testing.T) {
 	if !p.member(netip.MustParseAddr("192.0.2.1")) {
 		t.Error("the address of a member is forgotten")
 	}
+	for i := range 8 {
+		p.mustCome(t, fmt.Sprint("198.51.100.", i))
+	}
+	p.mustNotCome(t, "192.0.2.9", LimitStrangers)
+	p.mustCome(t, "192.0.2.1")
+}
+
+// Two connections that come at the same time take the places of two others: the first of
+// these is not closed yet when the second comes.
+func TestEachTakesOnePlace(t *testing.T) {
+	p := closed(Limits{Strangers: 4})
+	for range 4 {
+		p.mustCome(t, "192.0.2.1")
+	}
+	first, ok := p.sit(p.arrival("192.0.2.2"), netip.MustParseAddr("192.0.2.2"))
+	second, alsoOK := p.sit(p.arrival("192.0.2.3"), netip.MustParseAddr("192.0.2.3"))
+	if first == nil || second == nil || first == second || !ok || !alsoOK || p.total != 4 {
+		t.Errorf("%p %t and %p %t make room, and %d connections have a place, want 4", first, ok, second, alsoOK, p.total)
+	}
 }
 
 // The last eighth of all connections is for known addresses. At the limit they take

@@ -134,6 +134,48 @@ func TestStrangersKeepNobodyOut(t *testing.T) {
 	}
 }
 
+// Clients of every kind, with and without a PROXY header, are admitted. The self-check
+// takes no place.
+func TestPlacesOfClients(t *testing.T) {
+	cert, getCertificate := certificate(t)
+	ln := listen(t)
+	r := start(t, Config{GetCertificate: getCertificate, Admit: admitAll, Log: zerolog.Nop(), TrustedProxies: proxies, ProxyProtocol: true}, ln)
+	trust := testkit.Trust(testkit.Pool(cert))
+	old := client(t, ln, cert, key.NewNode())
+	old.TLSConfig = trust.Clone()
+	old.TLSConfig.MaxVersion = tls.VersionTLS12 // upgrades by HTTP
+	proxied := client(t, ln, cert, key.NewNode())
+	proxied.SetURLDialer(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		conn, err := dialFrom(ctx, "127.0.0.9", ln)
+		if err == nil {
+			_, err = io.WriteString(conn, v2(t, nil))
+		}
+		return conn, err
+	})
+	testkit.MustAdmit(t, client(t, ln, cert, key.NewNode()), old, proxied)
+	connectWebSocket(t, ln, trust)
+	if s := r.Places(); s.Open != 4 || s.Waiting != 0 {
+		t.Errorf("%+v, want 4 admitted clients", s)
+	}
+	if !r.places.member(netip.MustParseAddr("192.0.2.7")) || r.places.member(netip.MustParseAddr("127.0.0.9")) {
+		t.Error("want the client's address known, and not that of the proxy")
+	}
+
+	own, err := r.DialSelf(t.Context(), addrPort(ln.Addr()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = own.Close() }()
+	trust = trust.Clone()
+	trust.ServerName = "127.0.0.1"
+	if err := tls.Client(own, trust).HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.Places(); s.Open != 4 || s.Waiting != 0 {
+		t.Errorf("%+v, want no place for the self-check", s)
+	}
+}
+
 // Both listeners share the places, and a refused connection ends at once.
 func TestPlainListenerSharesPlaces(t *testing.T) {
 	ln, plain := listen(t), listen(t)
