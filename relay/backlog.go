@@ -22,9 +22,8 @@ const (
 // backlog is the memory of the large packets for one node that derpserver has, with all
 // connections of the node. It is guarded by sessions.mu.
 type backlog struct {
-	sessions int
-	size     int
-	changed  time.Time
+	size    int
+	changed time.Time
 }
 
 // roomFor returns the memory of a packet: derpserver's buffers are powers of two.
@@ -35,10 +34,11 @@ func roomFor(length uint32) int { return 1 << bits.Len32(length-1) }
 func (all *sessions) queue(to key.NodePublic, size int) (b *backlog, drop bool) {
 	all.mu.Lock()
 	defer all.mu.Unlock()
-	b = all.backlogs[to]
-	if b == nil || size > derp.MaxPacketSize { // derpserver refuses longer packets
+	n := all.nodes[to]
+	if n == nil || len(n.sessions) == 0 || size > derp.MaxPacketSize { // derpserver refuses longer packets
 		return nil, false
 	}
+	b = &n.backlog
 	now := time.Now()
 	if b.size+size > longestBacklog {
 		if now.Sub(b.changed) < backlogForgotten {

@@ -20,11 +20,11 @@ import (
 func (all *sessions) backlogOf(node key.NodePublic) int {
 	all.mu.Lock()
 	defer all.mu.Unlock()
-	b := all.backlogs[node]
-	if b == nil {
+	n := all.nodes[node]
+	if n == nil || len(n.sessions) == 0 {
 		return -1
 	}
-	return b.size
+	return n.backlog.size
 }
 
 // derpserver holds few large packets for a client that does not read, in both of its

@@ -70,7 +70,7 @@ type teller struct {
 	mu      sync.Mutex
 	refused map[key.NodePublic]refusal // until derpserver closes the connection; guarded by mu
 	held    map[key.NodePublic]*hold   // at most limit; guarded by mu
-	told    map[string]int64           // texts sent, by reason, of which derpd has six; guarded by mu
+	told    map[string]int64           // texts sent, by reason, of which derpd has seven; guarded by mu
 	closed  bool                       // guarded by mu
 
 	holding sync.WaitGroup
@@ -237,26 +237,32 @@ func (t *teller) wait() {
 	}
 }
 
-// disallowed reports whether derpserver has refused the client for its app. Only
-// the encrypted part of the client's first frame has the name of the app.
+// disallowed reports whether derpserver has refused the client for its app.
 func (t *teller) disallowed(s *session, node key.NodePublic) bool {
+	info, ok := s.info(t.private, node)
+	return ok && slices.Contains(t.disallowApps, info.AppName)
+}
+
+// info returns what the client has sent about itself, in the encrypted part of its
+// first frame. It is not ok without [firstBytes].
+func (s *session) info(private key.NodePrivate, node key.NodePublic) (info derp.ClientInfo, ok bool) {
 	first, ok := s.Conn.(*firstBytes)
 	if !ok || len(first.bytes) < greetingLength {
-		return false
+		return info, false
 	}
 	length := int64(binary.BigEndian.Uint32(first.bytes[1:])) + derp.FrameHeaderLen
 	if length < greetingLength || length > int64(len(first.bytes)) {
-		return false
+		return info, false
 	}
-	text, ok := t.private.OpenFrom(node, first.bytes[greetingLength:length])
-	var info derp.ClientInfo
-	return ok && json.Unmarshal(text, &info) == nil && slices.Contains(t.disallowApps, info.AppName)
+	text, ok := private.OpenFrom(node, first.bytes[greetingLength:length])
+	return info, ok && json.Unmarshal(text, &info) == nil
 }
 
 // firstBytes is a connection that keeps the first bytes read from it.
 type firstBytes struct {
 	net.Conn
-	bytes []byte // owned by the reader
+	bytes  []byte // owned by the reader
+	closed bool   // whether no more bytes are kept; owned by the reader
 }
 
 // firstBytesLength is longer than the first frame of any client today.
@@ -265,7 +271,7 @@ const firstBytesLength = 1 << 10
 // Read implements [net.Conn].
 func (c *firstBytes) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	if room := firstBytesLength - len(c.bytes); room > 0 {
+	if room := firstBytesLength - len(c.bytes); room > 0 && !c.closed {
 		c.bytes = append(c.bytes, p[:min(n, room)]...)
 	}
 	return n, err

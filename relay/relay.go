@@ -39,12 +39,17 @@ type Config struct {
 	// derpserver's meta certificate.
 	Names []string
 
+	// NodeLimit returns the limit of a node that is admitted. Nil is no limit for any
+	// node. It is called often and with locks held: it must not wait, and must not call
+	// the Relay. The other nodes of a mesh have no rate.
+	NodeLimit func(key.NodePublic) NodeLimit
+
 	// DisallowApps are the app names, as clients advertise them, that are
 	// refused (derper's --disallow-apps).
 	DisallowApps []string
 
 	// TellClients is whether clients get the reason why they are refused, and the
-	// texts of [Relay.Tell].
+	// texts of [Relay.Tell] and [Relay.RunLimits].
 	TellClients bool
 
 	// Home serves the paths that clients never request.
@@ -112,6 +117,7 @@ func New(c Config) (*Relay, error) {
 	server.SetDisallowedAppNames(c.DisallowApps)
 	sessions := newSessions(c.Log)
 	sessions.places = newPlaces(c)
+	sessions.private, sessions.meshKey, sessions.of = c.PrivateKey, c.Mesh.Key, c.NodeLimit
 	if c.TellClients {
 		sessions.teller = newTeller(c)
 	}

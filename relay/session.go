@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tailscale.com/derp"
@@ -28,7 +29,8 @@ type session struct {
 	started  time.Time
 	all      *sessions
 
-	in incoming // owned by the reader
+	in    incoming              // owned by the reader
+	paced atomic.Pointer[paced] // nil without a rate; changed under mu
 
 	mu   sync.Mutex
 	node key.NodePublic // zero until the client has sent its key; guarded by mu
@@ -52,7 +54,7 @@ func newSession(all *sessions, conn net.Conn, buffered *bufio.Reader, client net
 	if buffered != nil && buffered.Buffered() > 0 {
 		s.Conn = netutil.NewDrainBufConn(conn, buffered)
 	}
-	if all.teller != nil && len(all.teller.disallowApps) > 0 {
+	if all.keepsFirst() {
 		s.Conn = &firstBytes{Conn: s.Conn}
 	}
 	return s
@@ -68,6 +70,11 @@ func (s *session) RemoteAddr() net.Addr { return s.client }
 // Read implements [net.Conn].
 func (s *session) Read(p []byte) (int, error) {
 	n, err := s.read(p)
+	if s.paced.Load() != nil && err == nil {
+		if err = s.pause(n); err != nil {
+			n = 0
+		}
+	}
 	if err != nil {
 		s.unread()
 		s.ended(err)
@@ -144,8 +151,12 @@ func (s *session) close() error {
 func (s *session) ended(cause error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.end == nil {
-		s.end = cause
+	if s.end != nil {
+		return
+	}
+	s.end = cause
+	if p := s.paced.Load(); p != nil {
+		close(p.ended)
 	}
 }
 

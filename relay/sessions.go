@@ -17,19 +17,20 @@ type sessions struct {
 	log    zerolog.Logger
 	teller *teller // nil: refused clients are closed
 	places *places // nil in tests
+	limits
 
 	refusedFirst atomic.Int64 // connections ended for their first frame
 	droppedLarge atomic.Int64 // packets dropped for the backlog of their receiver
 
-	mu       sync.Mutex
-	open     map[*session]bool           // guarded by mu
-	backlogs map[key.NodePublic]*backlog // of the admitted nodes; guarded by mu
-	refused  bool                        // whether new sessions are closed; guarded by mu
+	mu      sync.Mutex
+	open    map[*session]bool // guarded by mu
+	refused bool              // whether new sessions are closed; guarded by mu
+	notice  notice            // text for every client; guarded by mu
 }
 
 // newSessions returns an empty set.
 func newSessions(log zerolog.Logger) *sessions {
-	return &sessions{log: log, open: make(map[*session]bool), backlogs: make(map[key.NodePublic]*backlog)}
+	return &sessions{log: log, open: make(map[*session]bool), limits: limits{nodes: make(map[key.NodePublic]*limited)}}
 }
 
 // handler wraps next, so that its hijacked connections are sessions.
@@ -60,11 +61,7 @@ func (all *sessions) remove(s *session) {
 	all.mu.Lock()
 	open := all.open[s]
 	delete(all.open, s)
-	if b := s.backlog; open && b != nil {
-		if b.sessions--; b.sessions == 0 {
-			delete(all.backlogs, node)
-		}
-	}
+	all.unlimit(s, node)
 	all.mu.Unlock()
 	if !open {
 		return
@@ -78,18 +75,7 @@ func (all *sessions) remove(s *session) {
 // its first frame after the server key is sent. It holds s.writeMu, and must not wait.
 func (all *sessions) admitted(s *session) {
 	all.places.admitted(s.below)
-	node, _ := s.state()
-	all.mu.Lock()
-	defer all.mu.Unlock()
-	if !all.open[s] {
-		return
-	}
-	s.backlog = all.backlogs[node]
-	if s.backlog == nil {
-		s.backlog = new(backlog)
-		all.backlogs[node] = s.backlog
-	}
-	s.backlog.sessions++
+	all.limit(s)
 }
 
 // refuse closes all later sessions: [sessions.add] closes them.

@@ -25,3 +25,10 @@ func rawCall(call, fd uintptr, p []byte) (int, syscall.Errno) {
 		}
 	}
 }
+
+// hungUp reports whether the peer has closed or reset the connection.
+func hungUp(fd uintptr) bool {
+	polled := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+	n, err := unix.Poll(polled, 0)
+	return err == nil && n > 0 && polled[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+}

@@ -47,17 +47,40 @@ const retellEvery = 20 * time.Millisecond
 // takes one of them for textTimeout.
 const tellAtOnce = 64
 
+// notice is a text with its reason. No text is the zero value.
+type notice struct{ reason, text string }
+
 // Tell sets the health problem of this relay in every connected client that has
 // another one, or removes it with an empty text, until ctx ends. Later clients are
-// reached by the next Tell. [Told] counts the texts under reason.
+// reached by the next Tell. [Told] counts the texts under reason. A node that is slowed
+// down has the text of its [NodeLimit] in place of an empty one.
 func (r *Relay) Tell(ctx context.Context, reason, text string) {
 	all := r.sessions
+	all.mu.Lock()
+	all.notice = notice{reason, text}
+	list := slices.Collect(maps.Keys(all.open))
+	all.mu.Unlock()
+	all.deliver(ctx, list)
+}
+
+// noticeFor returns the text that a client should have now.
+func (all *sessions) noticeFor(s *session) notice {
+	all.mu.Lock()
+	n := all.notice
+	all.mu.Unlock()
+	if n.text == "" {
+		if p := s.paced.Load(); p != nil && p.slowed.Load() {
+			return notice{"slowed", p.text()}
+		}
+	}
+	return n
+}
+
+// deliver writes to each client the text that it should have, until ctx ends.
+func (all *sessions) deliver(ctx context.Context, list []*session) {
 	if all.teller == nil {
 		return
 	}
-	all.mu.Lock()
-	list := slices.Collect(maps.Keys(all.open))
-	all.mu.Unlock()
 	slots := make(chan struct{}, tellAtOnce)
 	var writing sync.WaitGroup
 	defer writing.Wait()
@@ -67,14 +90,15 @@ func (r *Relay) Tell(ctx context.Context, reason, text string) {
 		case <-ctx.Done():
 			return true
 		}
-		write, done := s.tell(text)
+		n := all.noticeFor(s)
+		write, done := s.tell(n.text)
 		if write == nil {
 			<-slots
 			return done
 		}
 		writing.Go(func() {
-			if write() == nil && text != "" {
-				all.teller.count(reason)
+			if write() == nil && n.text != "" {
+				all.teller.count(n.reason)
 			}
 			<-slots
 		})
