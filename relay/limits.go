@@ -66,7 +66,7 @@ type limited struct {
 	sessions []*session // oldest first
 	pace     *pace      // nil without a rate
 	backlog  backlog
-	mesh     bool       // whether the node is another node of the region, which has no rate
+	mesh     bool // whether the node is another node of the region, which has no rate
 }
 
 // limit counts the connection of a node that was just admitted, and applies the limit

@@ -197,6 +197,13 @@ func TestPaceChanges(t *testing.T) {
 	}
 }
 
+// kept returns the number of nodes, and of those without a connection.
+func (all *sessions) kept() (nodes, parted int) {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	return len(all.nodes), all.parted
+}
+
 // A node that connects again has the tokens that it left, and a node that has paused
 // has a whole burst. Then nothing of the node is kept.
 func TestPaceOfNextConnection(t *testing.T) {
@@ -224,12 +231,12 @@ func TestPaceOfNextConnection(t *testing.T) {
 				t.Errorf("the next connection sends %d bytes at once", got)
 			}
 		}
-		if len(all.nodes) != 1 || all.parted != 1 {
-			t.Errorf("%d nodes are kept, %d of them parted", len(all.nodes), all.parted)
+		if nodes, parted := all.kept(); nodes != 1 || parted != 1 {
+			t.Errorf("%d nodes are kept, %d of them parted", nodes, parted)
 		}
 		time.Sleep(12 * time.Second)
-		if len(all.nodes) != 0 || all.parted != 0 {
-			t.Errorf("%d nodes are kept, %d of them parted, after the time for a burst", len(all.nodes), all.parted)
+		if nodes, parted := all.kept(); nodes != 0 || parted != 0 {
+			t.Errorf("%d nodes are kept, %d of them parted, after the time for a burst", nodes, parted)
 		}
 		if got := send(); got < 8000 {
 			t.Errorf("after a pause a connection sends %d bytes at once, want a burst", got)

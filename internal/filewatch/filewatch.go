@@ -1,9 +1,10 @@
 // Package filewatch detects changed files, so that a program can read them again
-// without a restart. It reads the files every two seconds. File system events
+// without a restart. It reads the files every two seconds by default. File system events
 // would be faster, but network mounts and some bind mounts deliver none.
 package filewatch
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -12,7 +13,7 @@ import (
 	"derpd/internal/filekind"
 )
 
-// interval is the time between two readings of the files.
+// interval is the default time between two readings of the files.
 const interval = 2 * time.Second
 
 // Config names the files and the function to call.
@@ -23,6 +24,9 @@ type Config struct {
 	// after the start. The files may have changed since the caller read them.
 	Changed func()
 
+	// Interval is the time between two readings; 0: two seconds.
+	Interval time.Duration
+
 	// Seen returns the fingerprint of the caller's last reading; nil if the caller
 	// reads the files in Changed alone. Changed is then called if the files differ
 	// from it.
@@ -32,7 +36,7 @@ type Config struct {
 // Run calls Changed until ctx ends. A change counts once two consecutive readings
 // agree, because a file may be half written, or a certificate newer than its key.
 func Run(ctx context.Context, c Config) error {
-	ticker := time.NewTicker(interval)
+	ticker := time.NewTicker(cmp.Or(c.Interval, interval))
 	defer ticker.Stop()
 	var reported Fingerprint // at the last call of Changed
 	last := Read(c.Paths)

@@ -57,6 +57,10 @@ type Source struct {
 	// may be nil.
 	Reload func() (file string, changed bool)
 
+	// Describe returns what the source says about a node that it admits, from memory,
+	// without waiting. It may be nil.
+	Describe func(key.NodePublic) (Description, bool)
+
 	// Problem returns a problem that the operator should fix while the source
 	// still answers, or nil. The function may be nil.
 	Problem func() error

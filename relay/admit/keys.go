@@ -18,8 +18,9 @@ import (
 	"derpd/internal/redact"
 )
 
-// KeySet is a set of node keys.
-type KeySet map[key.NodePublic]struct{}
+// KeySet is a set of node keys, with the comment of each: the text after the # on the
+// line of the key.
+type KeySet map[key.NodePublic]string
 
 // ParseKeys reads node keys ("nodekey:" and 64 hex digits, as `tailscale
 // status --json` prints them), separated by white space or commas. A # starts a
@@ -30,14 +31,14 @@ func ParseKeys(text string) (KeySet, error) {
 	n := 0
 	for line := range strings.Lines(text) {
 		n++
-		line, _, _ := strings.Cut(line, "#")
+		line, comment, _ := strings.Cut(line, "#")
 		for _, field := range strings.FieldsFunc(line, func(r rune) bool { return r == ',' || r == ' ' || r == '\t' || r == '\r' || r == '\n' }) {
 			k, err := parseKey(field)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("line %d: %w", n, err))
 				continue
 			}
-			keys[k] = struct{}{}
+			keys[k] = strings.TrimSpace(comment)
 		}
 	}
 	if len(errs) == 0 && len(keys) == 0 {
@@ -65,7 +66,13 @@ func Keys(keys KeySet) Source {
 		Ask: func(_ context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
 			return time.Now(), keys.ask(node)
 		},
+		Describe: keys.describe,
 	}
+}
+
+func (keys KeySet) describe(node key.NodePublic) (Description, bool) {
+	comment, ok := keys[node]
+	return Description{Comment: comment}, ok
 }
 
 func (keys KeySet) ask(node key.NodePublic) error {
@@ -100,7 +107,7 @@ func KeyFile(path string, log zerolog.Logger) (Source, error) {
 		return Source{}, err
 	}
 	f := &keyFile{path: path, log: log, keys: keys}
-	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Reload: f.reloadNow, Problem: f.problem}, nil
+	return Source{Name: "keys " + path, Local: true, Ask: f.ask, Run: f.run, Reload: f.reloadNow, Problem: f.problem, Describe: f.describe}, nil
 }
 
 type keyFile struct {
@@ -119,6 +126,13 @@ func (f *keyFile) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (tim
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	return time.Now(), f.keys.ask(node)
+}
+
+// describe implements [Source].
+func (f *keyFile) describe(node key.NodePublic) (Description, bool) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.keys.describe(node)
 }
 
 // problem implements [Source].

@@ -70,7 +70,7 @@ func FuzzParseKeys(f *testing.F) {
 
 func TestKeys(t *testing.T) {
 	node := newNode()
-	s := Keys(KeySet{node: {}, newNode(): {}})
+	s := Keys(KeySet{node: "", newNode(): ""})
 	if s.Name != "2 keys" || !s.Local || s.Run != nil || s.Problem != nil {
 		t.Errorf("%+v", s)
 	}

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strings"
 	"sync"
 	"time"
 
@@ -68,11 +69,17 @@ func Tailnet(c TailnetConfig) (Source, error) {
 	if c.Tailnet == "-" {
 		name = "tailnet of the API credential"
 	}
-	return Source{Name: name, Local: true, Ask: t.ask, Run: t.run}, nil
+	return Source{Name: name, Local: true, Ask: t.ask, Run: t.run, Describe: t.describe}, nil
 }
 
-// deviceList maps node keys to the times when they expire, zero for never.
-type deviceList map[key.NodePublic]time.Time
+// deviceList is the devices that may connect.
+type deviceList map[key.NodePublic]listedDevice
+
+type listedDevice struct {
+	expires time.Time // when the node key expires; zero for never
+	name    string    // in DNS
+	tags    []string
+}
 
 type tailnet struct {
 	TailnetConfig
@@ -98,8 +105,8 @@ func (t *tailnet) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (tim
 	defer t.mu.Unlock()
 	now := time.Now()
 	age := now.Sub(t.read)
-	expires, listed := t.devices[node]
-	listed = listed && !expired(expires, now)
+	d, listed := t.devices[node]
+	listed = listed && !expired(d.expires, now)
 	switch {
 	case listed && age <= max(t.Grace, freshPolls*t.Interval):
 		return t.read, nil
@@ -109,6 +116,14 @@ func (t *tailnet) ask(_ context.Context, node key.NodePublic, _ netip.Addr) (tim
 		return time.Time{}, fmt.Errorf("no list of devices since %s: %w", t.since.UTC().Format(time.RFC3339), t.failure)
 	}
 	return time.Time{}, errors.New("no list of devices from Tailscale's API yet")
+}
+
+// describe implements [Source].
+func (t *tailnet) describe(node key.NodePublic) (Description, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d, ok := t.devices[node]
+	return Description{Name: d.name, Tailnet: strings.TrimPrefix(t.Tailnet, "-"), Tags: d.tags}, ok
 }
 
 func (t *tailnet) run(ctx context.Context, changed func()) error {
@@ -148,7 +163,7 @@ func (t *tailnet) poll(ctx context.Context, changed func()) time.Duration {
 	if wasFailing {
 		t.Log.Info().Int("devices", len(devices)).Msg("Tailscale's API answers again")
 	}
-	if before == nil || !maps.EqualFunc(before, devices, func(_, _ time.Time) bool { return true }) {
+	if before == nil || !maps.EqualFunc(before, devices, func(_, _ listedDevice) bool { return true }) {
 		t.Log.Info().Int("devices", len(devices)).Msg("devices of the tailnet changed")
 		changed()
 	}
@@ -172,7 +187,7 @@ func (t *tailnet) admissible(answer []tailscale.Device, now time.Time) (deviceLi
 			expires = time.Time{}
 		}
 		if d.Authorized && (t.External || !d.IsExternal) && !expired(expires, now) {
-			devices[node] = expires
+			devices[node] = listedDevice{expires, d.Name, d.Tags}
 		}
 	}
 	if unreadable > 0 {

@@ -30,13 +30,15 @@ const maxStatusAge = time.Second
 // only for the grace.
 func Tailscaled(socket string, grace time.Duration) Source {
 	t := &tailscaled{socket: socket, client: &local.Client{Dial: dialSocket(socket)}, grace: grace}
-	return Source{Name: "tailscaled " + socket, Ask: t.ask}
+	return Source{Name: "tailscaled " + socket, Ask: t.ask, Describe: t.described.of}
 }
 
 type tailscaled struct {
 	socket string // path
 	client *local.Client
 	grace  time.Duration
+
+	described descriptions
 
 	mu        sync.Mutex
 	asked     time.Time // time of the last status; guarded by mu
@@ -46,11 +48,13 @@ type tailscaled struct {
 }
 
 func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
-	_, err := t.client.WhoIsNodeKey(ctx, node)
+	who, err := t.client.WhoIsNodeKey(ctx, node)
 	switch {
 	case err == nil:
+		t.described.keep(node, who.Node)
 		return t.admit(ctx)
 	case errors.Is(err, local.ErrPeerNotFound):
+		t.described.forget(node)
 		return t.refuse(ctx, node)
 	case strings.Contains(err.Error(), "invalid 'addr' parameter"):
 		// tailscale/tailscale#12617

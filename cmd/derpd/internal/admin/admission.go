@@ -18,6 +18,7 @@ type Admission struct {
 	Admitted bool
 	Reason   string
 	Sources  []SourceAnswer `json:",omitzero"` // none for an open relay
+	Limit    string         `json:",omitzero"` // what the node may send, and by which line; empty for a refused node
 }
 
 // SourceAnswer is what one source of admission says about a node.
@@ -62,7 +63,7 @@ func NewAdmission(answers []admit.Answer, err error, grace time.Duration) Admiss
 	return a
 }
 
-// String is a line for each source, and the decision.
+// String is a line for each source, the decision, and the limit.
 func (a Admission) String() string {
 	var b strings.Builder
 	for _, s := range a.Sources {
@@ -77,5 +78,8 @@ func (a Admission) String() string {
 		decision = "admitted"
 	}
 	fmt.Fprintf(&b, "%s: %s\n", decision, a.Reason)
+	if a.Limit != "" {
+		fmt.Fprintf(&b, "limit: %s\n", a.Limit)
+	}
 	return b.String()
 }

@@ -15,6 +15,7 @@
 //	keys.go         the sources, one file each: keys.go, tailnet.go,
 //	                tailscaled.go and url.go
 //	tell.go         DERP_TELL_CLIENTS
+//	rates.go        limits of one node
 //	region.go       this node in the DERP map
 //	mesh.go         the other nodes of the region
 //	proxies.go      proxies in front of derpd
@@ -82,6 +83,7 @@ type Config struct {
 	Sources     []Source // of admission; an open relay has none
 	Later       []Source // of admission, that close an open relay when their Target appears
 	TellClients bool     // whether clients get reasons and warnings
+	Rates       Rates
 	Region      Region
 	Mesh        relay.MeshConfig // without Describe
 	Proxies     Proxies
@@ -140,6 +142,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	var admissionWarnings []string
 	c.Admission, c.Sources, c.Later, admissionWarnings = parseAdmission(p, e, roots)
 	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellClients)
+	c.Rates = parseRates(p, e)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string

@@ -113,6 +113,9 @@ func (c *Config) computedDefaults() map[string]string {
 		"DERP_MAX_STRANGERS":   formatLimit(c.Limits.Strangers),
 		"DERP_MAX_PER_ADDRESS": formatLimit(c.Limits.PerAddress),
 	}
+	if c.Rates.Defaults.Rate > 0 {
+		values["DERP_CLIENT_BURST"] = strconv.Itoa(c.Rates.Defaults.Burst)
+	}
 	switch c.Certificate.Mode {
 	case ModeManual:
 		values["DERP_CERT_FILE"], values["DERP_KEY_FILE"] = c.Certificate.Manual.CertFile, c.Certificate.Manual.KeyFile

@@ -29,6 +29,7 @@ type Env struct {
 	RootsEnv
 	AdmissionEnv
 	TellEnv
+	RatesEnv
 	RegionEnv
 	MeshEnv
 	ProxiesEnv

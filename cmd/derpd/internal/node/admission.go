@@ -73,8 +73,14 @@ func (n *Node) connected() map[key.NodePublic]netip.Addr {
 func (n *Node) admission(ctx context.Context, node key.NodePublic) admin.Admission {
 	gate := n.gate.Load()
 	if gate == nil {
-		return admin.OpenAdmission()
+		a := admin.OpenAdmission()
+		a.Limit = n.explainLimit(node)
+		return a
 	}
 	answers, err := gate.AskAll(ctx, node)
-	return admin.NewAdmission(answers, err, n.config.Admission.Grace)
+	a := admin.NewAdmission(answers, err, n.config.Admission.Grace)
+	if a.Admitted {
+		a.Limit = n.explainLimit(node)
+	}
+	return a
 }

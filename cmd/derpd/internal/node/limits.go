@@ -103,7 +103,7 @@ func (n *Node) checkLimits(context.Context) healthz.Result {
 	return healthz.Okf("%s", line)
 }
 
-func (n *Node) limitMetrics() []expvar.KeyValue {
+func (n *Node) placeMetrics() []expvar.KeyValue {
 	places := n.relay.Places()
 	closed := &metrics.MultiLabelMap[limitLabel]{Type: "counter", Help: "Connections closed at a limit since the start, to the HTTPS and HTTP listeners."}
 	values := &metrics.MultiLabelMap[limitLabel]{Type: "gauge", Help: "Limits of connections. 0 is no limit."}

@@ -2,6 +2,7 @@ package node
 
 import (
 	"expvar"
+	"slices"
 
 	"tailscale.com/metrics"
 
@@ -55,8 +56,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
 		}
 	}
-	list = append(append(append(list, n.listenerMetrics()...), relay.ProcessMetrics()...), n.toldMetrics()...)
-	return append(append(append(list, n.limitMetrics()...), n.admissionMetrics()...), n.meshMetrics()...)
+	return slices.Concat(list, n.listenerMetrics(), relay.ProcessMetrics(), n.toldMetrics(), n.placeMetrics(), n.limitMetrics(), n.admissionMetrics(), n.meshMetrics())
 }
 
 // The types are labels of metrics.

@@ -8,6 +8,7 @@
 //   - selfcheck.go, eyes.go, checks.go, misdirected.go, limits.go and metrics.go
 //     observe; a new health check is one function and one line in checks.go
 //   - public.go and region.go make the map, and mapcert.go remembers its pin
+//   - rates.go limits what a node may send
 //   - notices.go warns clients, updates.go looks for newer releases
 package node
 
@@ -31,6 +32,7 @@ import (
 	"derpd/cmd/derpd/internal/admin"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/host"
+	"derpd/cmd/derpd/internal/limits"
 	"derpd/healthz"
 	"derpd/internal/httpserver"
 	"derpd/internal/release"
@@ -71,6 +73,7 @@ type Node struct {
 	stun      *stun.Server               // nil when off
 	certs     certs.Manager              // nil in mode off
 	gate      atomic.Pointer[admit.Gate] // nil when open; see autoclose.go
+	limits    *limits.Limits
 	bootstrap *relay.BootstrapDNS
 	health    *healthz.Health
 	selfCheck *healthz.SelfCheck
@@ -135,6 +138,9 @@ func (n *Node) build(ctx context.Context) error {
 		}
 		n.gate.Store(gate)
 	}
+	if n.limits, err = n.newLimits(); err != nil {
+		return err
+	}
 	n.bootstrap = relay.NewBootstrapDNS(c.Web.BootstrapDNS, n.log)
 	if n.relay, err = relay.New(n.relayConfig(private)); err != nil {
 		return err
@@ -173,6 +179,7 @@ func (n *Node) relayConfig(private key.NodePrivate) relay.Config {
 		PrivateKey:     private,
 		Names:          c.Domains,
 		Admit:          n.admit(),
+		NodeLimit:      n.nodeLimit,
 		DisallowApps:   c.Admission.DisallowApps,
 		TellClients:    c.TellClients,
 		Home:           c.Web.Home,

@@ -74,7 +74,7 @@ func (n *Node) noticeStop() {
 func (n *Node) toldMetrics() []expvar.KeyValue {
 	told := n.relay.Told()
 	texts := &metrics.MultiLabelMap[reasonLabel]{Type: "counter", Help: "Texts sent to clients, which show them as a health problem."}
-	for _, reason := range []string{"refused", "unavailable", "busy", "app", "certificate", "stopping"} {
+	for _, reason := range []string{"refused", "unavailable", "busy", "app", "slowed", "certificate", "stopping"} {
 		texts.Set(reasonLabel{reason}, number(told.Texts[reason]))
 	}
 	return []expvar.KeyValue{

@@ -1,6 +1,6 @@
 package node
 
-// Reload reads key files and certificate files again, as their watches do after each
+// Reload reads key files, limits and certificate files again, as their watches do after each
 // change, and returns the files. A file that is invalid now changes nothing. Health
 // has the result at once.
 func (n *Node) Reload() []string {
@@ -8,6 +8,10 @@ func (n *Node) Reload() []string {
 	var files []string
 	if gate := n.gate.Load(); gate != nil {
 		files = gate.Reload()
+	}
+	if n.config.Rates.File != "" {
+		n.limits.Reload()
+		files = append(files, n.config.Rates.File)
 	}
 	if c, ok := n.certs.(interface{ Reload() []string }); ok {
 		files = append(files, c.Reload()...)

@@ -1,0 +1,106 @@
+package node
+
+import (
+	"context"
+	"expvar"
+	"fmt"
+
+	"golang.org/x/sync/errgroup"
+	"tailscale.com/types/key"
+
+	"derpd/cmd/derpd/internal/limits"
+	"derpd/healthz"
+	"derpd/relay"
+	"derpd/relay/admit"
+)
+
+// newLimits reads the limits of nodes.
+func (n *Node) newLimits() (*limits.Limits, error) {
+	l, err := limits.New(limits.Config{
+		Defaults: n.config.Rates.Defaults,
+		Path:     n.config.Rates.File,
+		Describe: n.describeNode,
+		Changed: func() {
+			n.relay.ApplyLimits()
+			n.health.Changed()
+		},
+		Log: n.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("DERP_LIMITS_FILE: %w", err)
+	}
+	return l, nil
+}
+
+// describeNode returns what the sources of admission say about a node.
+func (n *Node) describeNode(node key.NodePublic) admit.Description {
+	if gate := n.gate.Load(); gate != nil {
+		return gate.Describe(node)
+	}
+	return admit.Description{}
+}
+
+// nodeLimit returns the limit of a node. The self-check has none.
+func (n *Node) nodeLimit(node key.NodePublic) relay.NodeLimit {
+	if n.probe.has(node) {
+		return relay.NodeLimit{}
+	}
+	limit, _ := n.limits.Of(node)
+	return limit
+}
+
+// runLimits keeps the limits current until ctx ends.
+func (n *Node) runLimits(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return n.relay.RunLimits(ctx) })
+	if n.config.Rates.File != "" {
+		group.Go(func() error { return n.limits.Run(ctx) })
+	}
+	return group.Wait()
+}
+
+// explainLimit describes the limit of a node for `derpd admit`.
+func (n *Node) explainLimit(node key.NodePublic) string {
+	text := n.limits.Explain(node)
+	switch connections, slowed := n.relay.Connections(node); {
+	case slowed:
+		text += fmt.Sprintf("; it has %d connections now, and sends more than that: it is slowed down", connections)
+	case connections > 0:
+		text += fmt.Sprintf("; it has %d connections now", connections)
+	}
+	return text
+}
+
+func (n *Node) checkLimits(context.Context) healthz.Result {
+	line := "each node: " + limits.Describe(n.config.Rates.Defaults)
+	if n.config.Rates.File != "" {
+		line += fmt.Sprintf("; %d lines of %s", n.limits.Lines(), n.config.Rates.File)
+	}
+	now := n.relay.Limited()
+	line += fmt.Sprintf("; %d nodes with a rate are connected, %d are slowed down", now.Nodes, now.Slowed)
+	if err := n.limits.Problem(); err != nil {
+		return healthz.Warnf("%s; %v", line, err)
+	}
+	return healthz.Okf("%s", line)
+}
+
+func (n *Node) limitMetrics() []expvar.KeyValue {
+	now := n.relay.Limited()
+	list := []expvar.KeyValue{{Key: "counter_derpd_connections_replaced_total", Value: number(now.Replaced)}}
+	if !n.config.Rates.May() {
+		return list
+	}
+	waited := new(expvar.Float)
+	waited.Set(now.Waited.Seconds())
+	list = append(list,
+		expvar.KeyValue{Key: "gauge_derpd_limited_nodes", Value: number(now.Nodes)},
+		expvar.KeyValue{Key: "gauge_derpd_slowed_nodes", Value: number(now.Slowed)},
+		expvar.KeyValue{Key: "counter_derpd_rate_waits_total", Value: number(now.Waits)},
+		expvar.KeyValue{Key: "counter_derpd_rate_waited_seconds_total", Value: waited})
+	if n.config.Rates.File != "" {
+		list = append(list,
+			expvar.KeyValue{Key: "gauge_derpd_limits_lines", Value: number(n.limits.Lines())},
+			expvar.KeyValue{Key: "counter_derpd_limits_read_errors_total", Value: number(n.limits.Failures())})
+	}
+	return list
+}
