@@ -52,7 +52,7 @@ func TestClientAndHandler(t *testing.T) {
 			if node != member {
 				return Admission{Reason: "every source says no"}
 			}
-			return Admission{true, "a source says yes", []SourceAnswer{{"keys", "yes", asOf}}}
+			return Admission{true, "a source says yes", []SourceAnswer{{"keys", "yes", asOf}}, ""}
 		},
 		Metrics: func() []expvar.KeyValue {
 			v := new(expvar.Int)

@@ -122,6 +122,18 @@ var badConfigurations = []struct {
 	{env: "DERP_HEALTH_ADDR=8081", want: []string{`DERP_HEALTH_ADDR: want host:port or :port, got "8081"`}},
 	{env: "DERP_ADMIN_ADDR=127.0.0.1:8080 DERP_HEALTH_ADDR=:8080", want: []string{"DERP_HEALTH_ADDR: port 8080 is taken by DERP_ADMIN_ADDR; choose another port"}},
 
+	// Limits of nodes.
+	{env: "DERP_CLIENT_RATE=20MB", want: []string{`DERP_CLIENT_RATE: want a rate in bits per second such as 20Mbit, 1.5Mbit, 512kbit or 1Gbit, or unlimited, got "20MB"`}},
+	{env: "DERP_CLIENT_RATE=64kbit DERP_CLIENT_BURST=1MiB", want: []string{`DERP_CLIENT_RATE: want at least 128kbit, or a node seems broken, got "64kbit"; write unlimited for no limit`}},
+	{env: "DERP_CLIENT_BURST=1MiB", want: []string{"DERP_CLIENT_BURST: is only used with DERP_CLIENT_RATE, but that is not set; set that, or remove this"}},
+	{env: "DERP_CLIENT_RATE=20Mbit DERP_CLIENT_BURST=1", want: []string{`DERP_CLIENT_BURST: want at least 25KiB for this rate, got "1"`}},
+	{env: "DERP_MAX_PER_NODE=-1", want: []string{`DERP_MAX_PER_NODE: want a number of connections from 1 to 100000, or unlimited, got "-1"`}},
+	{env: "DERP_LIMITS_FILE=limits", want: []string{"DERP_LIMITS_FILE: want an absolute path, got \"limits\"; write $PWD/limits"}},
+	{env: "DERP_LIMITS_FILE=$D/limits", want: []string{"DERP_LIMITS_FILE: reading limits: open $D/limits: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
+	{env: "DERP_LIMITS_FILE=$D/limits", setup: file("limits", "tag:a rate=1\n* burst=64KiB\n"), want: []string{
+		`DERP_LIMITS_FILE: reading limits from $D/limits: line 1: rate=: want at least 128kbit, or a node seems broken, got "1"; write unlimited for no limit\nline 2: burst=: there is no rate for it; add rate=, or remove burst=`,
+	}},
+
 	// Platforms.
 	{env: "FLY_APP_NAME=app DERP_ADDR=fly-global-services:8443", want: []string{"DERP_ADDR: fly-global-services works for UDP only; write :8443, as in docker/fly.toml"}},
 	{env: "FLY_APP_NAME=app DERP_STUN_PORT=3478 DERP_PUBLIC_STUN_PORT=13478", want: []string{`DERP_PUBLIC_STUN_PORT: Fly.io forwards UDP to the same port; want 3478, which is DERP_STUN_PORT, got "13478"`}},

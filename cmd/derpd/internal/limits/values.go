@@ -99,7 +99,7 @@ func Defaults(rate, burst, connections string) (l relay.NodeLimit, rateErr, burs
 	switch {
 	case rateErr != nil:
 	case burst != "" && l.Rate == 0:
-		burstErr = errors.New("there is no rate for it")
+		burstErr = errors.New("is only used with DERP_CLIENT_RATE, but that is not set; set that, or remove this")
 	case burst != "":
 		l.Burst, burstErr = Burst(burst, l.Rate)
 	case l.Rate > 0:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"expvar"
 	"fmt"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 	"tailscale.com/types/key"
@@ -64,9 +65,9 @@ func (n *Node) explainLimit(node key.NodePublic) string {
 	text := n.limits.Explain(node)
 	switch connections, slowed := n.relay.Connections(node); {
 	case slowed:
-		text += fmt.Sprintf("; it has %d connections now, and sends more than that: it is slowed down", connections)
+		text += fmt.Sprintf("; connections now: %d, slowed down", connections)
 	case connections > 0:
-		text += fmt.Sprintf("; it has %d connections now", connections)
+		text += fmt.Sprintf("; connections now: %d", connections)
 	}
 	return text
 }
@@ -79,7 +80,7 @@ func (n *Node) checkLimits(context.Context) healthz.Result {
 	now := n.relay.Limited()
 	line += fmt.Sprintf("; %d nodes with a rate are connected, %d are slowed down", now.Nodes, now.Slowed)
 	if err := n.limits.Problem(); err != nil {
-		return healthz.Warnf("%s; %v", line, err)
+		return healthz.Warnf("%s; %s", line, strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	return healthz.Okf("%s", line)
 }
