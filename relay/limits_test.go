@@ -275,12 +275,12 @@ func TestSlowedIsTold(t *testing.T) {
 		go func() { // sends less than its limit
 			for ctx.Err() == nil {
 				_, _ = quiet.Write(make([]byte, 15_000))
-				time.Sleep(time.Second)
+				<-time.After(time.Second)
 			}
 		}()
-		time.Sleep(10*time.Second + time.Millisecond)
+		<-time.After(10*time.Second + time.Millisecond)
 		none(t, "after ten seconds", list)
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		const want = "this relay limits what this node sends to 160 kbit/s; the owner of the relay can raise the limit"
 		if got := next(t, "after twelve seconds", list); got != want {
 			t.Errorf("text %q, want %q", got, want)
@@ -295,7 +295,7 @@ func TestSlowedIsTold(t *testing.T) {
 			t.Errorf("%d connections, slowed %t", n, slowed)
 		}
 		r.Tell(ctx, "certificate", "")
-		time.Sleep(5 * time.Second)
+		<-time.After(5 * time.Second)
 		none(t, "while it is slowed down", list)
 		r.Tell(ctx, "certificate", "the certificate ends")
 		if got := next(t, "for every client", list); got != "the certificate ends" {
@@ -306,20 +306,20 @@ func TestSlowedIsTold(t *testing.T) {
 			t.Errorf("text %q, want %q", got, want)
 		}
 		stop()
-		time.Sleep(5 * time.Second)
+		<-time.After(5 * time.Second)
 		if got := next(t, "after it has stopped", list); got != "" {
 			t.Errorf("text %q, want the empty one", got)
 		}
 		// Slowed down again, until the limit is lifted.
 		sending, stop = context.WithCancel(ctx)
 		go send(sending)
-		time.Sleep(16 * time.Second)
+		<-time.After(16 * time.Second)
 		if got := next(t, "slowed down again", list); got != want {
 			t.Errorf("text %q, want %q", got, want)
 		}
 		stop()
 		limit.Store(&NodeLimit{})
-		time.Sleep(11 * time.Second)
+		<-time.After(11 * time.Second)
 		if got := next(t, "without a limit", list); got != "" {
 			t.Errorf("text %q, want the empty one", got)
 		}
@@ -335,6 +335,6 @@ func TestSlowedIsTold(t *testing.T) {
 		}
 		cancel()
 		all.end()
-		time.Sleep(time.Second) // the end of the sender
+		<-time.After(time.Second) // the end of the sender
 	})
 }

@@ -83,7 +83,7 @@ func TestPace(t *testing.T) {
 					}
 				}
 				const seconds = 3
-				time.Sleep(seconds * time.Second) // of the bubble's clock
+				<-time.After(seconds * time.Second) // of the bubble's clock
 				for i := range nodes {
 					most := seconds*rate + int64(limit.Burst)
 					least := most - int64(connections)*64<<10 // bytes that wait now
@@ -106,7 +106,7 @@ func TestPaceShortBurst(t *testing.T) {
 		flood(far)
 		var read atomic.Int64
 		go func() { _ = drain(s, 64<<10, &read) }()
-		time.Sleep(10 * time.Second)
+		<-time.After(10 * time.Second)
 		if got := read.Load(); got > 1_001_000 || got < 998_000 {
 			t.Errorf("%d bytes in 10 s, want 1,001,000 at most", got)
 		}
@@ -146,7 +146,7 @@ func TestPaceEnds(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				all, _ := limiting(slowest)
 				s, _, end := waiting(t, all, key.NewNode().Public())
-				time.Sleep(3 * time.Second)
+				<-time.After(3 * time.Second)
 				pace, begun := s.paced.Load().pace, time.Now()
 				before := pace.limiter.Tokens()
 				tt.end(all, s)
@@ -183,11 +183,11 @@ func TestPaceChanges(t *testing.T) {
 				go func() { _, _ = far.Write(make([]byte, 2_000_000)) }()
 				var read atomic.Int64
 				go func() { _ = drain(s, 1024, &read) }()
-				time.Sleep(3 * time.Second)
+				<-time.After(3 * time.Second)
 				limit.Store(&tt.next)
 				before := read.Load()
 				(&Relay{sessions: all}).ApplyLimits()
-				time.Sleep(10 * time.Second)
+				<-time.After(10 * time.Second)
 				if got := read.Load() - before; got > tt.want || got < tt.want-3000 {
 					t.Errorf("%d bytes in 10 s, want %d", got, tt.want)
 				}
@@ -234,7 +234,7 @@ func TestPaceOfNextConnection(t *testing.T) {
 		if nodes, parted := all.kept(); nodes != 1 || parted != 1 {
 			t.Errorf("%d nodes are kept, %d of them parted", nodes, parted)
 		}
-		time.Sleep(12 * time.Second)
+		<-time.After(12 * time.Second)
 		if nodes, parted := all.kept(); nodes != 0 || parted != 0 {
 			t.Errorf("%d nodes are kept, %d of them parted, after the time for a burst", nodes, parted)
 		}

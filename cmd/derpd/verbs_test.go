@@ -36,7 +36,7 @@ func TestAdmit(t *testing.T) {
 		code                 int
 		wantStdout, wantText string // the whole of stdout, and a part of stderr
 	}{
-		{"a member", member.String(), 0, "1 keys: yes\nadmitted: a source says yes\n", ""},
+		{"a member", member.String(), 0, "1 keys: yes\nadmitted: a source says yes\nlimit: no limit on what it sends, 16 connections (DERP_CLIENT_RATE, DERP_MAX_PER_NODE)\n", ""},
 		{"a stranger", key.NewNode().Public().String(), 1, "1 keys: no\nrefused: every source says no\n", ""},
 		{"no key", "laptop", 2, "", `admit: want nodekey: and 64 hex digits`},
 		{"the zero key", "nodekey:" + strings.Repeat("0", 64), 2, "", `admit: want nodekey: and 64 hex digits`},

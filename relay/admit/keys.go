@@ -166,18 +166,18 @@ func (f *keyFile) reload() bool {
 	keys, err := LoadKeys(f.path)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	before, same := f.err, maps.Equal(keys, f.keys)
+	before, same := f.err, maps.EqualFunc(keys, f.keys, func(_, _ string) bool { return true })
 	f.err = err
-	switch {
-	case err != nil:
+	if err != nil {
 		if before == nil || before.Error() != err.Error() {
 			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read; the last good list stays in force")
 		}
 		return false
-	case before == nil && same:
+	}
+	f.keys = keys // the comments may be new
+	if before == nil && same {
 		return false
 	}
-	f.keys = keys
 	f.log.Info().Str("file", f.path).Int("keys", len(keys)).Msg("node keys read again")
 	return !same
 }

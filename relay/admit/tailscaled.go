@@ -87,9 +87,10 @@ func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time
 		return time.Time{}, ctx.Err()
 	case <-time.After(mapDelay):
 	}
-	_, err := t.client.WhoIsNodeKey(ctx, node)
+	who, err := t.client.WhoIsNodeKey(ctx, node)
 	switch {
 	case err == nil:
+		t.described.keep(node, who.Node)
 		return time.Now(), nil
 	case errors.Is(err, local.ErrPeerNotFound):
 		return time.Now(), ErrRefused
