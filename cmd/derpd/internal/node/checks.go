@@ -33,7 +33,7 @@ func (n *Node) checks() []healthz.Check {
 		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})
 	}
 	list = append(list,
-		healthz.Check{Name: "limits", Run: n.checkLimits},
+		healthz.Check{Name: "connections", Run: n.checkConnections},
 		healthz.Check{Name: "packets", Run: n.checkPackets},
 		healthz.Check{Name: "proxies", Run: n.checkProxies},
 		healthz.Check{Name: "files", Run: n.checkFiles})

@@ -33,7 +33,7 @@ func (n *Node) tasks() []task {
 		{"self-check", n.runSelfCheck},
 		{"announce", n.announce},
 		{"packets", n.packets.run},
-		{"limits", n.watchLimits},
+		{"connections", n.watchConnections},
 		{"notices", n.runNotices},
 		{"stop", n.stop},
 	}

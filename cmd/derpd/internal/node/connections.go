@@ -61,9 +61,9 @@ func (n *Node) limitOf(limit relay.Limit) int {
 // isReported reports whether a limit has closed a connection lately.
 func isReported(l relay.LimitCount) bool { return l.Count > 0 && time.Since(l.Last) < limitedFor }
 
-// watchLimits logs when a limit begins and when it ceases to close connections, until
+// watchConnections logs when a limit begins and when it ceases to close connections, until
 // ctx ends.
-func (n *Node) watchLimits(ctx context.Context) error {
+func (n *Node) watchConnections(ctx context.Context) error {
 	closing := make(map[relay.Limit]bool)
 	return repeat(ctx, limitsWatched, func() { n.logLimits(closing, n.relay.Places().Limited) })
 }
@@ -85,8 +85,8 @@ func (n *Node) logLimits(closing map[relay.Limit]bool, limited []relay.LimitCoun
 	}
 }
 
-// checkLimits never fails: strangers could otherwise make the relay refuse its clients.
-func (n *Node) checkLimits(context.Context) healthz.Result {
+// checkConnections never fails: strangers could otherwise make the relay refuse its clients.
+func (n *Node) checkConnections(context.Context) healthz.Result {
 	places := n.relay.Places()
 	line := fmt.Sprintf("%d connections, %d of them without an admitted node", places.Open, places.Waiting)
 	limited := false
@@ -103,7 +103,7 @@ func (n *Node) checkLimits(context.Context) healthz.Result {
 	return healthz.Okf("%s", line)
 }
 
-func (n *Node) placeMetrics() []expvar.KeyValue {
+func (n *Node) connectionMetrics() []expvar.KeyValue {
 	places := n.relay.Places()
 	closed := &metrics.MultiLabelMap[limitLabel]{Type: "counter", Help: "Connections closed at a limit since the start, to the HTTPS and HTTP listeners."}
 	values := &metrics.MultiLabelMap[limitLabel]{Type: "gauge", Help: "Limits of connections. 0 is no limit."}

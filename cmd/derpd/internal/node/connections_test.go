@@ -18,7 +18,7 @@ import (
 func TestLimitsAreReported(t *testing.T) {
 	log := new(testkit.Buffer)
 	n := begin(t, testkit.Environ(t, "DERP_MAX_CONNECTIONS=16", "DERP_MAX_PER_ADDRESS=4"), func(n *Node) { n.log = zerolog.New(log) })
-	if result := n.checkLimits(t.Context()); result.Level != healthz.OK || !strings.HasSuffix(result.Detail, " of them without an admitted node") {
+	if result := n.checkConnections(t.Context()); result.Level != healthz.OK || !strings.HasSuffix(result.Detail, " of them without an admitted node") {
 		t.Errorf("before: %+v", result)
 	}
 	var strangers []net.Conn
@@ -29,7 +29,7 @@ func TestLimitsAreReported(t *testing.T) {
 		}
 	}
 	testkit.Until(t, "the limit is logged", func() bool { return strings.Contains(log.String(), "a limit closes connections") })
-	result := n.checkLimits(t.Context())
+	result := n.checkConnections(t.Context())
 	for _, want := range []string{"; DERP_MAX_PER_ADDRESS=4 has closed ", "one address has too many connections", "; connected clients are not affected"} {
 		if result.Level != healthz.Warn || !strings.Contains(result.Detail, want) {
 			t.Errorf("want a warning with %q, got %+v", want, result)
