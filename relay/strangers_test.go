@@ -316,14 +316,16 @@ func TestTimeBeforeAdmission(t *testing.T) {
 				defer func() {
 					close(ln.conns)
 					_ = r.Close()
-					<-served
+					if err := <-served; err != nil && !errors.Is(err, net.ErrClosed) {
+						t.Error(err)
+					}
 					<-time.After(time.Minute) // net/http waits before it closes some connections
 				}()
 				near, far := net.Pipe()
 				ln.conns <- far
 				begun := time.Now()
 				<-time.After(tt.after)
-				var conn net.Conn = near
+				conn := near
 				way := ways[tt.way]
 				if !way.noTLS {
 					conn = tls.Client(near, &tls.Config{InsecureSkipVerify: true})
