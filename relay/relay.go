@@ -100,6 +100,7 @@ type Relay struct {
 	names    names
 	tls      *tls.Config // nil: plain HTTP
 	own      ownPeers
+	turns    *turns
 
 	misdirected   *misdirections
 	public, plain *http.Server
@@ -141,8 +142,9 @@ func New(c Config) (*Relay, error) {
 	}
 	r.mesh.dialed = r.places.remember
 	r.places.own = r.own.has
+	r.turns = newTurns(r.places.member, r.own.has)
 	if c.GetCertificate != nil {
-		r.tls = tlsConfig(server, r.names, c.GetCertificate)
+		r.tls = tlsConfig(server, r.names, r.turns, c.GetCertificate)
 	}
 	r.public = httpserver.Public(r.handler(), c.Log)
 	if r.readsForwarded() {

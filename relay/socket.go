@@ -68,6 +68,7 @@ type socketConn struct {
 	net.Conn
 	raw                 syscall.RawConn
 	fillFunc, drainFunc func(fd uintptr) bool
+	turn                connTurn // of the TLS handshake; nil after it
 
 	mu     sync.Mutex           // held by one reader
 	buffer *[readAheadSize]byte // nil when empty; guarded by mu
@@ -95,9 +96,11 @@ func (c *socketConn) SyscallConn() (syscall.RawConn, error) { return c.raw, nil 
 // response.
 func (c *socketConn) CloseWrite() error { return closeWrite(c.Conn) }
 
-// Close implements [net.Conn]. It gives back the place of the connection.
+// Close implements [net.Conn]. It gives back the place of the connection. A handshake
+// that waits for its turn then finds the connection closed.
 func (c *socketConn) Close() error {
 	err := c.Conn.Close()
+	c.turn.close()
 	c.places.give(c)
 	return err
 }
@@ -109,6 +112,14 @@ func (c *socketConn) abort() {
 		_ = tcp.SetLinger(0)
 	}
 	_ = c.Close()
+}
+
+// isGone reports whether the peer has closed or reset the connection, even if bytes from
+// it are unread, or the relay has closed it.
+func (c *socketConn) isGone() bool {
+	gone := false
+	err := c.raw.Control(func(fd uintptr) { gone = hungUp(fd) })
+	return err != nil || gone
 }
 
 func closeWrite(conn net.Conn) error {
@@ -123,6 +134,9 @@ func (c *socketConn) Read(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.unread) == 0 {
+		if c.turn.Load() != nil {
+			c.turn.giveBack() // the handshake waits for the client
+		}
 		if len(p) == 0 || len(p) >= readAheadSize {
 			return c.Conn.Read(p)
 		}
@@ -196,6 +210,7 @@ func (c *socketConn) drain(fd uintptr) bool {
 		case 0:
 			c.unsent = c.unsent[n:]
 		case unix.EAGAIN:
+			c.turn.giveBack()
 			return false
 		default:
 			c.writeErr = c.failed("write", errno)

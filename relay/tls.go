@@ -18,7 +18,7 @@ const acmeTLS1 = "acme-tls/1"
 // store it. For this reason only clients that send one of the relay's names get
 // it. Before TLS 1.3 certificates are not encrypted, and clients ignore the meta
 // certificate (derphttp.Client), so nobody gets it.
-func tlsConfig(server *derpserver.Server, own names, getCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
+func tlsConfig(server *derpserver.Server, own names, turns *turns, getCertificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		// No h2: DERP hijacks the connection, and HTTP/2 does not support that.
@@ -26,7 +26,12 @@ func tlsConfig(server *derpserver.Server, own names, getCertificate func(*tls.Cl
 		// Small records at the start help browsers to show part of a page. A
 		// DERP frame is useful only when it is complete.
 		DynamicRecordSizingDisabled: true,
+		GetConfigForClient:          func(hello *tls.ClientHelloInfo) (*tls.Config, error) { return nil, turns.take(hello.Conn) },
 		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			// A second ClientHello (HelloRetryRequest) needs a second turn.
+			if err := turns.take(hello.Conn); err != nil {
+				return nil, err
+			}
 			cert, err := getCertificate(hello)
 			if err != nil || cert == nil {
 				return nil, err
