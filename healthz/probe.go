@@ -88,9 +88,16 @@ func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *der
 		}
 	}()
 	client.IsProber = true
-	client.SetURLDialer(func(ctx context.Context, _, _ string) (net.Conn, error) { return p.dial(ctx) })
+	var cause error
+	client.SetURLDialer(func(ctx context.Context, _, _ string) (conn net.Conn, err error) {
+		conn, cause = p.dial(ctx)
+		return conn, cause
+	})
 	if err := client.Connect(ctx); err != nil {
-		return nil, err
+		if cause == nil {
+			cause = ctx.Err()
+		}
+		return nil, causedError{err, cause}
 	}
 	// The relay decides on admission after the DERP handshake. It then sends
 	// its server information, or closes the connection.
@@ -105,6 +112,15 @@ func (p DERPProbe) connect(ctx context.Context, private key.NodePrivate) (_ *der
 	}
 	return client, nil
 }
+
+// causedError is an error of derphttp, which does not wrap its cause.
+type causedError struct {
+	error
+	cause error
+}
+
+// Unwrap returns the cause.
+func (e causedError) Unwrap() error { return e.cause }
 
 // dial returns a connection for HTTP, after the TLS handshake if there is one.
 func (p DERPProbe) dial(ctx context.Context) (net.Conn, error) {

@@ -11,7 +11,9 @@ import (
 	"time"
 )
 
-// Each letter is one probe: + works, s works after a second, - is refused, . hangs.
+var errBusy = errors.New("too busy")
+
+// Each letter is one probe: + works, s works after a second, l after three, b is explained by an overload, - is refused, . hangs.
 func TestSelfCheck(t *testing.T) {
 	for _, tt := range []struct {
 		name, probes string
@@ -22,7 +24,15 @@ func TestSelfCheck(t *testing.T) {
 		{"a start that fails is reported once", "-----+", []string{"2s not serving: refused", "5s serving"}},
 		{"a slow probe keeps the pace", "+ss---", []string{"0s serving", "11s not serving: refused"}},
 		{"refused at once", "+++---", []string{"0s serving", "11s not serving: refused"}},
-		{"hanging", "+...", []string{"0s serving", "11s not serving: context deadline exceeded"}},
+		{"hanging", "+..", []string{"0s serving", "11s not serving: context deadline exceeded"}},
+		{"hanging once, then refused", "+.---", []string{"0s serving", "7s not serving: refused"}},
+		{"a start that hangs", "...+", []string{"8s not serving: context deadline exceeded", "12s serving"}},
+		{"slow", "+.l.l++++", []string{"0s serving", "9s overloaded: a packet between two clients took 3s", "23s serving"}},
+		{"slow, then broken", "+.l---", []string{"0s serving", "9s overloaded: a packet between two clients took 3s", "10s serving", "12s not serving: refused"}},
+		{"busy", "+bbbbbb+++", []string{"0s serving", "3s overloaded: of a test", "15s serving"}},
+		{"busy, then hanging", "+bbb..", []string{"0s serving", "3s overloaded: of a test", "14s not serving: context deadline exceeded"}},
+		{"busy, then refused", "+bb---", []string{"0s serving", "3s overloaded: of a test", "5s serving", "7s not serving: refused"}},
+		{"busy at the start", "bbb+", []string{"2s not serving: too busy", "3s serving"}},
 		{"one and two failures in between", "+-+--+", []string{"0s serving"}},
 		{"back after two successes", "+---+-++", []string{"0s serving", "5s not serving: refused", "9s serving"}},
 		{"back, and gone again", "+---++---", []string{"0s serving", "5s not serving: refused", "7s serving", "12s not serving: refused"}},
@@ -46,15 +56,28 @@ func TestSelfCheck(t *testing.T) {
 					case "s":
 						<-time.After(time.Second)
 						return time.Second, nil
+					case "b":
+						return 0, errBusy
+					case "l":
+						<-time.After(3 * time.Second)
+						return 3 * time.Second, nil
 					case ".":
 						<-ctx.Done()
 						return 0, ctx.Err()
 					}
 					return time.Millisecond, nil
-				}, func(serving bool, cause error) {
+				}, func(err error) error {
+					if errors.Is(err, errBusy) {
+						return errors.New("of a test")
+					}
+					return nil
+				}, func(state State) {
 					line := fmt.Sprintf("%s serving", time.Since(begun))
-					if !serving {
-						line = fmt.Sprintf("%s not serving: %v", time.Since(begun), cause)
+					if state.Overload != nil {
+						line = fmt.Sprintf("%s overloaded: %v", time.Since(begun), state.Overload)
+					}
+					if !state.Serving {
+						line = fmt.Sprintf("%s not serving: %v", time.Since(begun), state.Err)
 					}
 					said = append(said, line)
 				})
@@ -67,7 +90,7 @@ func TestSelfCheck(t *testing.T) {
 				if !slices.Equal(said, tt.want) {
 					t.Errorf("said %q, want %q", said, tt.want)
 				}
-				if got, want := s.State().Failures, uint64(strings.Count(tt.probes, "-")+strings.Count(tt.probes, ".")); got != want {
+				if got, want := s.State().Failures, uint64(strings.Count(tt.probes, "-")+strings.Count(tt.probes, ".")+strings.Count(tt.probes, "b")); got != want {
 					t.Errorf("%d failures, want %d", got, want)
 				}
 			})

@@ -66,6 +66,23 @@ func (r *Relay) Packets() Packets {
 	return p
 }
 
+// Served returns the number of connected clients, and of packets sent to them since the
+// start.
+func (r *Relay) Served() (clients, packets int64) {
+	counters, ok := r.server.ExpVar(false).(*metrics.Set)
+	if !ok {
+		return 0, 0
+	}
+	value := func(name string) int64 {
+		n, ok := counters.Get(name).(*expvar.Int)
+		if !ok {
+			return 0
+		}
+		return n.Value()
+	}
+	return value("gauge_current_connections"), value("packets_sent")
+}
+
 // label returns the value of a label in a line of Prometheus' text format.
 func label(line, name string) string {
 	_, value, _ := strings.Cut(line, name+`="`)

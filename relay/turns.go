@@ -30,7 +30,7 @@ var (
 // moment when it waits for the client. It has no turn while it waits for the client.
 type turns struct {
 	atOnce int
-	member func(netip.Addr) bool // whether an admitted node was lately at an address; called with mu held
+	member func(netip.Addr) bool // whether an admitted node was lately at an address
 	own    func(netip.AddrPort) bool
 
 	mu      sync.Mutex
@@ -92,6 +92,10 @@ func (t *turns) take(conn net.Conn) error {
 
 // enter gives a free turn, or else a place in the queue.
 func (t *turns) enter(mine *turn, conn net.Conn) error {
+	queue := &t.waiting[1]
+	if t.busy() && t.member(addrPortOf(conn.RemoteAddr()).Addr()) {
+		queue = &t.waiting[0]
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if mine.over {
@@ -101,17 +105,20 @@ func (t *turns) enter(mine *turn, conn net.Conn) error {
 		t.run(mine)
 		return nil
 	}
-	mine.queue = &t.waiting[1]
-	if t.member(addrPortOf(conn.RemoteAddr()).Addr()) {
-		mine.queue = &t.waiting[0]
-	}
-	if mine.queue.Len() >= maxWaiting {
+	if queue.Len() >= maxWaiting {
 		mine.over = true
 		return t.refuse()
 	}
 	mine.ready = make(chan struct{})
-	mine.place = mine.queue.PushBack(mine)
+	mine.queue, mine.place = queue, queue.PushBack(mine)
 	return nil
+}
+
+// busy reports whether all turns are in use.
+func (t *turns) busy() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.running >= t.atOnce
 }
 
 // run starts a turn. It holds t.mu.

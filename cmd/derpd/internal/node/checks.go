@@ -131,7 +131,14 @@ func (n *Node) checkDERP(context.Context) healthz.Result {
 	if err := n.notServing(); err != nil {
 		return healthz.Failf("through %s: %v", n.listeners.https.Addr(), err)
 	}
-	return healthz.Okf("a packet between two clients in %s", n.selfCheck.State().Took.Round(100*time.Microsecond))
+	switch state := n.selfCheck.State(); {
+	case state.Overload != nil:
+		return healthz.Warnf("overloaded, but clients that are connected are served: %v", state.Overload)
+	case state.Err != nil:
+		return healthz.Warnf("the last check took too long, and is repeated: %v", state.Err)
+	default:
+		return healthz.Okf("a packet between two clients in %s", state.Took.Round(100*time.Microsecond))
+	}
 }
 
 // refusedWarning is how long health reports a refused STUN request. Clients ask

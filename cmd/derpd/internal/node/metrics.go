@@ -19,6 +19,9 @@ func (n *Node) metrics() []expvar.KeyValue {
 		{Key: "derp", Value: n.relay.Metrics()},
 		{Key: "gauge_derpd_open", Value: number(n.gate.Load() == nil)},
 		{Key: "counter_derpd_self_check_failures_total", Value: number(int64(n.selfCheck.State().Failures))},
+		{Key: "gauge_derpd_overloaded", Value: number(n.selfCheck.State().Overload != nil)},
+		{Key: "gauge_derpd_handshakes_waiting", Value: number(n.relay.Handshakes().Waiting)},
+		{Key: "counter_derpd_handshakes_refused_total", Value: number(int64(n.relay.Handshakes().Refused))},
 	}
 	if n.stun != nil {
 		refused, _ := n.stun.Refused()

@@ -5,8 +5,8 @@
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
 //   - admission.go connects the relay to the gate, and autoclose.go closes an open
 //     relay when a tailscaled appears
-//   - selfcheck.go, eyes.go, checks.go, misdirected.go, connections.go and metrics.go
-//     observe; a new health check is one function and one line in checks.go
+//   - selfcheck.go, overload.go, eyes.go, checks.go, misdirected.go, connections.go and
+//     metrics.go observe; a new health check is one function and one line in checks.go
 //   - public.go and region.go make the map, and mapcert.go remembers its pin
 //   - rates.go limits what a node may send
 //   - notices.go warns clients, updates.go looks for newer releases

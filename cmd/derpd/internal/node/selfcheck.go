@@ -34,21 +34,28 @@ var errNoCertificate = errors.New("waiting for a certificate")
 // newSelfCheck returns the check that passes a packet through the relay's own
 // listener. STUN is open only while it succeeds: clients choose a relay by STUN
 // alone, and would choose one that cannot serve them. Clients that are connected
-// stay connected.
+// stay connected. An overload closes nothing.
 func (n *Node) newSelfCheck() *healthz.SelfCheck {
 	ready := sync.OnceFunc(func() { close(n.serving) })
-	return healthz.NewSelfCheck(n.probeDERP, func(serving bool, cause error) {
+	served, overloaded := false, false // in the log
+	return healthz.NewSelfCheck(n.probeDERP, n.newOverload().judge, func(state healthz.State) {
 		if n.stun != nil {
-			n.stun.SetOpen(serving)
+			n.stun.SetOpen(state.Serving)
 		}
 		n.health.Changed()
-		switch {
-		case !serving:
-			n.log.Warn().Err(cause).Str("stun", n.stunState()).Msg("the relay cannot serve clients")
-		case n.hasServed():
+		if !state.Serving {
+			n.log.Warn().Err(state.Err).Str("stun", n.stunState()).Msg("the relay cannot serve clients")
+		} else if !served && n.hasServed() {
 			n.log.Info().Str("stun", n.stunState()).Msg("the relay serves clients again")
 		}
-		if serving {
+		switch now := state.Overload != nil; {
+		case now && !overloaded:
+			n.log.Warn().AnErr("cause", state.Overload).Str("stun", n.stunState()).Msg("the relay is overloaded; it serves the clients that are connected")
+		case !now && overloaded && state.Serving:
+			n.log.Info().Msg("the relay is no longer overloaded")
+		}
+		served, overloaded = state.Serving, state.Overload != nil
+		if state.Serving {
 			ready()
 		}
 	})
@@ -75,12 +82,15 @@ func (n *Node) stunState() string {
 	return "closed"
 }
 
-// notServing is the reason why the relay cannot serve clients, or nil.
+// notServing is the reason why the relay cannot serve clients, or nil. A relay that
+// serves may have missed a check: that is an overload, or the next checks end serving.
 func (n *Node) notServing() error {
 	state := n.selfCheck.State()
 	switch {
 	case n.certs != nil && n.certs.Status().Leaf == nil:
 		return errNoCertificate
+	case state.Serving && (state.Overload != nil || errors.Is(state.Err, context.DeadlineExceeded)):
+		return nil
 	case state.Err == nil && !state.Serving:
 		return errors.New("the last check succeeded; STUN opens again after one more success")
 	}
