@@ -4,11 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"tailscale.com/types/key"
 )
 
 var errBusy = errors.New("too busy")
@@ -95,5 +99,26 @@ func TestSelfCheck(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// A probe's error wraps the cause, which derphttp does not wrap.
+func TestProbeErrorHasItsCause(t *testing.T) {
+	for _, cause := range []error{syscall.EMFILE, context.DeadlineExceeded} {
+		probe := DERPProbe{
+			Host: "127.0.0.1", From: key.NewNode(), To: key.NewNode(),
+			Dial: func(context.Context) (net.Conn, error) { return nil, &net.OpError{Op: "dial", Err: cause} },
+		}
+		if _, err := probe.Run(t.Context()); !errors.Is(err, cause) {
+			t.Errorf("%v does not wrap %v", err, cause)
+		}
+	}
+	ours, theirs := net.Pipe()
+	defer func() { _, _ = ours.Close(), theirs.Close() }()
+	probe := DERPProbe{Host: "127.0.0.1", From: key.NewNode(), To: key.NewNode(), Dial: func(context.Context) (net.Conn, error) { return ours, nil }}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := probe.Run(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a relay that is silent: %v", err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"net"
 	"strconv"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -88,9 +87,9 @@ func FormatRate(bytes int64) string {
 // paced is the pace of one session.
 type paced struct {
 	*pace
-	ended  chan struct{}   // closed when the session ends
-	socket syscall.RawConn // nil if there is none
-	looked time.Time       // last check of socket; owned by the reader
+	ended  chan struct{} // closed when the session ends
+	socket *socketConn   // nil if there is none
+	looked time.Time     // last check of socket; owned by the reader
 }
 
 // errReplaced means that another limit applies now.
@@ -156,29 +155,7 @@ func (p *paced) hungUp() bool {
 		return false
 	}
 	p.looked = time.Now()
-	ended := false
-	err := p.socket.Control(func(fd uintptr) { ended = hungUp(fd) })
-	return err == nil && ended
-}
-
-// socketOf returns the socket below a connection, or nil.
-func socketOf(conn net.Conn) syscall.RawConn {
-	for {
-		switch c := conn.(type) {
-		case syscall.Conn:
-			raw, err := c.SyscallConn()
-			if err != nil {
-				return nil
-			}
-			return raw
-		case webSocket:
-			conn = c.below
-		case interface{ NetConn() net.Conn }:
-			conn = c.NetConn()
-		default:
-			return nil
-		}
-	}
+	return p.socket.isGone()
 }
 
 // setPace sets the pace of the connection; nil is none.

@@ -111,22 +111,6 @@ func (t *recent[V]) put(addr netip.Addr, v V) {
 	t.young[addr] = v
 }
 
-// socketBelow returns the TCP connection below a connection, or nil.
-func socketBelow(conn net.Conn) *socketConn {
-	for {
-		switch c := conn.(type) {
-		case *socketConn:
-			return c
-		case webSocket:
-			conn = c.below
-		case interface{ NetConn() net.Conn }:
-			conn = c.NetConn()
-		default:
-			return nil
-		}
-	}
-}
-
 // addrPort returns the address and port of a TCP connection.
 func addrPort(a net.Addr) netip.AddrPort {
 	tcp, ok := a.(*net.TCPAddr)

@@ -135,7 +135,7 @@ func (p *places) take(c *socketConn) bool {
 // identify moves a connection of a proxy to the address of its client. Without a place
 // for that address, the connection must be closed.
 func (p *places) identify(conn net.Conn, client netip.Addr) bool {
-	c := socketBelow(conn)
+	c := socketOf(conn)
 	if p == nil || c == nil {
 		return true
 	}
@@ -247,7 +247,7 @@ func (p *places) crowded(a *address, limit Limit) *socketConn {
 
 // touch notes that a client has made a step towards its admission.
 func (p *places) touch(conn net.Conn) {
-	c := socketBelow(conn)
+	c := socketOf(conn)
 	if p == nil || c == nil {
 		return
 	}
@@ -261,7 +261,7 @@ func (p *places) touch(conn net.Conn) {
 
 // admitted notes that derpserver has admitted the node of a connection. It does not wait.
 func (p *places) admitted(conn net.Conn) {
-	c := socketBelow(conn)
+	c := socketOf(conn)
 	if p == nil || c == nil {
 		return
 	}

@@ -84,6 +84,22 @@ type socketConn struct {
 	place  place   // guarded by places.mu
 }
 
+// socketOf returns the TCP connection below the other layers of a connection, or nil.
+func socketOf(conn net.Conn) *socketConn {
+	for {
+		switch c := conn.(type) {
+		case *socketConn:
+			return c
+		case webSocket:
+			conn = c.below
+		case interface{ NetConn() net.Conn }:
+			conn = c.NetConn()
+		default:
+			return nil
+		}
+	}
+}
+
 // NetConn returns the TCP connection below, as [crypto/tls.Conn.NetConn] does.
 func (c *socketConn) NetConn() net.Conn { return c.Conn }
 

@@ -62,7 +62,7 @@ type turn struct {
 // need none. An error ends the handshake.
 func (t *turns) take(conn net.Conn) error {
 	c := socketOf(conn)
-	if c == nil || c.turn.Load() != nil || t.own(addrPortOf(c.RemoteAddr())) {
+	if c == nil || c.turn.Load() != nil || t.own(addrPort(c.RemoteAddr())) {
 		return nil
 	}
 	mine := &turn{all: t}
@@ -93,7 +93,7 @@ func (t *turns) take(conn net.Conn) error {
 // enter gives a free turn, or else a place in the queue.
 func (t *turns) enter(mine *turn, conn net.Conn) error {
 	queue := &t.waiting[1]
-	if t.busy() && t.member(addrPortOf(conn.RemoteAddr()).Addr()) {
+	if t.busy() && t.member(addrPort(conn.RemoteAddr()).Addr()) {
 		queue = &t.waiting[0]
 	}
 	t.mu.Lock()
@@ -208,26 +208,4 @@ func (r *Relay) Handshakes() Handshakes {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return Handshakes{Waiting: t.waiting[0].Len() + t.waiting[1].Len(), Refused: t.refused, LastRefused: t.last}
-}
-
-// socketOf returns the TCP connection below the other layers, or nil.
-func socketOf(conn net.Conn) *socketConn {
-	for {
-		switch c := conn.(type) {
-		case *socketConn:
-			return c
-		case interface{ NetConn() net.Conn }:
-			conn = c.NetConn()
-		default:
-			return nil
-		}
-	}
-}
-
-// addrPortOf returns the address of a TCP peer, or the zero value.
-func addrPortOf(a net.Addr) netip.AddrPort {
-	if tcp, ok := a.(*net.TCPAddr); ok {
-		return tcp.AddrPort()
-	}
-	return netip.AddrPort{}
 }

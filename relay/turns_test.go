@@ -28,7 +28,7 @@ func socketPair(t *testing.T) (accepted *socketConn, client net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn := acceptOne(t, socketListener{ln, nil})
+	conn := acceptOne(t, sockets(ln))
 	t.Cleanup(func() { _ = client.Close() })
 	return conn.(*socketConn), client
 }
@@ -414,7 +414,7 @@ func TestOwnHandshakeNeedsNoTurn(t *testing.T) {
 		if got := asked.Load(); got != want {
 			t.Errorf("proxied %t: looked up %v, want %s", proxied, got, want)
 		}
-		conn, err := r.DialSelf(t.Context(), addrPortOf(ln.Addr()))
+		conn, err := r.DialSelf(t.Context(), addrPort(ln.Addr()))
 		if err != nil {
 			t.Fatal(err)
 		}
