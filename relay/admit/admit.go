@@ -23,9 +23,23 @@ import (
 	"derpd/internal/caught"
 )
 
-// askTimeout limits one question to all sources, with the wait of a stranger.
-// derpserver limits the whole decision to five seconds.
-const askTimeout = againWait + urlTimeout
+// askTimeout limits one question to one source. derpserver limits the whole decision,
+// with the wait for a question, to five seconds.
+const askTimeout = 3 * time.Second
+
+// errNoAnswer is the cause of a context that ended because a source had askTimeout and
+// did not answer.
+var errNoAnswer = fmt.Errorf("no answer within %s", askTimeout)
+
+// errAbandoned means that the relay ended a question before its time. The source has
+// not failed.
+var errAbandoned = errors.New("question abandoned")
+
+// abandoned reports whether ctx, that of a question, ended before its time.
+func abandoned(ctx context.Context) bool {
+	cause := context.Cause(ctx)
+	return cause != nil && cause != errNoAnswer
+}
 
 // ErrRefused is the answer of a source that refuses a node.
 var ErrRefused = errors.New("unknown node key")
@@ -81,6 +95,10 @@ type Config struct {
 	// they are checked only at the start and when a source's list changes.
 	Interval time.Duration
 
+	// MemberAddr reports whether an admitted node came from the address lately. New
+	// nodes at such an address have a part of the questions to themselves. It may be nil.
+	MemberAddr func(netip.Addr) bool
+
 	Log zerolog.Logger
 }
 
@@ -90,6 +108,7 @@ type Gate struct {
 	config    Config
 	memory    *memory
 	strangers *strangers
+	members   chan struct{} // holds one element for each question about a member that connects
 	changed   chan struct{}
 	probe     key.NodePublic // a key that no source lists, to ask for the state of sources
 
@@ -106,7 +125,8 @@ func NewGate(c Config) *Gate {
 	g := &Gate{
 		config:      c,
 		memory:      loadMemory(c.Path, c.Grace, c.Log),
-		strangers:   newStrangers(),
+		strangers:   newStrangers(c.MemberAddr),
+		members:     make(chan struct{}, membersAtOnce),
 		changed:     make(chan struct{}, 1),
 		probe:       key.NewNode().Public(),
 		states:      make([]State, len(c.Sources)),
@@ -121,10 +141,10 @@ func NewGate(c Config) *Gate {
 // Admit returns nil if the node may connect. Otherwise the error contains the
 // answer of every source that was asked.
 func (g *Gate) Admit(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
 	d, err := g.admitClient(ctx, node, addr)
-	g.count(node, d)
+	if d != unavailable || ctx.Err() == nil { // a client that left is no failure of a source
+		g.count(node, d)
+	}
 	return err
 }
 
@@ -149,8 +169,6 @@ const (
 // decide asks the sources about one node, without the limits of strangers. Local
 // sources come first: if one of them admits the node, no other source is asked.
 func (g *Gate) decide(ctx context.Context, node key.NodePublic, addr netip.Addr) (decision, error) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
 	answers, ok := g.askLocal(ctx, node, addr)
 	if ok {
 		return admitted, nil
@@ -178,6 +196,8 @@ func (g *Gate) askLocal(ctx context.Context, node key.NodePublic, addr netip.Add
 // askOthers asks the sources that are not local, all at the same time. answers are
 // those of the local sources.
 func (g *Gate) askOthers(ctx context.Context, node key.NodePublic, addr netip.Addr, answers []Answer) (decision, error) {
+	ctx, cancel := context.WithCancel(ctx) // the questions that are left after an admission
+	defer cancel()
 	results := make(chan Answer, len(g.config.Sources))
 	for i, s := range g.config.Sources {
 		if !s.Local {
@@ -247,9 +267,13 @@ type Answer struct {
 // ask asks one source, and updates its state.
 func (g *Gate) ask(ctx context.Context, i int, node key.NodePublic, addr netip.Addr) Answer {
 	s := g.config.Sources[i]
+	if !s.Local {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, askTimeout, errNoAnswer)
+		defer cancel()
+	}
 	asOf, err := g.askSource(ctx, s, node, addr)
-	// Canceled: another source has admitted the node first. Busy: the relay did not ask.
-	if !errors.Is(err, context.Canceled) && !errors.Is(err, errBusy) {
+	if err == nil || errors.Is(err, ErrRefused) || !abandoned(ctx) {
 		g.setState(i, asOf, err)
 	}
 	return Answer{s.Name, asOf, err}
@@ -274,8 +298,6 @@ var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 // host, and waits for all answers. It changes nothing. [Gate.Admit] would admit
 // the node if the error is nil.
 func (g *Gate) AskAll(ctx context.Context, node key.NodePublic) ([]Answer, error) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
 	answers := make([]Answer, len(g.config.Sources))
 	var asking sync.WaitGroup
 	for i := range g.config.Sources {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io/fs"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -24,17 +25,27 @@ const (
 	// saveLate is the longest delay of a write when only times have changed.
 	saveLate = 10 * time.Minute
 
+	// knownFor is the time for which a node is a member after its last admission. The
+	// grace may be shorter.
+	knownFor = 30 * 24 * time.Hour
+
+	// maxNodes limits the remembered nodes. A source may admit any key. A full memory
+	// loses one node in ten: those whose last admission is the oldest.
+	maxNodes = 100_000
+
 	// maxMemory limits the file, in bytes. A node takes about 115.
 	maxMemory = 64 << 20
 )
 
 // memory stores when a source last admitted each node. While a source is
-// unavailable, these nodes stay admitted for the grace. A file keeps them over
-// restarts. A stranger is no element: only a source that knows a node adds it, and
-// fail-open of an admission URL does not.
+// unavailable, these nodes stay admitted for the grace. For knownFor, the sources are
+// asked about them before strangers. A file keeps them over restarts. A stranger is no
+// element: only a source that knows a node adds it, and fail-open of an admission URL
+// does not.
 type memory struct {
 	path  string
 	grace time.Duration
+	limit int // on nodes
 	log   zerolog.Logger
 	dirty chan struct{} // filled when a node is added or removed
 
@@ -46,32 +57,48 @@ type memory struct {
 // loadMemory reads the file. An unreadable file does not prevent the start, and
 // only the grace of earlier nodes is lost.
 func loadMemory(path string, grace time.Duration, log zerolog.Logger) *memory {
-	m := &memory{path: path, grace: grace, log: log, dirty: make(chan struct{}, 1), nodes: make(map[key.NodePublic]time.Time)}
-	data, err := filekind.Regular(path, maxMemory)
+	m := &memory{path: path, grace: grace, limit: maxNodes, log: log, dirty: make(chan struct{}, 1)}
+	m.load()
+	return m
+}
+
+func (m *memory) load() {
+	data, err := filekind.Regular(m.path, maxMemory)
 	if err == nil {
 		err = json.Unmarshal(data, &m.nodes)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		log.Warn().Err(err).Str("file", path).Msg("admitted nodes not read: no node has a grace until a source admits it again")
+		m.log.Warn().Err(err).Str("file", m.path).Msg("admitted nodes not read: no node has a grace until a source admits it again")
 	}
 	if err != nil || m.nodes == nil { // null is JSON too
 		m.nodes = make(map[key.NodePublic]time.Time)
 	}
 	m.prune(time.Now())
-	return m
+	m.shrink()
 }
 
 // prune drops expired nodes. It also drops times in the future, which a wrong clock
 // causes, because a grace must end. mu must be held once the gate is in use.
 func (m *memory) prune(now time.Time) {
 	maps.DeleteFunc(m.nodes, func(_ key.NodePublic, at time.Time) bool {
-		return at.After(now) || now.Sub(at) > m.grace
+		return at.After(now) || now.Sub(at) > max(m.grace, knownFor)
 	})
+}
+
+// shrink makes room for another node. mu must be held once the gate is in use.
+func (m *memory) shrink() {
+	if len(m.nodes) < m.limit {
+		return
+	}
+	oldest := slices.SortedFunc(maps.Keys(m.nodes), func(a, b key.NodePublic) int { return m.nodes[a].Compare(m.nodes[b]) })
+	for _, node := range oldest[:len(oldest)-m.limit*9/10] {
+		delete(m.nodes, node)
+	}
 }
 
 // remember stores that a source admitted the node, as of a time.
 func (m *memory) remember(node key.NodePublic, asOf time.Time) {
-	if asOf.IsZero() || m.grace == 0 {
+	if asOf.IsZero() {
 		return
 	}
 	m.mu.Lock()
@@ -80,11 +107,12 @@ func (m *memory) remember(node key.NodePublic, asOf time.Time) {
 	if ok && !asOf.After(before) {
 		return
 	}
-	m.nodes[node] = asOf
-	m.unsaved = true
 	if !ok {
+		m.shrink()
 		m.wake()
 	}
+	m.nodes[node] = asOf
+	m.unsaved = true
 }
 
 // forget removes a node that every source refuses.
@@ -110,7 +138,15 @@ func (m *memory) holds(node key.NodePublic) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	at, ok := m.nodes[node]
-	return ok && time.Since(at) <= m.grace
+	return ok && m.grace > 0 && time.Since(at) <= m.grace
+}
+
+// knows reports whether a source admitted the node within knownFor, or the grace.
+func (m *memory) knows(node key.NodePublic) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	_, ok := m.nodes[node]
+	return ok
 }
 
 // run writes the file until ctx ends, and then once more.

@@ -106,16 +106,73 @@ func testGrace(t *testing.T, local bool) {
 	})
 }
 
-// Without a grace no node is remembered.
+// Without a grace no node is kept, but members are known for thirty days, over restarts
+// too.
 func TestNoGrace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		m := loadMemory(filepath.Join(t.TempDir(), "admitted.json"), 0, zerolog.Nop())
+		path := filepath.Join(t.TempDir(), "admitted.json")
+		m := loadMemory(path, 0, zerolog.Nop())
 		node := newNode()
 		m.remember(node, time.Now())
-		if m.holds(node) || m.unsaved {
-			t.Error("a node was remembered")
+		for range 30 {
+			if m.holds(node) || !m.knows(node) {
+				t.Errorf("held %t, known %t", m.holds(node), m.knows(node))
+			}
+			<-time.After(24 * time.Hour)
+			if err := m.save(); err != nil {
+				t.Fatal(err)
+			}
+			m = loadMemory(path, 0, zerolog.Nop())
+		}
+		<-time.After(time.Second)
+		if m = loadMemory(path, 0, zerolog.Nop()); m.knows(node) {
+			t.Error("known for more than thirty days")
 		}
 	})
+}
+
+// The memory is limited, in the file too, and loses the nodes whose last admission is the
+// oldest.
+func TestMemoryIsLimited(t *testing.T) {
+	const limit = 100
+	path := filepath.Join(t.TempDir(), "admitted.json")
+	m := loadMemory(path, time.Hour, zerolog.Nop())
+	if m.limit != maxNodes {
+		t.Errorf("the limit is %d", m.limit)
+	}
+	m.limit = limit
+	now := time.Now()
+	oldest, newest := newNode(), newNode()
+	m.remember(newest, now)
+	for i := range limit - 2 {
+		m.remember(newNode(), now.Add(-time.Minute+time.Duration(i)*time.Millisecond))
+	}
+	m.remember(oldest, now.Add(-time.Minute-time.Second))
+	if len(m.nodes) != limit || !m.knows(oldest) {
+		t.Errorf("%d nodes, want %d", len(m.nodes), limit)
+	}
+	last := newNode()
+	m.remember(last, now)
+	if n := len(m.nodes); n != limit*9/10+1 || m.knows(oldest) || !m.knows(newest) || !m.knows(last) {
+		t.Errorf("%d nodes; the oldest one is known: %t, the newest: %t, the last: %t", n, m.knows(oldest), m.knows(newest), m.knows(last))
+	}
+	for len(m.nodes) < limit {
+		m.nodes[newNode()] = now.Add(-time.Minute) // all of the same time, as from a list
+	}
+	m.remember(last, now.Add(time.Millisecond)) // a node that is known takes no place
+	if n := len(m.nodes); n != limit {
+		t.Errorf("%d nodes", n)
+	}
+	for len(m.nodes) < 2*limit { // as an older version wrote it
+		m.nodes[newNode()] = now.Add(-time.Minute)
+	}
+	if err := m.save(); err != nil {
+		t.Fatal(err)
+	}
+	m = &memory{path: path, grace: time.Hour, limit: limit, log: zerolog.Nop()}
+	if m.load(); len(m.nodes) != limit*9/10 || !m.knows(last) {
+		t.Errorf("%d nodes were read; the last one is known: %t", len(m.nodes), m.knows(last))
+	}
 }
 
 // stored returns the nodes in the file.
@@ -189,7 +246,7 @@ func TestMemoryIsSaved(t *testing.T) {
 			t.Errorf("stored %v at the end", nodes)
 		}
 
-		// Nothing is written without a change, and nodes beyond the grace go.
+		// Nothing is written without a change, and old nodes go.
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
@@ -198,12 +255,12 @@ func TestMemoryIsSaved(t *testing.T) {
 		if _, err := os.Stat(path); err == nil {
 			t.Error("the file was written without a change")
 		}
-		<-time.After(time.Hour)
+		<-time.After(knownFor)
 		s.set(nil)
 		admit(first)
 		stop()
 		if nodes := stored(t, path); len(nodes) != 1 {
-			t.Errorf("stored %v, want only the node within the grace", nodes)
+			t.Errorf("stored %v, want only the node of the last thirty days", nodes)
 		}
 	})
 }

@@ -10,148 +10,265 @@ import (
 
 	"golang.org/x/time/rate"
 	"tailscale.com/types/key"
+	"tailscale.com/util/lru"
 )
 
-// Strangers are nodes that no source admitted within the grace. These limits keep
-// the questions about strangers from being a load on the sources that are not local.
+// Members are nodes that a source admitted within knownFor. Strangers are all others.
+// The sources that are not local are asked about members and about strangers in
+// separate slots, and about strangers at a limited rate.
 const (
-	// QuestionsPerSecond and QuestionsAtOnce limit the questions about strangers:
-	// the rate, and the questions that may come together after a pause.
-	QuestionsPerSecond = 50
-	QuestionsAtOnce    = 10
+	// membersAtOnce limits the concurrent questions about members that connect, and
+	// memberWait the wait for one. A member whose wait ends keeps its grace.
+	membersAtOnce = 16
+	memberWait    = 1500 * time.Millisecond
 
-	// QuestionsRunning limits the concurrent questions about strangers. It is
-	// half of urlAtOnce, so that members and rechecks always get an answer.
-	QuestionsRunning = urlAtOnce / 2
+	// QuestionsPerSecond, QuestionsAtOnce and QuestionsRunning limit the questions
+	// about strangers: the rate, the questions after a pause, and those under way.
+	QuestionsPerSecond = lanes * lanePerSecond
+	QuestionsAtOnce    = lanes * laneAtOnce
+	QuestionsRunning   = lanes * laneRunning
+
+	// Each lane has a part of these limits. One address (IPv6: one /64) has a part
+	// of each lane.
+	lanePerSecond    = 5
+	laneAtOnce       = 3
+	laneRunning      = 4
+	addressPerSecond = 3
+
+	// maxWait limits the wait of a stranger for its question. Without a question
+	// within maxWait it is refused at once.
+	maxWait = 500 * time.Millisecond
 
 	// refusedFor is the time for which a refusal answers the next attempts of the
 	// same node. A node that was just added waits for this time at most.
 	refusedFor = 3 * time.Second
 
-	// A stranger waits for its question: newcomerWait at its first attempt. A
-	// node that was refused within retryWindow waits for retryWait, and so leaves
-	// room in the queue for new nodes. A new node whose question exceeded the
-	// limits waits for againWait at its next attempt. A node with a new key for
-	// each attempt cannot take its place.
-	newcomerWait = time.Second
-	retryWait    = newcomerWait / 2
-	againWait    = newcomerWait * 3 / 2
-	retryWindow  = 10 * time.Minute
+	// tooManyFor is the time for which the attempts of a node exceed the limits
+	// before its error wraps ErrTooManyForLong.
+	tooManyFor = 5 * time.Second
 
-	// maxRefusals limits the memory of refusals and of nodes that wait longer.
-	maxRefusals = 10_000
+	// maxStrangers limits each table of strangers and of addresses. A full table
+	// loses its oldest element.
+	maxStrangers = 10_000
 )
 
 // ErrTooMany is the error for a stranger whose question exceeds the limits. The node
-// is refused, and no source was asked.
+// is refused, no source was asked, and an attempt in some milliseconds may succeed.
 var ErrTooMany = errors.New("too many questions about unknown nodes; another attempt may succeed")
 
-// strangers limits the questions about strangers, and remembers refusals.
-type strangers struct {
-	limiter *rate.Limiter
-	running chan struct{} // holds one element for each running question
+// ErrTooManyForLong wraps ErrTooMany for a node that exceeds the limits for seconds.
+var ErrTooManyForLong = fmt.Errorf("for more than %s: %w", tooManyFor, ErrTooMany)
 
-	mu      sync.Mutex
-	refused map[key.NodePublic]time.Time // time of the last refusal, zero for a node that exceeded the limits; at most maxRefusals; guarded by mu
+// The lanes separate the strangers that compete for questions. Nodes with a new key for
+// each attempt use only the first lane, and leave the others to nodes that try again.
+// Nodes that keep their key are asked about once, and then use the lane of refused nodes.
+const (
+	firstLane   = iota // nodes at their first attempt
+	againLane          // nodes whose earlier attempt exceeded the limits
+	refusedLane        // nodes that every source refused before
+	addressLane        // nodes at an address from which an admitted node came
+	lanes
+)
+
+// openTo is the lanes that a node may use, by its own lane. addressLane needs the address
+// of a member.
+var openTo = [...][]int{
+	firstLane:   {addressLane, firstLane},
+	againLane:   {addressLane, againLane, firstLane},
+	refusedLane: {addressLane, refusedLane, firstLane},
 }
 
-func newStrangers() *strangers {
-	return &strangers{
-		limiter: rate.NewLimiter(QuestionsPerSecond, QuestionsAtOnce),
-		running: make(chan struct{}, QuestionsRunning),
-		refused: make(map[key.NodePublic]time.Time),
+// strangers limits the questions about strangers, and remembers their attempts.
+type strangers struct {
+	memberAddr func(netip.Addr) bool // may be nil
+	running    [lanes]chan struct{}  // holds one element for each question under way
+
+	mu        sync.Mutex
+	limiters  [lanes]*rate.Limiter                    // used under mu
+	addresses lru.Cache[addressInLane, *rate.Limiter] // guarded by mu
+	refused   lru.Cache[key.NodePublic, time.Time]    // last refusal by every source; guarded by mu
+	limited   lru.Cache[key.NodePublic, time.Time]    // first of the attempts that exceeded the limits; guarded by mu
+}
+
+type addressInLane struct {
+	address netip.Prefix
+	lane    int
+}
+
+func newStrangers(memberAddr func(netip.Addr) bool) *strangers {
+	s := &strangers{memberAddr: memberAddr}
+	for i := range lanes {
+		s.limiters[i] = rate.NewLimiter(lanePerSecond, laneAtOnce)
+		s.running[i] = make(chan struct{}, laneRunning)
 	}
+	s.addresses.MaxEntries, s.refused.MaxEntries, s.limited.MaxEntries = maxStrangers, maxStrangers, maxStrangers
+	return s
 }
 
 // enter waits until a question about the node may be asked. The caller calls leave
 // after the answer. The error wraps ErrRefused for a node that was refused a moment
 // ago, and ErrTooMany if the wait would be too long.
-func (s *strangers) enter(ctx context.Context, node key.NodePublic) (leave func(), err error) {
-	wait := newcomerWait
-	at, ok := s.refusal(node)
-	switch age := time.Since(at); {
-	case !ok:
-	case at.IsZero():
-		wait = againWait
-	case age < refusedFor:
-		return nil, fmt.Errorf("%w; the sources are asked again in %s", ErrRefused, (refusedFor - age).Round(time.Millisecond))
-	case age < retryWindow:
-		wait = retryWait
+func (s *strangers) enter(ctx context.Context, node key.NodePublic, addr netip.Addr) (leave func(), err error) {
+	lane, wait, err := s.reserve(node, addr, time.Now())
+	if err != nil {
+		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, wait)
+	ctx, cancel := context.WithTimeout(ctx, maxWait)
 	defer cancel()
-	if err := s.limiter.Wait(ctx); err != nil {
-		return nil, s.tooMany(node)
-	}
-	leave = func() { <-s.running }
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
 	select {
-	case s.running <- struct{}{}:
-		return leave, nil
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	if !acquire(ctx, s.running[lane]) {
+		return nil, s.tooMany(node, time.Now())
+	}
+	return func() { <-s.running[lane] }, nil
+}
+
+// reserve takes a question from the lane with the shortest wait.
+func (s *strangers) reserve(node key.NodePublic, addr netip.Addr, now time.Time) (lane int, wait time.Duration, err error) {
+	isMember := s.memberAddr != nil && s.memberAddr(addr)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own := firstLane
+	if at, ok := s.refused.GetOk(node); ok {
+		own = refusedLane
+		if age := now.Sub(at); age < refusedFor {
+			return 0, 0, fmt.Errorf("%w; the sources are asked again in %s", ErrRefused, (refusedFor - age).Round(time.Millisecond))
+		}
+	} else if s.limited.Contains(node) {
+		own = againLane
+	}
+	var total, ofAddress *rate.Limiter
+	wait = maxWait + 1
+	for _, i := range openTo[own] {
+		if i == addressLane && !isMember {
+			continue
+		}
+		of := s.ofAddress(addr, i)
+		if d := max(delay(s.limiters[i], now), delay(of, now)); d < wait {
+			lane, wait, total, ofAddress = i, d, s.limiters[i], of
+		}
+	}
+	if total == nil {
+		return 0, 0, s.tooManyLocked(node, now)
+	}
+	total.ReserveN(now, 1)
+	ofAddress.ReserveN(now, 1)
+	return lane, wait, nil
+}
+
+// ofAddress returns the limiter of an address in a lane. mu must be held.
+func (s *strangers) ofAddress(addr netip.Addr, lane int) *rate.Limiter {
+	of := addressInLane{network(addr), lane}
+	l := s.addresses.Get(of)
+	if l == nil {
+		l = rate.NewLimiter(addressPerSecond, laneAtOnce)
+		s.addresses.Set(of, l)
+	}
+	return l
+}
+
+// network returns what one user has: an IPv4 address, or the /64 of an IPv6 address.
+func network(addr netip.Addr) netip.Prefix {
+	addr = addr.Unmap()
+	bits := addr.BitLen()
+	if addr.Is6() {
+		bits = 64
+	}
+	prefix, _ := addr.Prefix(bits) // the zero prefix without an address
+	return prefix
+}
+
+// delay is the time until the limiter permits one more event.
+func delay(l *rate.Limiter, now time.Time) time.Duration {
+	missing := max(0, 1-l.TokensAt(now))
+	return time.Duration(missing / float64(l.Limit()) * float64(time.Second))
+}
+
+// acquire takes a slot. It returns false if ctx ends first.
+func acquire(ctx context.Context, slots chan struct{}) bool {
+	select {
+	case slots <- struct{}{}:
+		return true
 	default:
 	}
 	select {
-	case s.running <- struct{}{}:
-		return leave, nil
+	case slots <- struct{}{}:
+		return true
 	case <-ctx.Done():
-		return nil, s.tooMany(node)
+		return false
 	}
 }
 
-// tooMany notes that a new node exceeded the limits. A refused node stays one.
-func (s *strangers) tooMany(node key.NodePublic) error {
-	if _, ok := s.refusal(node); !ok {
-		s.note(node, time.Time{})
+// tooMany notes that the attempt of a node exceeded the limits.
+func (s *strangers) tooMany(node key.NodePublic, now time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tooManyLocked(node, now)
+}
+
+func (s *strangers) tooManyLocked(node key.NodePublic, now time.Time) error {
+	since, ok := s.limited.GetOk(node)
+	switch {
+	case !ok:
+		s.limited.Set(node, now)
+	case now.Sub(since) >= tooManyFor:
+		return ErrTooManyForLong
 	}
 	return ErrTooMany
 }
 
-func (s *strangers) refusal(node key.NodePublic) (time.Time, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	at, ok := s.refused[node]
-	return at, ok
-}
-
 // remember stores that every source refuses the node.
-func (s *strangers) remember(node key.NodePublic) { s.note(node, time.Now()) }
-
-// note stores an element of refused. A full table loses another element, which costs
-// one question.
-func (s *strangers) note(node key.NodePublic, at time.Time) {
+func (s *strangers) remember(node key.NodePublic) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.refused[node]; !ok && len(s.refused) >= maxRefusals {
-		for other := range s.refused {
-			delete(s.refused, other)
-			break
-		}
-	}
-	s.refused[node] = at
+	s.refused.Set(node, time.Now())
+	s.limited.Delete(node)
 }
 
-// forget removes the refusal of a node that a source admits.
+// forget removes what is known of a node that a source admits.
 func (s *strangers) forget(node key.NodePublic) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.refused, node)
+	s.refused.Delete(node)
+	s.limited.Delete(node)
 }
 
 // admitClient asks the sources about a node that connects. It asks the sources that
-// are not local only within the limits of strangers.
+// are not local only within the limits of members and strangers.
 func (g *Gate) admitClient(ctx context.Context, node key.NodePublic, addr netip.Addr) (decision, error) {
 	answers, ok := g.askLocal(ctx, node, addr)
 	if ok {
 		return admitted, nil
 	}
-	if len(answers) < len(g.config.Sources) && !g.memory.holds(node) {
-		leave, err := g.strangers.enter(ctx, node)
-		switch {
-		case errors.Is(err, ErrTooMany):
-			return limited, notAdmitted(node, err)
-		case err != nil:
-			return refused, notAdmitted(node, err)
-		}
-		defer leave()
+	if len(answers) == len(g.config.Sources) {
+		return g.askOthers(ctx, node, addr, answers)
 	}
-	return g.askOthers(ctx, node, addr, answers)
+	leave, err := g.enter(ctx, node, addr)
+	switch {
+	case err == nil:
+		defer leave()
+		return g.askOthers(ctx, node, addr, answers)
+	case errors.Is(err, ErrRefused):
+		return refused, notAdmitted(node, err)
+	case g.memory.holds(node):
+		return kept, nil
+	}
+	return limited, notAdmitted(node, err)
+}
+
+// enter waits until a question about the node may be asked.
+func (g *Gate) enter(ctx context.Context, node key.NodePublic, addr netip.Addr) (leave func(), err error) {
+	if !g.memory.knows(node) {
+		return g.strangers.enter(ctx, node, addr)
+	}
+	ctx, cancel := context.WithTimeout(ctx, memberWait)
+	defer cancel()
+	if !acquire(ctx, g.members) {
+		return nil, ErrTooMany
+	}
+	return func() { <-g.members }, nil
 }

@@ -2,14 +2,17 @@ package admit
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"go4.org/mem"
 	"tailscale.com/types/key"
 )
 
@@ -66,48 +69,16 @@ func (c *counting) questions() int {
 	return len(c.asked)
 }
 
-// perSecond is the largest number of refused questions within one second.
-func (c *counting) perSecond() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	most, from := 0, 0
-	for to, at := range c.refused {
-		for at.Sub(c.refused[from]) >= time.Second {
-			from++
-		}
-		most = max(most, to-from+1)
-	}
-	return most
+// randomNode is a key that nobody has. It costs no time.
+func randomNode() key.NodePublic {
+	var raw [32]byte
+	_, _ = rand.Read(raw[:])
+	return key.NodePublicFromRaw32(mem.B(raw[:]))
 }
 
-// retry lets nodes connect again and again, with a pause, until the returned function
-// is called.
-func retry(t *testing.T, g *Gate, nodes []key.NodePublic, pause time.Duration) (stop func()) {
-	ctx, cancel := context.WithCancel(t.Context())
-	var trying sync.WaitGroup
-	for _, node := range nodes {
-		trying.Go(func() {
-			for ctx.Err() == nil {
-				_ = g.Admit(ctx, node, netip.Addr{})
-				select {
-				case <-ctx.Done():
-				case <-time.After(pause):
-				}
-			}
-		})
-	}
-	return func() {
-		cancel()
-		trying.Wait()
-	}
-}
-
-func newNodes(n int) []key.NodePublic {
-	nodes := make([]key.NodePublic, n)
-	for i := range nodes {
-		nodes[i] = newNode()
-	}
-	return nodes
+// numberedAddr is one of many addresses of 127.0.0.0/8.
+func numberedAddr(i int) netip.Addr {
+	return netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)})
 }
 
 // A refusal answers the next attempts for three seconds. A local source is asked all
@@ -179,23 +150,26 @@ func TestStrangersAreLimited(t *testing.T) {
 		var remote counting
 		g := newGate(t, remote.source())
 		var attempts sync.WaitGroup
-		errs := make(chan error, 1000)
-		for _, node := range newNodes(cap(errs)) {
-			attempts.Go(func() { errs <- g.Admit(t.Context(), node, netip.Addr{}) })
+		var limited atomic.Int32
+		began := time.Now()
+		for i := range 1000 {
+			attempts.Go(func() {
+				err := g.Admit(t.Context(), randomNode(), numberedAddr(i))
+				switch {
+				case errors.Is(err, ErrTooMany):
+					limited.Add(1)
+					if time.Since(began) > 0 || errors.Is(err, ErrTooManyForLong) {
+						t.Errorf("%v after %s", err, time.Since(began))
+					}
+				case !errors.Is(err, ErrRefused):
+					t.Errorf("%v", err)
+				}
+			})
 		}
 		attempts.Wait()
-		close(errs)
-		// Within the wait of one second. The last question may be asked at the very
-		// moment at which its wait ends.
-		const most = QuestionsAtOnce + QuestionsPerSecond
-		asked := remote.questions()
-		if asked != most && asked != most-1 {
-			t.Errorf("%d questions, want %d or one less", asked, most)
-		}
-		for err := range errs {
-			if !errors.Is(err, ErrRefused) && !errors.Is(err, ErrTooMany) {
-				t.Errorf("%v", err)
-			}
+		const asked = laneAtOnce + lanePerSecond*maxWait/time.Second // of one lane, within the wait
+		if got := remote.questions(); got != int(asked) || limited.Load() != int32(1000-asked) {
+			t.Errorf("%d questions, and %d refused without; want %d", got, limited.Load(), asked)
 		}
 		if got := g.Counts(); got != (Counts{Refused: uint64(asked), Limited: uint64(1000 - asked)}) {
 			t.Errorf("counted %+v", got)
@@ -203,155 +177,172 @@ func TestStrangersAreLimited(t *testing.T) {
 		if got := g.takeRefusedKeys(); got != 1000 {
 			t.Errorf("%d nodes in the summary", got)
 		}
-		stop := retry(t, g, newNodes(200), 20*time.Millisecond)
-		<-time.After(100 * time.Millisecond)
-		node := newNode()
-		began := time.Now()
-		err := g.Admit(t.Context(), node, netip.Addr{})
-		if want := "node " + node.ShortString() + " is not admitted\ntoo many questions about unknown nodes; another attempt may succeed"; err == nil || err.Error() != want || time.Since(began) > 0 {
-			t.Errorf("%v after %s, want %q at once", err, time.Since(began), want)
-		}
 		if s := g.States()[0]; s.Err != nil {
 			t.Errorf("the limit is taken for a failure of the source: %v", s.Err)
 		}
-		stop()
 	})
 }
 
-// Nodes that are refused and try again and again cause a limited number of questions.
-// Meanwhile new members are admitted within the wait, a node that was just added
-// within five seconds, and a known member at once. A removed node is disconnected by
-// the next check.
-func TestRefusedNodesThatRetry(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		remote := counting{took: 5 * time.Millisecond}
-		known, removed := newNode(), newNode()
-		remote.add(known, removed)
-		c := &crowd{here: map[key.NodePublic]netip.Addr{removed: {}}}
-		g := newGate(t, remote.source())
-		g.config.Interval = time.Second
-		for _, node := range []key.NodePublic{known, removed} {
-			if err := g.Admit(t.Context(), node, netip.Addr{}); err != nil {
-				t.Fatal(err)
-			}
-		}
-		refusedNodes := newNodes(200)
-		stop := retry(t, g, refusedNodes, 200*time.Millisecond)
-		<-time.After(10 * time.Second)
-		admitted := func(node key.NodePublic) time.Duration {
-			began := time.Now()
-			for time.Since(began) < time.Minute {
-				if g.Admit(t.Context(), node, netip.Addr{}) == nil {
-					break
+// A node may use the lanes of its kind, and no flood of another kind takes all of them.
+// One address has a part of each lane.
+func TestLanes(t *testing.T) {
+	now := time.Now()
+	home := netip.MustParseAddr("192.0.2.1")
+	isHome := func(addr netip.Addr) bool { return addr == home }
+	const (
+		each       = laneAtOnce + int(lanePerSecond*maxWait/time.Second)    // questions of one lane within the wait
+		ofAddress  = laneAtOnce + int(addressPerSecond*maxWait/time.Second) // of one address in it
+		someone    = "2001:db8:0:1::1"
+		neighbour  = "2001:db8:0:1:ffff::2"
+		other      = "2001:db8:0:2::1"
+		manyPlaces = ""
+	)
+	type attempts struct {
+		kind  int
+		addr  string
+		asked int // of 100 attempts
+	}
+	for name, steps := range map[string][]attempts{
+		"first attempts":            {{firstLane, manyPlaces, each}, {againLane, manyPlaces, each}, {refusedLane, manyPlaces, each}},
+		"nodes that try again":      {{againLane, manyPlaces, 2 * each}, {firstLane, manyPlaces, 0}, {refusedLane, manyPlaces, each}, {firstLane, home.String(), ofAddress}},
+		"refused nodes":             {{refusedLane, manyPlaces, 2 * each}, {firstLane, manyPlaces, 0}, {againLane, manyPlaces, each}},
+		"one address":               {{firstLane, someone, ofAddress}, {firstLane, neighbour, 0}, {firstLane, other, each - ofAddress}},
+		"one address, other lanes":  {{firstLane, someone, ofAddress}, {againLane, someone, ofAddress}, {refusedLane, someone, ofAddress}},
+		"the address of a member":   {{firstLane, home.String(), 2 * ofAddress}, {againLane, home.String(), ofAddress}},
+		"IPv4, and the same mapped": {{firstLane, "::ffff:198.51.100.1", ofAddress}, {firstLane, "198.51.100.1", 0}, {firstLane, "198.51.100.2", each - ofAddress}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStrangers(isHome)
+			for i, step := range steps {
+				asked := 0
+				for j := range 100 {
+					node := randomNode()
+					switch step.kind {
+					case againLane:
+						_ = s.tooMany(node, now)
+					case refusedLane:
+						s.refused.Set(node, now.Add(-refusedFor))
+					}
+					addr := numberedAddr(j)
+					if step.addr != manyPlaces {
+						addr = netip.MustParseAddr(step.addr)
+					}
+					_, wait, err := s.reserve(node, addr, now)
+					if err == nil {
+						asked++
+					}
+					if err != nil && !errors.Is(err, ErrTooMany) || wait > maxWait {
+						t.Errorf("%v, after %s", err, wait)
+					}
 				}
-				<-time.After(20 * time.Millisecond)
-			}
-			return time.Since(began)
-		}
-		if took := admitted(known); took > remote.took {
-			t.Errorf("a known member was admitted after %s", took)
-		}
-		for range 20 {
-			node := newNode()
-			remote.add(node)
-			if took := admitted(node); took > newcomerWait+remote.took {
-				t.Errorf("a new member was admitted after %s", took)
-			}
-		}
-		for _, node := range refusedNodes[:20] {
-			remote.add(node)
-			if took := admitted(node); took > 5*time.Second {
-				t.Errorf("a node that was just added was admitted after %s", took)
-			}
-		}
-		remote.mu.Lock()
-		delete(remote.members, removed)
-		remote.mu.Unlock()
-		stopGate := run(t, g, c.clients())
-		<-time.After(100 * time.Millisecond)
-		synctest.Wait()
-		if len(c.gone) != 1 || c.gone[0] != removed {
-			t.Errorf("disconnected %v, want the removed node", c.gone)
-		}
-		stopGate()
-		stop()
-		const own = 2 // the gate's questions about its own key and the removed node
-		if most := remote.perSecond(); most > QuestionsPerSecond+QuestionsAtOnce+own || most < QuestionsPerSecond {
-			t.Errorf("%d refused questions within a second, want from %d to %d", most, QuestionsPerSecond, QuestionsPerSecond+QuestionsAtOnce+own)
-		}
-	})
-}
-
-// Strangers with a new key for each attempt cannot keep a new member out.
-func TestNewKeysForEachAttempt(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		remote := counting{took: 5 * time.Millisecond}
-		g := newGate(t, remote.source())
-		ctx, cancel := context.WithCancel(t.Context())
-		var trying sync.WaitGroup
-		for range 200 {
-			trying.Go(func() {
-				for ctx.Err() == nil {
-					_ = g.Admit(ctx, newNode(), netip.Addr{})
-					<-time.After(300 * time.Millisecond)
+				if asked != step.asked {
+					t.Errorf("step %d: %d questions, want %d", i+1, asked, step.asked)
 				}
-			})
-		}
-		<-time.After(5 * time.Second)
-		for range 20 {
-			member := newNode()
-			remote.add(member)
-			began := time.Now()
-			for g.Admit(t.Context(), member, netip.Addr{}) != nil {
-				<-time.After(time.Second)
 			}
-			if took := time.Since(began); took > newcomerWait+time.Second+againWait+remote.took {
-				t.Errorf("a new member was admitted after %s", took)
-			}
-		}
-		cancel()
-		trying.Wait()
-	})
+		})
+	}
 }
 
-// Strangers take half of the slots of a slow source, so that members are asked about.
-// The wait for a slot is no failure of the source.
-func TestStrangersLeaveSlots(t *testing.T) {
+// A node that exceeds the limits for five seconds has another error, and a node that was
+// admitted or refused since is a new one.
+func TestTooManyForLong(t *testing.T) {
+	s := newStrangers(nil)
+	node, now := randomNode(), time.Now()
+	for _, step := range []struct {
+		after time.Duration
+		long  bool
+	}{{0, false}, {4999 * time.Millisecond, false}, {5 * time.Second, true}, {time.Hour, true}} {
+		if err := s.tooMany(node, now.Add(step.after)); !errors.Is(err, ErrTooMany) || errors.Is(err, ErrTooManyForLong) != step.long {
+			t.Errorf("after %s: %v", step.after, err)
+		}
+	}
+	for name, end := range map[string]func(key.NodePublic){"admitted": s.forget, "refused": s.remember} {
+		_ = s.tooMany(node, now)
+		end(node)
+		if err := s.tooMany(node, now.Add(time.Hour)); errors.Is(err, ErrTooManyForLong) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Each lane of a slow source has slots of its own, and so have members. The wait for a
+// slot is no failure of the source.
+func TestSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		remote := counting{took: 2 * time.Second}
-		member := newNode()
-		remote.add(member)
 		g := newGate(t, remote.source())
-		g.memory.remember(member, time.Now())
-		stop := retry(t, g, newNodes(100), 50*time.Millisecond)
-		<-time.After(5 * time.Second)
-		remote.mu.Lock()
-		most := remote.most
-		remote.mu.Unlock()
-		if most != 16 {
-			t.Errorf("%d concurrent questions, want 16", most)
+		var asking sync.WaitGroup
+		together := func(n int, nodes func() key.NodePublic) {
+			for i := range n {
+				asking.Go(func() { _ = g.Admit(t.Context(), nodes(), numberedAddr(i)) })
+			}
+		}
+		running := func() int {
+			synctest.Wait()
+			remote.mu.Lock()
+			defer remote.mu.Unlock()
+			return remote.running
+		}
+		together(100, randomNode)
+		<-time.After(time.Second)
+		if got := running(); got != laneRunning {
+			t.Errorf("%d questions about new nodes, want %d", got, laneRunning)
+		}
+		member := func() key.NodePublic {
+			node := randomNode()
+			remote.add(node)
+			g.memory.remember(node, time.Now())
+			return node
 		}
 		began := time.Now()
-		if err := g.Admit(t.Context(), member, netip.Addr{}); err != nil || time.Since(began) != remote.took {
-			t.Errorf("a known member: %v after %s", err, time.Since(began))
+		together(membersAtOnce, member)
+		if got := running(); got != laneRunning+membersAtOnce {
+			t.Errorf("%d questions, want those about %d members too", got, membersAtOnce)
 		}
-		if c := g.Counts(); c.Unavailable > 0 || c.Limited == 0 {
+		// One more member keeps its grace, and one that is known for long is no stranger.
+		if err := g.Admit(t.Context(), member(), numberedAddr(0)); err != nil || time.Since(began) != memberWait {
+			t.Errorf("one member more: %v after %s", err, time.Since(began))
+		}
+		asking.Wait()
+		if took := time.Since(began); took != remote.took {
+			t.Errorf("members were admitted after %s", took)
+		}
+		if c := g.Counts(); c.Admitted != membersAtOnce || c.Kept != 1 || c.Unavailable > 0 || c.Refused != laneRunning {
 			t.Errorf("counted %+v", c)
 		}
-		stop()
+		long := randomNode()
+		g.memory.nodes[long] = time.Now().Add(-29 * 24 * time.Hour)
+		together(membersAtOnce, member)
+		synctest.Wait()
+		if err := g.Admit(t.Context(), long, numberedAddr(0)); !errors.Is(err, ErrTooMany) {
+			t.Errorf("a member beyond its grace: %v", err)
+		}
+		asking.Wait()
+		if s := g.States()[0]; s.Err != nil {
+			t.Errorf("the state is %v", s.Err)
+		}
 	})
 }
 
-// The memory of refusals is limited, and a full one still remembers the last.
-func TestRefusalsAreLimited(t *testing.T) {
-	s := newStrangers()
-	for range maxRefusals + 10 {
-		s.remember(newNode())
+// The tables of strangers are limited, and lose the oldest element.
+func TestStrangersTablesAreLimited(t *testing.T) {
+	s := newStrangers(nil)
+	first, last := randomNode(), randomNode()
+	now := time.Now()
+	s.remember(first)
+	for i := range maxStrangers {
+		s.remember(randomNode())
+		_, _, _ = s.reserve(randomNode(), netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), now)
 	}
-	last := newNode()
 	s.remember(last)
-	s.remember(last)
-	if _, ok := s.refusal(last); !ok || len(s.refused) != maxRefusals {
-		t.Errorf("%d refusals, the last one among them: %t", len(s.refused), ok)
+	_, _, _ = s.reserve(last, numberedAddr(0), now)
+	for i := range 100 {
+		_, _, _ = s.reserve(randomNode(), numberedAddr(i), now)
+	}
+	if s.refused.Contains(first) || !s.refused.Contains(last) {
+		t.Error("the last refusal is lost, or the first is kept")
+	}
+	if r, l, a := s.refused.Len(), s.limited.Len(), s.addresses.Len(); r != maxStrangers || l != maxStrangers || a != maxStrangers {
+		t.Errorf("%d refusals, %d nodes and %d addresses, want %d", r, l, a, maxStrangers)
 	}
 }

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	tailscale "tailscale.com"
@@ -29,8 +29,12 @@ const maxStatusAge = time.Second
 // tailscaled does not learn which nodes were removed, so its answers then count
 // only for the grace.
 func Tailscaled(socket string, grace time.Duration) Source {
-	t := &tailscaled{socket: socket, client: &local.Client{Dial: dialSocket(socket)}, grace: grace}
+	t := newTailscaled(socket, &local.Client{Dial: dialSocket(socket)}, grace)
 	return Source{Name: "tailscaled " + socket, Ask: t.ask, Describe: t.described.of}
+}
+
+func newTailscaled(socket string, client *local.Client, grace time.Duration) *tailscaled {
+	return &tailscaled{socket: socket, client: client, grace: grace, turn: make(chan struct{}, 1)}
 }
 
 type tailscaled struct {
@@ -40,11 +44,16 @@ type tailscaled struct {
 
 	described descriptions
 
-	mu        sync.Mutex
-	asked     time.Time // time of the last status; guarded by mu
-	problem   error     // why "unknown" must not be taken for a refusal; from the last status; guarded by mu
-	online    bool      // connected to the control server; from the last status; guarded by mu
-	connected time.Time // time of the last status with online set; guarded by mu
+	turn chan struct{}                    // holds one element while a status is requested
+	last atomic.Pointer[tailscaledStatus] // the last status, nil before the first; written in turn
+}
+
+// tailscaledStatus is what one status of tailscaled says.
+type tailscaledStatus struct {
+	asked     time.Time // time of the request
+	problem   error     // why "unknown" must not be taken for a refusal
+	online    bool      // connected to the control server
+	connected time.Time // time of the last status with online set
 }
 
 func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr) (time.Time, error) {
@@ -67,20 +76,28 @@ func (t *tailscaled) ask(ctx context.Context, node key.NodePublic, _ netip.Addr)
 // require state Running: if this is the only relay, tailscaled gets there only
 // after it was admitted.
 func (t *tailscaled) admit(ctx context.Context) (time.Time, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.updateStatus(ctx, maxStatusAge)
-	if !t.online && time.Since(t.connected) > t.grace {
-		return time.Time{}, t.problem
+	s := t.last.Load()
+	if s == nil || s.problem != nil || time.Since(s.asked) > maxStatusAge {
+		var err error
+		if s, err = t.newStatus(ctx); err != nil {
+			return time.Time{}, err
+		}
 	}
-	return t.connected, nil
+	if !s.online && time.Since(s.connected) > t.grace {
+		return time.Time{}, s.problem
+	}
+	return s.connected, nil
 }
 
 // refuse requires that tailscaled has its whole network map, because every node is
 // unknown without the map. It asks a second time after mapDelay.
 func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time, error) {
-	if problem := t.newProblem(ctx); problem != nil {
-		return time.Time{}, problem
+	s, err := t.newStatus(ctx)
+	switch {
+	case err != nil:
+		return time.Time{}, err
+	case s.problem != nil:
+		return time.Time{}, s.problem
 	}
 	select {
 	case <-ctx.Done():
@@ -98,43 +115,54 @@ func (t *tailscaled) refuse(ctx context.Context, node key.NodePublic) (time.Time
 	return time.Time{}, t.explainSocket("asking tailscaled", err)
 }
 
-// newProblem returns the problem of a new status.
-func (t *tailscaled) newProblem(ctx context.Context) error {
-	t.mu.Lock()
-	defer t.mu.Unlock() // after a panic too
-	t.updateStatus(ctx, 0)
-	return t.problem
+// newStatus returns a status that was requested after the call. Callers that wait at
+// the same time share one. An error means that ctx ended.
+func (t *tailscaled) newStatus(ctx context.Context) (*tailscaledStatus, error) {
+	called := time.Now()
+	select {
+	case t.turn <- struct{}{}:
+		defer func() { <-t.turn }() // after a panic too
+	case <-ctx.Done():
+		return nil, fmt.Errorf("asking tailscaled for its status: %w", ctx.Err())
+	}
+	if s := t.last.Load(); s != nil && s.asked.After(called) {
+		return s, nil
+	}
+	return t.requestStatus(ctx)
 }
 
-// updateStatus requests a status if the last one has a problem or is older than
-// maxAge. It requires Online beside Running: after a restart, tailscaled is Running
-// with a stored map, which may lack nodes. mu must be held.
-func (t *tailscaled) updateStatus(ctx context.Context, maxAge time.Duration) {
-	now := time.Now()
-	if t.problem == nil && now.Sub(t.asked) <= maxAge {
-		return
-	}
+// requestStatus requires Online beside Running: after a restart, tailscaled is Running
+// with a stored map, which may lack nodes. The caller holds the turn.
+func (t *tailscaled) requestStatus(ctx context.Context) (*tailscaledStatus, error) {
+	s := &tailscaledStatus{asked: time.Now()}
 	status, err := t.client.StatusWithoutPeers(ctx)
-	t.asked, t.problem = now, nil
-	t.online = err == nil && status.Self != nil && status.Self.InNetworkMap && status.Self.Online &&
+	if err != nil && ctx.Err() != nil {
+		return nil, t.explainSocket("asking tailscaled for its status", err) // not shared: others may have more time
+	}
+	s.online = err == nil && status.Self != nil && status.Self.InNetworkMap && status.Self.Online &&
 		status.BackendState != ipn.NeedsLogin.String()
-	if t.online {
-		t.connected = now
+	switch before := t.last.Load(); {
+	case s.online:
+		s.connected = s.asked
+	case before != nil:
+		s.connected = before.connected
 	}
 	switch {
 	case err != nil:
-		t.problem = t.explainSocket("asking tailscaled for its status", err)
+		s.problem = t.explainSocket("asking tailscaled for its status", err)
 	case status.BackendState == "":
-		t.problem = errors.New("the status has no state; " + isTailscaled)
+		s.problem = errors.New("the status has no state; " + isTailscaled)
 	case status.BackendState == ipn.NeedsLogin.String():
-		t.problem = fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
+		s.problem = fmt.Errorf("tailscaled is not logged in (%s): run tailscale up", status.BackendState)
 	case status.BackendState == ipn.Stopped.String():
-		t.problem = fmt.Errorf("tailscaled is disconnected (%s): run tailscale up", status.BackendState)
+		s.problem = fmt.Errorf("tailscaled is disconnected (%s): run tailscale up", status.BackendState)
 	case status.BackendState != ipn.Running.String():
-		t.problem = fmt.Errorf("tailscaled is not connected yet (%s): see tailscale status", status.BackendState)
-	case !t.online:
-		t.problem = errors.New("tailscaled has no connection to its control server: see tailscale status")
+		s.problem = fmt.Errorf("tailscaled is not connected yet (%s): see tailscale status", status.BackendState)
+	case !s.online:
+		s.problem = errors.New("tailscaled has no connection to its control server: see tailscale status")
 	}
+	t.last.Store(s)
+	return s, nil
 }
 
 // tooOld returns an error that names both versions. tailscaled answers questions

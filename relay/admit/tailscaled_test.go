@@ -16,8 +16,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/rs/zerolog"
 	"tailscale.com/client/local"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testkit"
 )
 
 // fakeTailscaled answers as tailscaled's LocalAPI does, in a bubble.
@@ -28,6 +31,10 @@ type fakeTailscaled struct {
 	statuses int    // questions for the status
 	asked    int    // questions about a node
 	learns   int    // number of the question from which on the node is known; 0 for never
+	member   string // key that is known, beside known
+
+	slow time.Duration // of one status; the statuses are answered in turn
+	turn chan struct{} // holds one element while a slow status is answered
 }
 
 func (f *fakeTailscaled) set(known bool, status string) {
@@ -37,6 +44,11 @@ func (f *fakeTailscaled) set(known bool, status string) {
 }
 
 func (f *fakeTailscaled) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if f.slow > 0 && strings.HasSuffix(r.URL.Path, "/status") {
+		f.turn <- struct{}{}
+		<-time.After(f.slow)
+		<-f.turn
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if strings.HasSuffix(r.URL.Path, "/status") {
@@ -49,7 +61,7 @@ func (f *fakeTailscaled) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f.asked++
-	if f.known || f.learns > 0 && f.asked >= f.learns {
+	if f.known || f.member != "" && strings.Contains(r.URL.RawQuery, f.member) || f.learns > 0 && f.asked >= f.learns {
 		_, _ = io.WriteString(w, `{"Node":{"ID":1}}`)
 		return
 	}
@@ -68,9 +80,9 @@ const (
 
 func newFakeTailscaled(t *testing.T, grace time.Duration) (*fakeTailscaled, *tailscaled) {
 	t.Helper()
-	f := new(fakeTailscaled)
+	f := &fakeTailscaled{turn: make(chan struct{}, 1)}
 	transport := httptest.NewTestServer(t, f).Client().Transport
-	return f, &tailscaled{client: &local.Client{Transport: transport}, grace: grace}
+	return f, newTailscaled("", &local.Client{Transport: transport}, grace)
 }
 
 func (t *tailscaled) source() Source { return Source{Ask: t.ask} }
@@ -162,6 +174,111 @@ func TestTailscaledStatusIsReused(t *testing.T) {
 		_ = answers(t, source.source(), newNode())
 		_ = answers(t, source.source(), newNode())
 		want("a bad status", 2)
+	})
+}
+
+// Nodes at the same time share a status, which was requested after their questions.
+func TestTailscaledStatusIsShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, source := newFakeTailscaled(t, time.Hour)
+		f.set(false, online)
+		f.slow = 100 * time.Millisecond
+		began := time.Now()
+		var asking sync.WaitGroup
+		ask := func(n int) {
+			for range n {
+				asking.Go(func() {
+					if _, err := source.ask(t.Context(), newNode(), netip.Addr{}); !errors.Is(err, ErrRefused) {
+						t.Error(err)
+					}
+				})
+			}
+		}
+		ask(1)
+		<-time.After(50 * time.Millisecond)
+		ask(100) // the status under way was requested before
+		<-time.After(100 * time.Millisecond)
+		ask(100)
+		asking.Wait()
+		if took := time.Since(began); f.statuses != 3 || took != 300*time.Millisecond+mapDelay {
+			t.Errorf("%d statuses, in %s", f.statuses, took)
+		}
+	})
+}
+
+// A question that ends while another one waits for the status takes no longer, and does
+// not end the other one.
+func TestTailscaledStatusObeysContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, source := newFakeTailscaled(t, time.Hour)
+		f.set(false, online)
+		f.slow = time.Second
+		began := time.Now()
+		var asking sync.WaitGroup
+		ask := func(limit, after time.Duration, want error) {
+			asking.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), limit)
+				defer cancel()
+				if _, err := source.ask(ctx, newNode(), netip.Addr{}); !errors.Is(err, want) || time.Since(began) != after {
+					t.Errorf("with %s: %v after %s, want %v after %s", limit, err, time.Since(began), want, after)
+				}
+			})
+			synctest.Wait()
+		}
+		ask(600*time.Millisecond, 600*time.Millisecond, context.DeadlineExceeded) // requests the status
+		ask(500*time.Millisecond, 500*time.Millisecond, context.DeadlineExceeded) // waits for it
+		// The fake answers the first status after a second, although nobody waits for it.
+		ask(time.Minute, 2*time.Second+mapDelay, ErrRefused)
+		asking.Wait()
+		if s := source.last.Load(); s == nil || s.problem != nil {
+			t.Errorf("the last status is %+v", s)
+		}
+	})
+}
+
+// While 1200 strangers ask a tailscaled whose status takes 5 ms, members are admitted
+// within a second, and the source stays available.
+func TestTailscaledFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, source := newFakeTailscaled(t, time.Hour)
+		f.set(false, online)
+		f.slow = 5 * time.Millisecond
+		var log testkit.Buffer
+		g := NewGate(Config{Sources: []Source{source.source()}, Grace: time.Hour, Path: filepath.Join(t.TempDir(), "admitted.json"), Log: zerolog.New(&log)})
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		for i := range 1200 {
+			running.Go(func() {
+				for ctx.Err() == nil {
+					_ = g.Admit(ctx, randomNode(), numberedAddr(i))
+					<-time.After(2 * time.Second)
+				}
+			})
+		}
+		<-time.After(10 * time.Second)
+		for range 10 {
+			member := randomNode()
+			f.mu.Lock()
+			f.member = member.UntypedHexString()
+			f.mu.Unlock()
+			for what, most := range map[string]time.Duration{"a new member": time.Second, "a known member": 100 * time.Millisecond} {
+				if what == "a known member" {
+					g.memory.remember(member, time.Now())
+				} else {
+					g.memory.forget(member)
+				}
+				took := connect(g, member, netip.MustParseAddr("192.0.2.1"))
+				if took > most {
+					t.Errorf("%s was admitted after %s", what, took)
+				}
+				t.Logf("%s was admitted after %s", what, took)
+			}
+		}
+		cancel()
+		running.Wait()
+		if log.String() != "" || g.Counts().Unavailable > 0 {
+			t.Errorf("%+v, logged %s", g.Counts(), log.String())
+		}
 	})
 }
 

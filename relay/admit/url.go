@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -24,17 +26,9 @@ const (
 	// maxAnswer limits the size of an admission answer, in bytes.
 	maxAnswer = 4 << 10
 
-	// urlTimeout limits one question to an admission URL, including the wait
-	// for a slot.
-	urlTimeout = 3 * time.Second
-
-	// urlEnough is the time after which a question without an answer is a failure of
-	// the server. A question that waited for its slot may have less.
-	urlEnough = urlTimeout - 500*time.Millisecond
-
-	// urlAtOnce limits the concurrent questions to one admission URL. After a
-	// restart of the relay, all clients connect at the same time.
-	urlAtOnce = 32
+	// urlAtOnce is the number of idle connections to keep: one for each question that
+	// may be under way.
+	urlAtOnce = membersAtOnce + recheckAtOnce + QuestionsRunning
 
 	// After breakAfter consecutive failures, the relay sends no requests for
 	// breakFor, and then a single one. Otherwise every client would wait for a
@@ -60,7 +54,6 @@ type URLConfig struct {
 type admissionURL struct {
 	URLConfig
 	client  *http.Client
-	slots   chan struct{} // holds one element for each running question
 	breaker *gobreaker.CircuitBreaker[struct{}]
 	last    atomic.Pointer[error] // error of the last failed request
 	open    atomic.Pointer[error] // why FailOpen admits every node now; nil if it does not
@@ -68,10 +61,6 @@ type admissionURL struct {
 
 // errUnreachable means that no HTTP answer of any status was received.
 var errUnreachable = errors.New("admission URL cannot be reached")
-
-// errBusy means that the relay did not ask, because it waits for the answers to its
-// other questions. The source has not failed.
-var errBusy = errors.New("too many questions at the same time")
 
 // URL returns a source that asks an admission URL. The protocol is that of
 // derper's --verify-client-url and Headscale's /verify: a POST of
@@ -87,29 +76,35 @@ func newAdmissionURL(c URLConfig) *admissionURL {
 	return &admissionURL{
 		URLConfig: c,
 		client:    &http.Client{Transport: t, CheckRedirect: checkRedirect},
-		slots:     make(chan struct{}, urlAtOnce),
 		breaker: gobreaker.NewCircuitBreaker[struct{}](gobreaker.Settings{
 			Timeout:      breakFor,
-			ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+			ReadyToTrip:  func(counts gobreaker.Counts) bool { return counts.ConsecutiveFailures >= breakAfter },
 			IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, ErrRefused) },
-			// Canceled, because another source has admitted the node first.
-			IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) || errors.Is(err, errBusy) },
+			// With FailOpen, a URL that is down must be asked about each node.
+			IsExcluded: func(err error) bool {
+				return errors.Is(err, errAbandoned) || isExhausted(err) || c.FailOpen && isDown(err)
+			},
 		}),
 	}
 }
 
 func (u *admissionURL) ask(ctx context.Context, node key.NodePublic, addr netip.Addr) (time.Time, error) {
-	ctx, cancel := context.WithTimeout(ctx, urlTimeout)
-	defer cancel()
 	_, err := u.breaker.Execute(func() (struct{}, error) {
-		return struct{}{}, u.post(ctx, node, addr)
+		err := u.post(ctx, node, addr)
+		if err != nil && !errors.Is(err, ErrRefused) && abandoned(ctx) {
+			err = fmt.Errorf("%w: %w", errAbandoned, err)
+		}
+		return struct{}{}, err
 	})
 	switch {
 	case errors.Is(err, gobreaker.ErrOpenState), errors.Is(err, gobreaker.ErrTooManyRequests):
 		if last := u.last.Load(); last != nil {
 			err = fmt.Errorf("not asked for a moment after failures; the last one: %w", *last)
 		}
-	case err != nil && !errors.Is(err, ErrRefused) && !errors.Is(err, context.Canceled) && !errors.Is(err, errBusy):
+		return time.Now(), err
+	case errors.Is(err, errAbandoned):
+		return time.Now(), err
+	case err != nil && !errors.Is(err, ErrRefused):
 		u.last.Store(&err)
 	}
 	if u.FailOpen && u.failsOpen(err) {
@@ -122,11 +117,11 @@ func (u *admissionURL) ask(ctx context.Context, node key.NodePublic, addr netip.
 // to admit every node.
 func (u *admissionURL) failsOpen(err error) bool {
 	switch {
-	case errors.Is(err, context.Canceled), errors.Is(err, errBusy): // not asked
-		return errors.Is(err, errUnreachable)
-	case !errors.Is(err, errUnreachable):
+	case isExhausted(err): // says nothing about the URL
+		return false
+	case !isDown(err):
 		if u.open.Swap(nil) != nil {
-			u.Log.Info().Str("url", redact.URL(u.Target)).Msg("admission URL answers again")
+			u.Log.Info().Str("url", redact.URL(u.Target)).Msg("DERP_VERIFY_CLIENT_URL_FAIL_OPEN admits nobody any longer: the admission URL can be reached, or does not answer in time")
 		}
 		return false
 	}
@@ -134,6 +129,20 @@ func (u *admissionURL) failsOpen(err error) bool {
 		u.Log.Warn().Err(err).Str("url", redact.URL(u.Target)).Msg("anybody may connect, because DERP_VERIFY_CLIENT_URL_FAIL_OPEN is true")
 	}
 	return true
+}
+
+// isDown reports whether the server of a URL is plainly down: it refuses connections,
+// has no route, or its name does not exist. A timeout may be the fault of this relay.
+func isDown(err error) bool {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		return dns.IsNotFound
+	}
+	return !isExhausted(err) && (errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH))
+}
+
+// isExhausted reports whether this host lacks descriptors or memory for a question.
+func isExhausted(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
 }
 
 // problem implements [Source].Problem.
@@ -145,12 +154,6 @@ func (u *admissionURL) problem() error {
 }
 
 func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
-	select {
-	case u.slots <- struct{}{}:
-		defer func() { <-u.slots }()
-	case <-ctx.Done():
-		return fmt.Errorf("%w: waiting for %d others: %w", errBusy, urlAtOnce, ctx.Err())
-	}
 	body, err := json.Marshal(tailcfg.DERPAdmitClientRequest{NodePublic: node, Source: addr})
 	if err != nil {
 		return err
@@ -163,13 +166,11 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	// net/http repeats the question on another connection if the server has just
 	// closed the idle one. The empty header is not sent.
 	req.Header["Idempotency-Key"] = nil
-	began := time.Now()
 	res, err := u.client.Do(req)
-	if errors.Is(err, context.DeadlineExceeded) && time.Since(began) < urlEnough {
-		return fmt.Errorf("%w: no answer in the %s that were left: %w", errBusy, time.Since(began).Round(time.Millisecond), context.DeadlineExceeded)
-	}
 	if err != nil {
-		u.client.CloseIdleConnections() // the network may have lost them too
+		if !isExhausted(err) && !abandoned(ctx) {
+			u.client.CloseIdleConnections() // the network may have lost them too
+		}
 		return fmt.Errorf("%w: %w", errUnreachable, explainConnection(err))
 	}
 	defer func() { _ = res.Body.Close() }()

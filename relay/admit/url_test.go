@@ -10,14 +10,17 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,7 +39,9 @@ func testURL(t *testing.T, c URLConfig, handler http.HandlerFunc) *admissionURL 
 
 func (u *admissionURL) answer(t *testing.T) error {
 	t.Helper()
-	_, err := u.ask(t.Context(), newNode(), netip.Addr{})
+	ctx, cancel := context.WithTimeoutCause(t.Context(), askTimeout, errNoAnswer) // as the gate does
+	defer cancel()
+	_, err := u.ask(ctx, newNode(), netip.Addr{})
 	return err
 }
 
@@ -101,7 +106,7 @@ func TestURLUnavailable(t *testing.T) {
 		{"slow", func(_ http.ResponseWriter, r *http.Request) {
 			_, _ = io.Copy(io.Discard, r.Body) // the end of a connection is noticed only after the body
 			<-r.Context().Done()
-		}, "admission URL cannot be reached: context deadline exceeded"},
+		}, "admission URL cannot be reached: no answer within 3s"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -249,66 +254,145 @@ func TestURLScheme(t *testing.T) {
 	}
 }
 
-// FailOpen admits only while the URL cannot be reached. The gate does not remember the
-// nodes that it admits.
+// roundTrip is a transport that is a function.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// FailOpen admits only while the server of the URL is plainly down, and asks about each
+// node. The gate does not remember the nodes that it admits.
 func TestURLFailOpen(t *testing.T) {
+	fails := func(err error) roundTrip {
+		return func(*http.Request) (*http.Response, error) {
+			return nil, &net.OpError{Op: "dial", Net: "tcp", Err: err}
+		}
+	}
+	answers := func(status int, body string) roundTrip {
+		return func(r *http.Request) (*http.Response, error) {
+			w := httptest.NewRecorder()
+			answer(w, status, body)
+			res := w.Result()
+			res.Request = r
+			return res, nil
+		}
+	}
+	silent := roundTrip(func(r *http.Request) (*http.Response, error) {
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	})
+	call := func(errno syscall.Errno) error { return os.NewSyscallError("connect", errno) }
+	for _, tt := range []struct {
+		name     string
+		failOpen bool
+		server   roundTrip
+		admits   bool
+	}{
+		{"closed, refused connection", false, fails(call(syscall.ECONNREFUSED)), false},
+		{"refused connection", true, fails(call(syscall.ECONNREFUSED)), true},
+		{"no route", true, fails(call(syscall.EHOSTUNREACH)), true},
+		{"no network", true, fails(call(syscall.ENETUNREACH)), true},
+		{"no such host", true, fails(&net.DNSError{Err: "no such host", Name: "verify.example.com", IsNotFound: true}), true},
+		{"no answer of DNS", true, fails(&net.DNSError{Err: "i/o timeout", Name: "verify.example.com", IsTimeout: true}), false},
+		{"DNS is refused", true, fails(&net.DNSError{Err: "connection refused", UnwrapErr: syscall.ECONNREFUSED}), false},
+		{"too many open files", true, fails(call(syscall.EMFILE)), false},
+		{"too many open files on the host", true, fails(call(syscall.ENFILE)), false},
+		{"no buffers", true, fails(call(syscall.ENOBUFS)), false},
+		{"no memory", true, fails(call(syscall.ENOMEM)), false},
+		{"two addresses", true, fails(errors.Join(call(syscall.ENETUNREACH), call(syscall.EMFILE))), false},
+		{"no answer to the connection", true, fails(call(syscall.ETIMEDOUT)), false},
+		{"reset", true, fails(call(syscall.ECONNRESET)), false},
+		{"hung up", true, fails(io.EOF), false},
+		{"slow", true, silent, false},
+		{"refused", true, answers(http.StatusOK, `{"Allow":false}`), false},
+		{"error page", true, answers(http.StatusBadGateway, ``), false},
+		{"login page", true, answers(http.StatusOK, `<html>`), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u := newAdmissionURL(URLConfig{Target: "http://verify.example.com/verify", FailOpen: tt.failOpen})
+				asked := 0
+				u.client.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+					asked++
+					return tt.server(r)
+				})
+				g := newGate(t, Source{Name: "url", Ask: u.ask})
+				for i := range 2 * breakAfter {
+					node := newNode()
+					if d, err := g.decide(t.Context(), node, netip.Addr{}); (d == admitted) != tt.admits {
+						t.Errorf("question %d: %v, want admitted %t", i, err, tt.admits)
+					}
+					if got := u.problem(); (got != nil) != tt.admits {
+						t.Errorf("the problem is %v, want one: %t", got, tt.admits)
+					}
+					if g.memory.knows(node) {
+						t.Error("the node is remembered")
+					}
+				}
+				if tt.admits && asked != 2*breakAfter {
+					t.Errorf("admitted after %d questions", asked)
+				}
+			})
+		})
+	}
+}
+
+// Questions that the relay ends before their time admit nobody, are no failures, and keep
+// the connections.
+func TestURLAbandoned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		hangUp := func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
-		for _, tt := range []struct {
-			name     string
-			failOpen bool
-			handler  http.HandlerFunc
-			admits   bool
-		}{
-			{"closed, unreachable", false, hangUp, false},
-			{"open, unreachable", true, hangUp, true},
-			{"open, refused", true, always(http.StatusOK, `{"Allow":false}`), false},
-			{"open, error page", true, always(http.StatusBadGateway, ``), false},
-			{"open, login page", true, always(http.StatusOK, `<html>`), false},
-		} {
-			u := testURL(t, URLConfig{FailOpen: tt.failOpen}, tt.handler)
-			for i := range 2 * breakAfter {
-				asOf, err := u.ask(t.Context(), newNode(), netip.Addr{})
-				if (err == nil) != tt.admits {
-					t.Errorf("%s: question %d: %v, want admitted %t", tt.name, i, err, tt.admits)
-				}
-				if got := u.problem(); (got != nil) != tt.admits {
-					t.Errorf("%s: the problem is %v, want one: %t", tt.name, got, tt.admits)
-				}
-				if err == nil && !asOf.IsZero() {
-					t.Errorf("%s: admitted as of %s, which would be remembered", tt.name, asOf)
-				}
+		asked := 0
+		u := testURL(t, URLConfig{FailOpen: true}, func(w http.ResponseWriter, r *http.Request) {
+			if asked++; asked > 2*breakAfter {
+				answer(w, http.StatusOK, `{"Allow":false}`)
+				return
 			}
+			_, _ = io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+		})
+		g := newGate(t, Source{Name: "url", Ask: u.ask})
+		for range 2 * breakAfter {
+			ctx, cancel := context.WithTimeout(t.Context(), askTimeout-time.Millisecond)
+			if d, err := g.decide(ctx, newNode(), netip.Addr{}); d != unavailable || !errors.Is(err, errAbandoned) {
+				t.Errorf("%d, %v", d, err)
+			}
+			cancel()
+		}
+		if s := g.States()[0]; s.Err != nil {
+			t.Errorf("the source is unavailable: %v", s.Err)
+		}
+		if err := u.answer(t); !errors.Is(err, ErrRefused) {
+			t.Error(err)
 		}
 	})
 }
 
-// A question that waited for its slot is no proof that the server cannot be reached: many
-// questions at the same time must not admit a stranger.
-func TestURLFailOpenLate(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		u := testURL(t, URLConfig{FailOpen: true}, func(w http.ResponseWriter, _ *http.Request) {
-			<-time.After(1600 * time.Millisecond)
-			answer(w, http.StatusOK, `{"Allow":false}`)
-		})
-		var asking sync.WaitGroup
-		var busy atomic.Int32
-		for range 3 * urlAtOnce {
-			asking.Go(func() {
-				switch err := u.answer(t); {
-				case errors.Is(err, errBusy):
-					busy.Add(1)
-				case !errors.Is(err, ErrRefused):
-					t.Errorf("got %v", err)
-				}
-			})
+// A relay without descriptors does not stop asking, and keeps its connections.
+func TestURLExhausted(t *testing.T) {
+	idle := &idleCounter{err: syscall.EMFILE}
+	u := newAdmissionURL(URLConfig{Target: "http://verify.example.com/verify"})
+	u.client.Transport = idle
+	for range 2 * breakAfter {
+		if err := u.answer(t); !errors.Is(err, syscall.EMFILE) || strings.Contains(err.Error(), "not asked") {
+			t.Error(err)
 		}
-		asking.Wait()
-		if busy.Load() == 0 {
-			t.Error("no question was late")
-		}
-	})
+	}
+	if idle.asked != 2*breakAfter || idle.closed > 0 {
+		t.Errorf("asked %d times, and closed the idle connections %d times", idle.asked, idle.closed)
+	}
 }
+
+// idleCounter is a transport that fails, and counts.
+type idleCounter struct {
+	err           error
+	asked, closed int
+}
+
+func (c *idleCounter) RoundTrip(*http.Request) (*http.Response, error) {
+	c.asked++
+	return nil, c.err
+}
+
+func (c *idleCounter) CloseIdleConnections() { c.closed++ }
 
 // A server may close an idle connection at the moment of the next question. A connection
 // that the network lost is followed by a new one.
@@ -361,69 +445,6 @@ func TestURLIdleConnections(t *testing.T) {
 	if err := u.answer(t); err != nil {
 		t.Errorf("after a lost connection: %v", err)
 	}
-}
-
-// At most 32 questions run at the same time, and waiting for a slot counts
-// towards the timeout.
-func TestURLAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var running, most atomic.Int32
-		u := testURL(t, URLConfig{}, func(w http.ResponseWriter, _ *http.Request) {
-			most.Store(max(most.Load(), running.Add(1)))
-			<-time.After(2 * time.Second)
-			running.Add(-1)
-			answer(w, http.StatusOK, `{"Allow":true}`)
-		})
-		var asking sync.WaitGroup
-		errs := make(chan error, 100)
-		for range 33 {
-			asking.Go(func() { errs <- u.answer(t) })
-		}
-		<-time.After(time.Second)
-		synctest.Wait()
-		if most.Load() != 32 || running.Load() != 32 {
-			t.Errorf("%d questions at the same time, and %d now, want 32", most.Load(), running.Load())
-		}
-		asking.Wait()
-		close(errs)
-		late := 0
-		for err := range errs {
-			if err != nil {
-				late++
-				if !errors.Is(err, context.DeadlineExceeded) {
-					t.Error(err)
-				}
-			}
-		}
-		if late != 1 {
-			t.Errorf("%d questions timed out, want the one that waited for 2 s", late)
-		}
-
-		// Every slot is free again.
-		for range urlAtOnce {
-			asking.Go(func() {
-				if err := u.answer(t); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		asking.Wait()
-		for range urlAtOnce {
-			u.slots <- struct{}{}
-		}
-		if err := u.answer(t); err == nil || !strings.HasPrefix(err.Error(), "too many questions at the same time: waiting for 32 others: ") || errors.Is(err, errUnreachable) {
-			t.Error(err)
-		}
-
-		// The wait for a slot is no failure of the URL.
-		for range breakAfter {
-			_ = u.answer(t)
-		}
-		<-u.slots
-		if err := u.answer(t); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // After five consecutive failures the URL is left alone for two seconds, and
@@ -484,7 +505,7 @@ func TestURLDropped(t *testing.T) {
 		for range 2 * breakAfter {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(time.Second, cancel)
-			if _, err := u.ask(ctx, newNode(), netip.Addr{}); !errors.Is(err, context.Canceled) {
+			if _, err := u.ask(ctx, newNode(), netip.Addr{}); !errors.Is(err, errAbandoned) {
 				t.Error(err)
 			}
 		}
