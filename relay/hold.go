@@ -19,10 +19,12 @@ import (
 )
 
 // ErrSourceUnavailable and ErrBusy are wrapped by the error of an [AdmitFunc] if no
-// source could answer, or if none was asked. Clients get a text for each.
+// source could answer, or if none was asked. Clients get a text for each. A client that
+// gets ErrRetry is closed at once without a text, so that it soon connects again.
 var (
 	ErrSourceUnavailable = errors.New("source of admission unavailable")
 	ErrBusy              = errors.New("too many new nodes at once")
+	ErrRetry             = errors.New("too many new nodes at this moment")
 )
 
 const (
@@ -30,7 +32,7 @@ const (
 	// times for which a refused client is held. Each message resets the backoff of
 	// tailscaled: without the hold it would connect ten times a second. The text
 	// ends when the client is admitted, at its next connection. A member that is
-	// new may be among the busy ones, and its next attempt may succeed.
+	// new may be among the busy ones, whose attempts have failed for seconds.
 	heldRefused, heldUnavailable, heldBusy = 40 * time.Second, 20 * time.Second, 5 * time.Second
 
 	// maxHeld limits the held connections. Each takes the memory of an idle client,
@@ -101,8 +103,8 @@ func (t *teller) admit(next AdmitFunc) AdmitFunc {
 	}
 	return func(ctx context.Context, node key.NodePublic, addr netip.Addr) error {
 		err := next(ctx, node, addr)
-		if err == nil {
-			return nil
+		if err == nil || errors.Is(err, ErrRetry) {
+			return err
 		}
 		r := refusal{"refused", "this relay does not admit this node, whose key is " + node.ShortString() + "; the owner of the relay can admit it", heldRefused}
 		switch {

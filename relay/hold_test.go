@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -64,6 +65,8 @@ func refuse(t *testing.T, all *sessions, node key.NodePublic, private key.NodePr
 				return ErrSourceUnavailable
 			case "busy":
 				return ErrBusy
+			case "retry":
+				return fmt.Errorf("%w: secret", ErrRetry)
 			}
 			return errors.New("refused")
 		})(t.Context(), node, netip.Addr{})
@@ -118,6 +121,7 @@ func TestHoldEnds(t *testing.T) {
 		"refused":           {byRefusal, func(refusedConn) {}, 40 * time.Second, 50 * time.Second},
 		"unavailable":       {byOutage, func(refusedConn) {}, 20 * time.Second, 25 * time.Second},
 		"busy":              {refusal{reason: "busy"}, func(refusedConn) {}, 5 * time.Second, 6250 * time.Millisecond},
+		"retry":             {refusal{reason: "retry"}, func(refusedConn) {}, 0, 0},
 		"the client leaves": {byRefusal, func(c refusedConn) { <-time.After(5 * time.Second); _ = c.Close() }, 5 * time.Second, 5 * time.Second},
 		"not refused":       {refusal{}, func(refusedConn) {}, 0, 0}, // closed at the key, as for a bad first frame
 	} {
@@ -128,7 +132,7 @@ func TestHoldEnds(t *testing.T) {
 				c := refuse(t, all, node, private, tt.refusal)
 				text := <-c.first
 				synctest.Wait()
-				if held := tt.refusal.reason != ""; held != (all.heldNow() == 1) || held != (all.count() == 1) || held != bytes.HasPrefix(text, []byte{byte(derp.FrameHealth)}) {
+				if held := tt.least > 0; held != (all.heldNow() == 1) || held != (all.count() == 1) || held != bytes.HasPrefix(text, []byte{byte(derp.FrameHealth)}) {
 					t.Errorf("%d held, %d sessions, text %q", all.heldNow(), all.count(), text)
 				}
 				tt.ends(c)

@@ -55,8 +55,10 @@ func (n *Node) admit() relay.AdmitFunc {
 		switch {
 		case admit.IsUnavailable(err):
 			return fmt.Errorf("%w: %w", relay.ErrSourceUnavailable, err)
-		case errors.Is(err, admit.ErrTooMany):
+		case errors.Is(err, admit.ErrTooManyForLong):
 			return fmt.Errorf("%w: %w", relay.ErrBusy, err)
+		case errors.Is(err, admit.ErrTooMany):
+			return fmt.Errorf("%w: %w", relay.ErrRetry, err)
 		}
 		return err
 	}

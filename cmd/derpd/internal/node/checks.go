@@ -11,6 +11,7 @@ import (
 	"derpd/cmd/derpd/internal/config"
 	"derpd/healthz"
 	"derpd/internal/issuer"
+	"derpd/relay/admit"
 	"derpd/relay/stun"
 )
 
@@ -187,8 +188,8 @@ func (n *Node) checkAdmission(context.Context) healthz.Result {
 	done := fmt.Sprintf("admitted %d, refused %d, kept by grace %d, disconnected %d",
 		counts.Admitted, counts.Refused+counts.Unavailable+counts.Limited, counts.Kept, counts.Disconnected)
 	if last := gate.LastLimited(); time.Since(last) < limitedWarning {
-		done += fmt.Sprintf("; %d attempts to connect were refused without a question, the last one %s ago, because too many new nodes connect at the same time; "+
-			"nodes that were admitted before are not affected", counts.Limited, age(last))
+		done += fmt.Sprintf("; %d attempts to connect were refused without a question, the last one %s ago, because many unknown nodes connect, and the sources are asked about %d of them a second; "+
+			"nodes that were admitted before are not affected", counts.Limited, age(last), admit.QuestionsPerSecond)
 		if len(bad) == 0 {
 			return healthz.Warnf("%s; %s", strings.Join(good, ", "), done)
 		}

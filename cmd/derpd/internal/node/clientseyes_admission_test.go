@@ -83,7 +83,6 @@ func (w *world) staleSocket() {
 const (
 	textRefused     = "this relay does not admit this node, whose key is ["
 	textUnavailable = "this relay cannot ask who may use it now"
-	textLimited     = "too many new nodes connect to this relay now"
 	textApp         = "this relay does not admit the app of this client"
 )
 
@@ -188,7 +187,7 @@ func admissionRows() []situation {
 			name:   "too many strangers at the same time",
 			begin:  func(w *world) { w.verifier(200, `{"Allow":false}`) },
 			then:   (*world).flood,
-			client: textLimited, health: "were refused without a question", stranger: true,
+			client: textRefused, health: "were refused without a question", stranger: true, // asked at its second attempt
 		},
 		{
 			name: "a file of keys that becomes nonsense",
@@ -254,7 +253,7 @@ func socketRows() []situation {
 	}
 }
 
-// flood makes new strangers ask at twice the rate of the limit, until the row ends.
+// flood makes new strangers ask at ten times the rate of the limit, until the row ends.
 func (w *world) flood() {
 	stop := make(chan struct{})
 	var running sync.WaitGroup
