@@ -292,7 +292,10 @@ func (p *places) remember(addr netip.Addr) {
 	p.known.put(addr, struct{}{})
 }
 
-// member reports whether an admitted node came lately from an address.
+// Member reports whether an admitted node came lately from an address.
+func (r *Relay) Member(addr netip.Addr) bool { return r.places.member(addr) }
+
+// member is [Relay.Member].
 func (p *places) member(addr netip.Addr) bool {
 	if addr = p.addressOf(addr); !addr.IsValid() {
 		return false

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"path/filepath"
 
-	"github.com/rs/zerolog"
 	"tailscale.com/types/key"
 
 	"derpd/cmd/derpd/internal/admin"
@@ -18,10 +17,11 @@ import (
 )
 
 // newGate returns the gate of sources.
-func newGate(c *config.Config, configured []config.Source, log zerolog.Logger) (*admit.Gate, error) {
+func (n *Node) newGate(configured []config.Source) (*admit.Gate, error) {
+	c := n.config
 	var sources []admit.Source
 	for _, s := range configured {
-		source, err := s.New(log)
+		source, err := s.New(n.log)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", s.Variable, err)
 		}
@@ -32,7 +32,9 @@ func newGate(c *config.Config, configured []config.Source, log zerolog.Logger) (
 		Grace:    c.Admission.Grace,
 		Path:     filepath.Join(c.Storage.DataDir, "admitted.json"),
 		Interval: c.Admission.Interval,
-		Log:      log,
+		// The relay is built after the gate, and calls the gate.
+		MemberAddr: func(addr netip.Addr) bool { return n.relay.Member(addr) },
+		Log:        n.log,
 	}), nil
 }
 

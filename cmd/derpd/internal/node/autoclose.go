@@ -41,7 +41,7 @@ func (n *Node) closeWithSocket(ctx context.Context) error {
 	if !ok {
 		return nil
 	}
-	gate, err := newGate(n.config, n.config.Later, n.log)
+	gate, err := n.newGate(n.config.Later)
 	if err != nil {
 		return err
 	}

@@ -256,7 +256,7 @@ func TestReplacedDuringAProbe(t *testing.T) {
 	other := testkit.SelfSigned(t, "127.0.0.1")
 	log := new(logBuffer)
 	fake := &Node{
-		config: n.config, log: zerolog.New(log), listeners: n.listeners, probe: n.probe, eyes: newEyes(nil), health: n.health,
+		config: n.config, log: zerolog.New(log), listeners: n.listeners, relay: n.relay, probe: n.probe, eyes: newEyes(nil), health: n.health,
 		certs: &replacing{Manager: n.certs, before: certs.Status{Leaf: other.Leaf, Chain: other.Certificate, Pin: certs.Pin(other.Leaf)}},
 	}
 	if _, err := fake.probeDERP(t.Context()); err == nil {

@@ -132,7 +132,7 @@ func (n *Node) build(ctx context.Context) error {
 		return fmt.Errorf("DERP_DATA_DIR: %w", err)
 	}
 	if !c.Open() {
-		gate, err := newGate(c, c.Sources, n.log)
+		gate, err := n.newGate(c.Sources)
 		if err != nil {
 			return err
 		}

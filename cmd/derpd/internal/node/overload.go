@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -19,6 +20,7 @@ const overloadRecent = 15 * time.Second
 type overload struct {
 	served     func() (clients, packets int64)
 	handshakes func() relay.Handshakes
+	limited    func() []relay.LimitCount
 	refused    func() uint64 // connections closed at accept, because open files are short
 
 	mu      sync.Mutex
@@ -51,6 +53,8 @@ func (o *overload) judge(err error) error {
 		return nil
 	case time.Since(handshakes.LastRefused) < overloadRecent:
 		return fmt.Errorf("%d TLS handshakes refused since the start, %d wait: more clients or strangers connect than this machine has CPU for", handshakes.Refused, handshakes.Waiting)
+	case slices.ContainsFunc(o.limited(), func(l relay.LimitCount) bool { return l.Count > 0 && time.Since(l.Last) < overloadRecent }):
+		return errors.New("the limits of connections are reached: more clients or strangers connect than this machine has room for")
 	case time.Since(o.short) < overloadRecent:
 		return errors.New("connections are refused, because only the reserve of open files is left: raise the limit of open files")
 	}
@@ -69,7 +73,7 @@ func isShortage(err error) bool {
 
 // newOverload returns the judgement of this node.
 func (n *Node) newOverload() *overload {
-	return &overload{served: n.relay.Served, handshakes: n.relay.Handshakes, refused: func() (all uint64) {
+	return &overload{served: n.relay.Served, handshakes: n.relay.Handshakes, limited: func() []relay.LimitCount { return n.relay.Places().Limited }, refused: func() (all uint64) {
 		for _, l := range n.listeners.retried {
 			all += l.Refused()
 		}

@@ -21,9 +21,11 @@ func TestOverloadOrFault(t *testing.T) {
 		var clients, packets int64
 		var refused uint64
 		var handshakes relay.Handshakes
+		limited := []relay.LimitCount{{Limit: relay.LimitStrangers}}
 		o := &overload{
 			served:     func() (int64, int64) { return clients, packets },
 			handshakes: func() relay.Handshakes { return handshakes },
+			limited:    func() []relay.LimitCount { return limited },
 			refused:    func() uint64 { return refused },
 		}
 		late := fmt.Errorf("connecting: %w", context.DeadlineExceeded)
@@ -60,5 +62,13 @@ func TestOverloadOrFault(t *testing.T) {
 		<-time.After(overloadRecent)
 		pass()
 		expect("late, files short a while ago", late, false)
+
+		limited[0].Count, limited[0].Last = 1, time.Now()
+		pass()
+		expect("late, at a limit of connections", late, true)
+		expect("late, at a limit of connections, no packet passes", late, false)
+		<-time.After(overloadRecent)
+		pass()
+		expect("late, at a limit a while ago", late, false)
 	})
 }
