@@ -1,5 +1,6 @@
 // Package acmetest runs a certificate authority in the test process: pebble, the
-// ACME test server of Let's Encrypt, and its DNS server.
+// ACME test server of Let's Encrypt, and its DNS server. [New] and [DNS] are for
+// programs; tests call [Start].
 package acmetest
 
 import (
@@ -7,6 +8,7 @@ import (
 	"cmp"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"io"
 	"log"
 	"net"
@@ -79,7 +81,17 @@ func Start(t testing.TB) *CA {
 func StartResolving(t testing.TB, server string) *CA {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
+	c, err := New(t.TempDir(), server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Stop)
+	return c
+}
 
+// New starts an authority that answers only after Serve, and resolves names with a
+// DNS server (host:port, UDP and TCP). RootsFile is in dir. Stop ends the authority.
+func New(dir, server string) (*CA, error) {
 	c := &CA{dns: server, serving: make(chan struct{}), Asked: make(chan struct{})}
 	front := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c.askOnce.Do(func() { close(c.Asked) })
@@ -94,16 +106,16 @@ func StartResolving(t testing.TB, server string) *CA {
 		}
 	}))
 	c.front = front
-	t.Cleanup(func() { c.front.Close() })
 	c.Directory = front.URL + wfe.DirectoryPath
 	c.ServerRoots = x509.NewCertPool()
 	c.ServerRoots.AddCert(front.Certificate())
-	c.RootsFile = filepath.Join(t.TempDir(), "ca.pem")
+	c.RootsFile = filepath.Join(dir, "ca.pem")
 	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw})
 	if err := os.WriteFile(c.RootsFile, root, 0o600); err != nil {
-		t.Fatal(err)
+		front.Close()
+		return nil, err
 	}
-	return c
+	return c, nil
 }
 
 // Stop makes the authority refuse connections, until Resume.
@@ -123,13 +135,20 @@ func (c *CA) Resume(t testing.TB) {
 	c.front = front
 }
 
-// Validate sets the ports where the authority validates challenges, and starts to
-// answer requests. Earlier requests wait, because the ports are known only when the
-// caller's listeners are bound.
+// Validate is Serve for tests.
 func (c *CA) Validate(t testing.TB, httpPort, tlsPort int) {
 	t.Helper()
+	t.Setenv("PEBBLE_WFE_NONCEREJECT", strconv.Itoa(c.RejectNonces))
+	if err := c.Serve(httpPort, tlsPort); err != nil {
+		t.Error(err)
+	}
+}
+
+// Serve sets the ports where the authority validates challenges, and starts to
+// answer requests. Earlier requests wait, because the ports are known only when the
+// caller's listeners are bound. Only the first call has an effect.
+func (c *CA) Serve(httpPort, tlsPort int) (err error) {
 	c.once.Do(func() {
-		t.Setenv("PEBBLE_WFE_NONCEREJECT", strconv.Itoa(c.RejectNonces))
 		validity := uint64(c.Validity.Seconds()) // 0 is the authority's default
 		// A logger for io.Discard itself skips its lock. Pebble needs that lock,
 		// which orders its handlers and its finalizing.
@@ -141,14 +160,13 @@ func (c *CA) Validate(t testing.TB, httpPort, tlsPort int) {
 		})
 		validation := va.New(quiet, httpPort, tlsPort, false, c.dns, store)
 		for id, key := range c.ExternalAccounts {
-			if err := store.AddExternalAccountKeyByID(id, key); err != nil {
-				t.Error(err)
-			}
+			err = errors.Join(err, store.AddExternalAccountKeyByID(id, key))
 		}
 		front := wfe.New(quiet, store, validation, c.issued, nil, false, len(c.ExternalAccounts) > 0, 1, 1)
 		c.handler = front.Handler()
 		close(c.serving)
 	})
+	return err
 }
 
 // Root is the root of issued certificates. Call Validate first.
@@ -161,21 +179,30 @@ func (c *CA) Roots() *x509.CertPool {
 	return pool
 }
 
-// startDNS starts a server that answers 127.0.0.1 for every name.
+// startDNS is DNS for tests.
 func startDNS(t testing.TB) string {
 	t.Helper()
 	addr := testkit.FreeAddr(t)
+	stop, err := DNS(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	return addr
+}
+
+// DNS starts a server that answers 127.0.0.1 for every name, on host:port.
+func DNS(addr string) (stop func(), err error) {
 	var out bytes.Buffer
 	server, err := challtestsrv.New(challtestsrv.Config{
 		DNSAddrs: []string{addr},
 		Log:      log.New(&out, "", 0),
 	})
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	server.SetDefaultDNSIPv4("127.0.0.1")
 	server.SetDefaultDNSIPv6("")
 	go server.Run()
-	t.Cleanup(server.Shutdown)
-	return addr
+	return server.Shutdown, nil
 }
