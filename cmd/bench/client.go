@@ -6,20 +6,16 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"fmt"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"tailscale.com/derp"
-	"tailscale.com/derp/derpconst"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 const (
@@ -46,11 +42,7 @@ func (c *client) flush() error { return c.held.writer.Flush() }
 func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Addr, busy bool) (*client, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeWithin)
 	defer cancel()
-	var dialer net.Dialer
-	if from.IsValid() {
-		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
-	}
-	tcp, err := dialer.DialContext(ctx, "tcp", s.https.String())
+	tcp, err := testrelay.DialTCP(ctx, s.HTTPS, from)
 	if err != nil {
 		return nil, err
 	}
@@ -60,60 +52,17 @@ func dial(ctx context.Context, s *server, private key.NodePrivate, from netip.Ad
 		held = &bufferedConn{Conn: tcp, reader: bufio.NewReaderSize(tcp, bigBuffer)}
 		below, size = held, bigBuffer
 	}
-	conn := tls.Client(below, clientTLS(s.certificate))
-	c, err := handshake(ctx, conn, private, size)
+	accepted, err := testrelay.Handshake(ctx, tls.Client(below, testrelay.ClientTLS(s.Certificate)), private, size)
 	if err != nil {
 		_ = tcp.Close()
 		return nil, err
 	}
-	if c.held = held; busy {
+	c := &client{conn: accepted.Conn, reader: accepted.Reader, public: accepted.Public, held: held}
+	if busy {
 		// Writes are buffered until flush from here on.
 		held.writer = bufio.NewWriterSize(tcp, bigBuffer)
 	}
 	return c, nil
-}
-
-func handshake(ctx context.Context, conn *tls.Conn, private key.NodePrivate, size int) (*client, error) {
-	if err := conn.HandshakeContext(ctx); err != nil {
-		return nil, err
-	}
-	server, err := serverKey(conn.ConnectionState().PeerCertificates)
-	if err != nil {
-		return nil, err
-	}
-	if deadline, ok := ctx.Deadline(); ok {
-		if err := conn.SetDeadline(deadline); err != nil {
-			return nil, err
-		}
-	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+hostname+"/derp", nil)
-	if err != nil {
-		return nil, err
-	}
-	request.Header.Set("Upgrade", "DERP")
-	request.Header.Set("Connection", "Upgrade")
-	request.Header.Set(derp.FastStartHeader, "1")
-	c := &client{conn: conn, reader: bufio.NewReaderSize(conn, size), public: private.Public()}
-	writer := bufio.NewWriter(conn)
-	if err := request.Write(writer); err != nil {
-		return nil, err
-	}
-	quiet := func(string, ...any) {}
-	if _, err := derp.NewClient(private, conn, bufio.NewReadWriter(c.reader, writer), quiet, derp.ServerPublicKey(server)); err != nil {
-		return nil, err
-	}
-	for {
-		kind, length, err := derp.ReadFrameHeader(c.reader)
-		if err != nil {
-			return nil, fmt.Errorf("waiting for the server's info frame: %w", err)
-		}
-		if _, err := c.reader.Discard(int(length)); err != nil {
-			return nil, err
-		}
-		if kind == derp.FrameServerInfo {
-			return c, conn.SetDeadline(time.Time{})
-		}
-	}
 }
 
 // readAtLeast makes reads of a busy client wait for this number of bytes. A client
@@ -139,35 +88,6 @@ func (c *client) close() {
 		return
 	}
 	_ = c.conn.Close()
-}
-
-// clientTLS returns derphttp's TLS configuration, but trusts one certificate. The
-// key exchange is Go's default for both servers: X25519MLKEM768.
-func clientTLS(want *x509.Certificate) *tls.Config {
-	return &tls.Config{
-		ServerName: hostname, MinVersion: tls.VersionTLS13,
-		InsecureSkipVerify: true, // VerifyConnection checks the certificate
-		VerifyConnection: func(state tls.ConnectionState) error {
-			if !state.PeerCertificates[0].Equal(want) {
-				return errors.New("the server does not have the certificate of this measurement")
-			}
-			return nil
-		},
-		// A burst must be one record, also at the start of a connection.
-		DynamicRecordSizingDisabled: true,
-	}
-}
-
-// serverKey returns the relay's key from its meta certificate.
-func serverKey(chain []*x509.Certificate) (key.NodePublic, error) {
-	for _, certificate := range chain {
-		if hex, found := strings.CutPrefix(certificate.Subject.CommonName, derpconst.MetaCertCommonNamePrefix); found {
-			var public key.NodePublic
-			err := public.UnmarshalText([]byte("nodekey:" + hex))
-			return public, err
-		}
-	}
-	return key.NodePublic{}, errors.New("no meta certificate; the server does not support the fast start")
 }
 
 // bufferedConn reads and writes many TLS records with one system call. With as many

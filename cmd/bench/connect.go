@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 const (
@@ -89,15 +91,15 @@ func measureIdle(ctx context.Context, p *program, count int, settle time.Duratio
 	if files.Cur < uint64(count+spareFiles) {
 		return nil, fmt.Errorf("limit of open files: too low for %d connections (got %d); raise it with ulimit -n", count, files.Cur)
 	}
-	s, err := p.start(ctx)
+	s, err := p.Start(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer s.stop()
+	defer s.Stop()
 	if err := waitFor(ctx, settle); err != nil {
 		return nil, err
 	}
-	before, err := residentBytes(s.pid)
+	before, err := testrelay.ResidentBytes(s.PID)
 	if err != nil {
 		return nil, err
 	}
@@ -127,12 +129,12 @@ func measureIdle(ctx context.Context, p *program, count int, settle time.Duratio
 		})
 	}
 	if err := g.Wait(); err != nil {
-		return nil, fmt.Errorf("%w%s", err, s.lastWords())
+		return nil, fmt.Errorf("%w%s", err, s.LastWords())
 	}
 	if err := waitFor(ctx, settle); err != nil {
 		return nil, err
 	}
-	after, err := residentBytes(s.pid)
+	after, err := testrelay.ResidentBytes(s.PID)
 	if err != nil {
 		return nil, err
 	}
@@ -149,20 +151,20 @@ func measureStart(ctx context.Context, p *program, times int) (sample, error) {
 	var derps, stuns []time.Duration
 	for range times {
 		begin := time.Now()
-		s, err := p.launch(ctx)
+		s, err := p.Launch(ctx)
 		if err != nil {
 			return nil, err
 		}
-		err = s.awaitDERP(ctx)
+		err = s.AwaitDERP(ctx)
 		derps = append(derps, time.Since(begin))
 		if err == nil {
-			err = s.awaitSTUN(ctx)
+			err = s.AwaitSTUN(ctx)
 			stuns = append(stuns, time.Since(begin))
 		}
 		if err != nil {
-			err = fmt.Errorf("%w%s", err, s.lastWords())
+			err = fmt.Errorf("%w%s", err, s.LastWords())
 		}
-		s.stop()
+		s.Stop()
 		if err != nil {
 			return nil, err
 		}

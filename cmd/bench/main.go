@@ -23,6 +23,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"derpd/internal/testrelay"
 )
 
 const (
@@ -54,6 +56,12 @@ func main() {
 	context.AfterFunc(ctx, stop)
 	os.Exit(exitCode(run(ctx, os.Args[1:], os.Stdout, os.Stderr), os.Stderr))
 }
+
+// The two servers, as processes.
+type (
+	program = testrelay.Program
+	server  = testrelay.Server
+)
 
 // usageError is an error in the command line.
 type usageError struct{ error }
@@ -183,19 +191,19 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 		return nil, err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	certificate, err := makeCertificate(dir)
+	certificate, err := testrelay.MakeCertificate(dir)
 	if err != nil {
 		return nil, err
 	}
 	programs := make([]*program, 2)
 	for i, p := range []program{
-		{name: derper, path: o.derper, describe: derperCommand},
-		{name: derpd, path: o.derpd, describe: derpdCommand, env: o.derpdEnv},
+		{Name: testrelay.Derper, Path: o.derper, Describe: testrelay.DerperCommand},
+		{Name: testrelay.Derpd, Path: o.derpd, Describe: testrelay.DerpdCommand, Env: o.derpdEnv},
 	} {
-		if p.path, err = filepath.Abs(p.path); err != nil { // the program's working directory is dir
+		if p.Path, err = filepath.Abs(p.Path); err != nil { // the program's working directory is dir
 			return nil, err
 		}
-		p.dir, p.cpus, p.certificate = dir, serverCPUs, certificate
+		p.Dir, p.CPUs, p.Certificate = dir, serverCPUs, certificate
 		programs[i] = &p
 	}
 
@@ -219,11 +227,11 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 func measureRound(ctx context.Context, list []measurement, programs []*program, round int, r *report, progress io.Writer) error {
 	servers := make([]*server, len(programs))
 	for i, p := range programs {
-		s, err := p.start(ctx)
+		s, err := p.Start(ctx)
 		if err != nil {
 			return err
 		}
-		defer s.stop()
+		defer s.Stop()
 		servers[i] = s
 	}
 	for _, m := range list {
@@ -235,12 +243,12 @@ func measureRound(ctx context.Context, list []measurement, programs []*program, 
 				return ctx.Err()
 			}
 			if err != nil {
-				return fmt.Errorf("%s, %s: %w%s", m.name, programs[i].name, err, servers[i].lastWords())
+				return fmt.Errorf("%s, %s: %w%s", m.name, programs[i].Name, err, servers[i].LastWords())
 			}
 			samples[i] = append(samples[i], sample)
 		}
 		for i, p := range programs {
-			r.add(m.name, p.name, mean(samples[i]))
+			r.add(m.name, p.Name, mean(samples[i]))
 		}
 	}
 	return nil

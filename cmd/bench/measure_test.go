@@ -24,6 +24,8 @@ import (
 	"tailscale.com/derp"
 	"tailscale.com/net/stun"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 // The transaction that is read from an answer without parsing it is that of the
@@ -277,7 +279,7 @@ func TestMeasure(t *testing.T) {
 	if out, err := exec.CommandContext(ctx, "go", "build", "-o", built, "derpd/cmd/derpd").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	certificate, err := makeCertificate(dir)
+	certificate, err := testrelay.MakeCertificate(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -287,8 +289,8 @@ func TestMeasure(t *testing.T) {
 	}
 	first := members(allowed)[:1]
 	programs := []*program{
-		{name: derper, path: path, describe: derperCommand, dir: dir, certificate: certificate, cpus: first},
-		{name: derpd, path: built, describe: derpdCommand, dir: dir, certificate: certificate, cpus: first},
+		{Name: testrelay.Derper, Path: path, Describe: testrelay.DerperCommand, Dir: dir, Certificate: certificate, CPUs: first},
+		{Name: testrelay.Derpd, Path: built, Describe: testrelay.DerpdCommand, Dir: dir, Certificate: certificate, CPUs: first},
 	}
 
 	const moment = 500 * time.Millisecond // long enough on any machine
@@ -315,9 +317,9 @@ func TestMeasure(t *testing.T) {
 			answerRate, answersPer)
 	}
 	add(idleName(clients), func(ctx context.Context, s *server) (sample, error) {
-		return measureIdle(ctx, s.program, clients, moment)
+		return measureIdle(ctx, s.Program, clients, moment)
 	}, memoryPerClient, memoryAlone)
-	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, 1) },
+	add(startName, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.Program, 1) },
 		startDERP, startSTUN)
 	var calls float64
 	list = append(list, measurement{name: "twice", again: true, run: func(context.Context, *server) (sample, error) {
@@ -326,9 +328,9 @@ func TestMeasure(t *testing.T) {
 	}})
 	add("where it runs", func(_ context.Context, s *server) (sample, error) {
 		var set unix.CPUSet
-		err := unix.SchedGetaffinity(s.pid, &set)
+		err := unix.SchedGetaffinity(s.PID, &set)
 		if got := members(set); !slices.Equal(got, first) {
-			t.Errorf("%s runs on CPUs %v, want %v", s.name, got, first)
+			t.Errorf("%s runs on CPUs %v, want %v", s.Name, got, first)
 		}
 		return nil, err
 	})

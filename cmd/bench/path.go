@@ -21,6 +21,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 // The path between a relay and a client on the other side of the world.
@@ -59,13 +61,13 @@ func measurePath(ctx context.Context, p *program, congestion string) (sample, er
 	g.Go(func() error { return ended(gctx, path.carry()) })
 
 	near := *p
-	near.address = pathNear
-	near.env = append(slices.Clip(p.env), "DERP_TCP_CONGESTION="+congestion)
-	s, err := near.start(ctx)
+	near.Address = pathNear
+	near.Env = append(slices.Clip(p.Env), "DERP_TCP_CONGESTION="+congestion)
+	s, err := near.Start(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer s.stop()
+	defer s.Stop()
 	l := load{size: pathSize, burst: 1, rate: pathLoad}
 	var timed atomic.Bool
 	ends, err := newPair(ctx, s, l, &timed, path.dial)
@@ -261,7 +263,7 @@ func carry(from io.Reader, to io.Writer, loss float64) error {
 	g.Go(func() error {
 		for p := range under {
 			if wait := time.Until(p.due); wait > 0 {
-				pause(wait)
+				testrelay.Pause(wait)
 			}
 			// EIO: the device is not up.
 			if _, err := to.Write(p.packet); err != nil && !errors.Is(err, unix.EIO) {

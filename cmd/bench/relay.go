@@ -18,6 +18,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"tailscale.com/derp"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 const (
@@ -211,7 +213,7 @@ func pace(ctx context.Context, pairs []*pair, l load) error {
 	due := time.Now()
 	for i := 0; ctx.Err() == nil; i++ {
 		if wait := time.Until(due); wait > 0 {
-			pause(wait)
+			testrelay.Pause(wait)
 		}
 		p := pairs[i%len(pairs)]
 		if err := errors.Join(p.send(), p.from.flush()); err != nil {
@@ -325,7 +327,7 @@ func countSystemCalls(ctx context.Context, s *server, arrived func() uint64) (fl
 	}
 	before, began := arrived(), time.Now()
 	out, err := exec.CommandContext(ctx, perf, "stat", "--field-separator", ",", "--event", "raw_syscalls:sys_enter",
-		"--pid", strconv.Itoa(s.pid), "--timeout", strconv.FormatInt(perfTime.Milliseconds(), 10)).CombinedOutput()
+		"--pid", strconv.Itoa(s.PID), "--timeout", strconv.FormatInt(perfTime.Milliseconds(), 10)).CombinedOutput()
 	if err != nil {
 		return 0, ctx.Err()
 	}

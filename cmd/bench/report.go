@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"text/tabwriter"
 	"time"
+
+	"derpd/internal/testrelay"
 )
 
 // report contains all measured values, and the targets and notes computed from them.
@@ -44,7 +46,7 @@ func (r *result) of(server string) []float64 {
 	if r == nil {
 		return nil
 	}
-	if server == derper {
+	if server == testrelay.Derper {
 		return r.Derper
 	}
 	return r.Derpd
@@ -68,7 +70,7 @@ func (r *report) add(measurement, server string, s sample) {
 			found = &result{Measurement: measurement, Metric: m}
 			r.Results = append(r.Results, found)
 		}
-		if server == derper {
+		if server == testrelay.Derper {
 			found.Derper = append(found.Derper, value)
 		} else {
 			found.Derpd = append(found.Derpd, value)
@@ -114,7 +116,7 @@ func notes(r *report) []string {
 	others := 0.0
 	for _, found := range r.Results {
 		load := r.find(found.Measurement, loadBusy)
-		for _, name := range []string{derper, derpd} {
+		for _, name := range []string{testrelay.Derper, testrelay.Derpd} {
 			values := found.of(name)
 			if len(values) == 0 {
 				continue

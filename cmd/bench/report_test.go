@@ -14,6 +14,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"derpd/internal/testrelay"
 )
 
 var update = flag.Bool("update", false, "write the expected reports")
@@ -96,8 +98,8 @@ func judged(t *testing.T, measurement string, m metric, derperValues, derpdValue
 	t.Helper()
 	r := &report{Rounds: len(derperValues)}
 	for i := range derperValues {
-		r.add(measurement, derper, sample{m: derperValues[i]})
-		r.add(measurement, derpd, sample{m: derpdValues[i]})
+		r.add(measurement, testrelay.Derper, sample{m: derperValues[i]})
+		r.add(measurement, testrelay.Derpd, sample{m: derpdValues[i]})
 	}
 	r.conclude()
 	if len(r.Targets) != 1 {
@@ -152,7 +154,7 @@ func TestNotes(t *testing.T) {
 		{packets, sample{packetRate: 1, othersBusy: 0.11}, "other processes used up to 11% of the CPUs"},
 	} {
 		r := &report{Rounds: 5, Pinned: true}
-		r.add(c.name, derpd, c.sample)
+		r.add(c.name, testrelay.Derpd, c.sample)
 		r.conclude()
 		if got := strings.Join(r.Notes, "\n"); !strings.HasPrefix(got, c.want) || (got == "") != (c.want == "") || len(r.Notes) > 1 {
 			t.Errorf("%s, %v: notes %q, want %q", c.name, c.sample, got, c.want)
@@ -177,7 +179,7 @@ func TestNotes(t *testing.T) {
 // measurement itself come last and have no ratio.
 func TestConclude(t *testing.T) {
 	r := &report{Rounds: 1}
-	for _, server := range []string{derper, derpd} {
+	for _, server := range []string{testrelay.Derper, testrelay.Derpd} {
 		r.add("b", server, sample{lostPackets: 1, serverBusy: 1, delayP99: 1, packetRate: 2})
 		r.add("a", server, sample{packetRate: 1})
 	}

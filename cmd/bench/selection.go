@@ -137,7 +137,7 @@ func selection(o options) []measurement {
 	}
 	if o.path {
 		for _, congestion := range congestionControls {
-			add(pathName(congestion), false, func(ctx context.Context, s *server) (sample, error) { return measurePath(ctx, s.program, congestion) })
+			add(pathName(congestion), false, func(ctx context.Context, s *server) (sample, error) { return measurePath(ctx, s.Program, congestion) })
 		}
 		return list
 	}
@@ -151,9 +151,9 @@ func selection(o options) []measurement {
 	}
 	for _, count := range idle {
 		add(idleName(count), false, func(ctx context.Context, s *server) (sample, error) {
-			return measureIdle(ctx, s.program, count, settle)
+			return measureIdle(ctx, s.Program, count, settle)
 		})
 	}
-	add(startName, false, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.program, starts) })
+	add(startName, false, func(ctx context.Context, s *server) (sample, error) { return measureStart(ctx, s.Program, starts) })
 	return list
 }

@@ -145,7 +145,7 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 	}
 	askers := make([]*asker, count)
 	for i := range askers {
-		a, err := newAsker(s.stun, burst)
+		a, err := newAsker(s.STUN, burst)
 		if err != nil {
 			return nil, err
 		}
@@ -154,7 +154,7 @@ func measureSTUN(ctx context.Context, s *server, burst int, d time.Duration) (sa
 	}
 	t := new(tally)
 	g, gctx := errgroup.WithContext(ctx)
-	spins := len(s.cpus) > 0
+	spins := len(s.CPUs) > 0
 	if spins {
 		g.Go(func() error { return t.spin(gctx, askers) })
 	} else {

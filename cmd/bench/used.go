@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"derpd/internal/testrelay"
 )
 
 // used contains all counters at one moment.
@@ -25,9 +27,9 @@ type used struct {
 func usedBy(s *server, count uint64) (used, error) {
 	u := used{at: time.Now(), count: count}
 	var errs [4]error
-	u.server, errs[0] = cpuTime(s.pid)
-	u.load, errs[1] = cpuTime(0)
-	u.calls, errs[2] = readsAndWrites(s.pid)
+	u.server, errs[0] = testrelay.CPUTime(s.PID)
+	u.load, errs[1] = testrelay.CPUTime(0)
+	u.calls, errs[2] = testrelay.ReadsAndWrites(s.PID)
 	u.machine, errs[3] = machineTime()
 	return u, errors.Join(errs[:]...)
 }
@@ -88,8 +90,17 @@ func (i interval) sample(s *server) (sample, error) {
 		return nil, fmt.Errorf("no packet, connect or answer within %.1f s", i.span)
 	}
 	return sample{
-		serverBusy: i.server / i.span / s.share(),
-		loadBusy:   i.load / i.span / s.share(),
+		serverBusy: i.server / i.span / shareOf(s.Program),
+		loadBusy:   i.load / i.span / shareOf(s.Program),
 		othersBusy: max(0, i.machine-i.server-i.load) / i.span / float64(runtime.NumCPU()),
 	}, nil
+}
+
+// shareOf returns the number of CPUs of the server. The load has the same number.
+// Without pinning, both use all CPUs.
+func shareOf(p *program) float64 {
+	if len(p.CPUs) > 0 {
+		return float64(len(p.CPUs))
+	}
+	return float64(runtime.NumCPU())
 }
