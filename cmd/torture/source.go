@@ -17,7 +17,8 @@ import (
 // source is the admission URL of both servers. Its answers and its delay may change at
 // any time.
 type source struct {
-	url string
+	url  string
+	stop func() // refuses connections from now on
 
 	mu        sync.Mutex
 	members   map[key.NodePublic]bool // who is admitted
@@ -51,7 +52,8 @@ func (l *lab) newSource(ctx context.Context, workers int) (*source, error) {
 	}
 	server := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = server.Serve(listener) }()
-	l.onClose(func() { _ = server.Close() })
+	s.stop = func() { _ = server.Close() }
+	l.onClose(s.stop)
 	return s, nil
 }
 
