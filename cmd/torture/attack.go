@@ -37,7 +37,8 @@ type load struct {
 	Hold        time.Duration `json:"hold,omitempty"`        // how long a connection stays open
 	For         time.Duration `json:"for,omitempty"`         // longest time of the attack
 	Stage       string        `json:"stage,omitempty"`       // where a connection falls silent
-	Text        string        `json:"text,omitempty"`
+	Frame       int           `json:"frame,omitempty"`       // bytes that the first DERP frame claims
+	Stopped     int           `json:"stopped,omitempty"`     // clients that read nothing
 }
 
 // attacker is a kind of attack. It counts what it does, and returns when the attack

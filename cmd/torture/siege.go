@@ -84,12 +84,12 @@ func (t traffic) loss() string {
 // promises returns the lines about a server's health, which only derpd has but for STUN.
 func (w watched) promises(l *lab) []measured {
 	lines := []measured{
-		promise("STUN is open", w.NoSTUN == 0 && w.Looks > 0, "%d of %d looks without an answer", w.NoSTUN, w.Looks),
+		promise("STUN is open", w.NoSTUN == 0 && w.STUN > 0, "%d of %d looks without an answer", w.NoSTUN, w.STUN),
 	}
 	if !l.isDerpd() {
 		return lines
 	}
-	ready := promise("ready", w.NotReady == 0 && w.Looks > 0, "%d of %d looks not ready", w.NotReady, w.Looks)
+	ready := promise("ready", w.NotReady == 0 && w.Ready > 0, "%d of %d looks not ready", w.NotReady, w.Ready)
 	if w.Cause != "" {
 		ready.Value += ": " + firstLine(w.Cause)
 	}

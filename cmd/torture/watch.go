@@ -24,11 +24,10 @@ const (
 
 // watched is what monitors and clients saw of a server, one look each second.
 type watched struct {
-	Looks    int
-	NotReady int // looks without a 200 from /readyz
-	NoSTUN   int // looks without an answer to any of three STUN requests
-	Livez    time.Duration
-	Cause    string // the first text of /readyz that was not ready
+	STUN, NoSTUN    int // looks, and those without an answer to any of three requests
+	Ready, NotReady int // looks, and those without a 200 from /readyz
+	Livez           time.Duration
+	Cause           string // the first text of /readyz that was not ready
 }
 
 // watcher looks at a server once a second.
@@ -47,7 +46,7 @@ func (l *lab) watch(ctx context.Context, r *relay) *watcher {
 	w.every(ctx, func() func(*watched) {
 		answered := answersSTUN(ctx, r.STUN)
 		return func(seen *watched) {
-			seen.Looks++
+			seen.STUN++
 			if !answered {
 				seen.NoSTUN++
 			}
@@ -57,6 +56,7 @@ func (l *lab) watch(ctx context.Context, r *relay) *watcher {
 		w.every(ctx, func() func(*watched) {
 			status, text, _ := health(ctx, r.Admin, "/readyz")
 			return func(seen *watched) {
+				seen.Ready++
 				if status != http.StatusOK {
 					seen.NotReady++
 					if seen.Cause == "" {

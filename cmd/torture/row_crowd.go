@@ -1,0 +1,63 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+func init() {
+	register(row{
+		name: "crowd", attack: "50,000 silent connections in waves of 5,000 from 1,000 addresses, within 128 MB",
+		short: true, upstream: true,
+		run: func(ctx context.Context, l *lab) ([]measured, error) {
+			return runCrowd(ctx, l, 128<<20, load{
+				Kind: "hold", Stage: silentTCP, Hold: pick(l, 5*time.Second, 2*time.Second), For: time.Minute,
+				Connections: pick(l, 50_000, 5000), AtOnce: pick(l, 5000, 1000), Addresses: pick(l, 1000, 100), Rate: pick[float64](l, 2000, 1000),
+			})
+		},
+	})
+	for _, limit := range []int64{128, 64, 256} {
+		register(row{
+			name: fmt.Sprintf("silent-%d", limit), attack: fmt.Sprintf("9,000 silent TLS connections from 1,000 addresses, within %d MB", limit),
+			short: limit == 128, upstream: true,
+			run: func(ctx context.Context, l *lab) ([]measured, error) {
+				// No address opens more than another. Each is held to the end.
+				return runCrowd(ctx, l, limit<<20, load{
+					Kind: "hold", Stage: silentTLS, Connections: pick(l, 9000, 3000), AtOnce: pick(l, 9000, 3000), Addresses: 1000,
+					Rate: pick[float64](l, 300, 500), Hold: pick(l, 40*time.Second, 8*time.Second), For: pick(l, 45*time.Second, 10*time.Second),
+				})
+			},
+		})
+	}
+}
+
+// runCrowd sends a crowd of strangers to a server with a limit of memory.
+func runCrowd(ctx context.Context, l *lab, memory int64, what load) ([]measured, error) {
+	source, err := l.newSource(ctx, 0)
+	if err != nil {
+		return nil, err
+	}
+	r, err := l.start(ctx, setup{source: source, memory: memory})
+	if err != nil {
+		return nil, err
+	}
+	m, err := l.members(ctx, r, source, memberCount)
+	if err != nil {
+		return nil, err
+	}
+	s, err := l.besiege(ctx, r, m, what)
+	if err != nil {
+		return nil, err
+	}
+	held, err := r.memory(memory)
+	if err != nil {
+		return nil, err
+	}
+	lines := append(s.promises(l), held...)
+	return append(lines,
+		note("open at once", "%d of %d", s.tally.counts["open"], what.AtOnce),
+		strength("connections", float64(s.tally.counts["tried"]), float64(what.Connections), "")), nil
+}
