@@ -120,14 +120,19 @@ func (l *lab) start(ctx context.Context, s setup) (*relay, error) {
 	return r, nil
 }
 
-// alive reports whether the server's process runs.
-func (r *relay) alive() bool {
+// died returns an error if the server's process has ended.
+func (r *relay) died() error {
 	select {
 	case <-r.Ended:
-		return false
 	default:
-		return true
+		return nil
 	}
+	if r.group != nil {
+		if kills, err := r.group.kills(); err == nil && kills > 0 {
+			return fmt.Errorf("%s was killed for lack of memory", r.Name)
+		}
+	}
+	return fmt.Errorf("%s ended under the attack%s", r.Name, r.LastWords())
 }
 
 // wait waits for d. It returns an error if ctx ends first.

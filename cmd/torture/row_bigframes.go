@@ -60,8 +60,8 @@ func runBigFrames(ctx context.Context, l *lab) ([]measured, error) {
 		claimed, sent = max(claimed, peak), sent+n
 		l.say("wave with big sizes: %d MB", peak>>20)
 	}
-	if !r.alive() {
-		return nil, fmt.Errorf("%s ended under the attack%s", l.Server, r.LastWords())
+	if err := r.died(); err != nil {
+		return nil, err
 	}
 	return []measured{
 		promise(fmt.Sprintf("memory grows by less than %d MB", bigFramesAdd>>20), claimed-usual < bigFramesAdd,

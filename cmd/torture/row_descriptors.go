@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"time"
 
@@ -73,8 +72,8 @@ func runDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !r.alive() {
-		return nil, fmt.Errorf("%s ended under the attack%s", l.Server, r.LastWords())
+	if err := r.died(); err != nil {
+		return nil, err
 	}
 	lines := seen.promises(l)
 	return append(lines,

@@ -75,8 +75,8 @@ func runSlow(ctx context.Context, l *lab) ([]measured, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !r.alive() {
-		return nil, fmt.Errorf("%s ended under the attack%s", l.Server, r.LastWords())
+	if err := r.died(); err != nil {
+		return nil, err
 	}
 	each := max(0, peak-usual) / (slowReaders + stoppedReaders)
 	return []measured{

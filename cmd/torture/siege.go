@@ -42,16 +42,20 @@ func (l *lab) besiege(ctx context.Context, r *relay, m *members, what load) (sie
 	if err != nil {
 		return s, err
 	}
+	select {
+	case <-r.Ended:
+		return s, r.died()
+	case <-a.done:
+	}
 	if s.tally, err = a.wait(ctx); err != nil {
 		return s, err
 	}
 	l.say("attack ended: %v", s.tally.counts)
 	s.seen = w.stop()
-	s.under, err = m.end(ctx)
-	if !r.alive() {
-		return s, fmt.Errorf("%s ended under the attack%s", l.Server, r.LastWords())
+	if s.under, err = m.end(ctx); err != nil {
+		return s, err
 	}
-	return s, err
+	return s, r.died()
 }
 
 // promises returns the lines about the members and the health of a server.
