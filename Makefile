@@ -104,6 +104,12 @@ bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstre
 bench-path: $(if $(DERPD),,build) $(DERPER) ## measure congestion control with a client far away; as root, in four minutes
 	unshare --net go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) --path $(BENCH)
 
+# TORTURE holds flags, which `go run ./cmd/torture -h` lists: TORTURE='--only hellos'.
+# SHORT=1 runs the short attacks on derpd alone, in two minutes, as CI does.
+.PHONY: torture
+torture: $(if $(DERPD),,build) $(if $(SHORT),,$(DERPER)) ## attack it and upstream's derper, and fail if a promise is broken; as root, in half an hour
+	go run ./cmd/torture --derpd $(abspath $(or $(DERPD),derpd)) $(if $(SHORT),--short,--derper $(DERPER)) $(TORTURE)
+
 .PHONY: bench-docs
 bench-docs: BENCH = --json docker/bench.json --docs
 bench-docs: bench ## measure as bench does, and update the tables in the READMEs
