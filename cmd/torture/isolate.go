@@ -56,7 +56,8 @@ func attackAll(ctx context.Context, o options, rows []row, stdout, progress io.W
 	return results, nil
 }
 
-// attackOne runs a row on one server in a process with a network namespace of its own.
+// attackOne runs a row on one server in a process with a network namespace and mounts of
+// its own.
 func attackOne(ctx context.Context, j job, r row, progress io.Writer) (outcome, error) {
 	dir, err := os.MkdirTemp("", "derpd-torture")
 	if err != nil {
@@ -76,12 +77,12 @@ func attackOne(ctx context.Context, j job, r row, progress io.Writer) (outcome, 
 	}
 	var out bytes.Buffer
 	command.Stdout, command.Stderr = &out, progress
-	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Cloneflags: unix.CLONE_NEWNET}
+	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
 	command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) }
 	command.WaitDelay = 10 * time.Second
 	ended, err := testrelay.StartOn(nil, command)
 	if errors.Is(err, unix.EPERM) {
-		return outcome{NotRun: "this machine allows no network namespaces"}, nil
+		return outcome{NotRun: "this machine allows no namespaces"}, nil
 	} else if err != nil {
 		return outcome{}, err
 	}
@@ -126,6 +127,9 @@ func runRow(ctx context.Context, argument string, stdout, progress io.Writer) er
 	}
 	if err := loopbackUp(); err != nil {
 		return err
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return os.NewSyscallError("keeping mounts private", err)
 	}
 	l, err := newLab(j, progress)
 	if err != nil {

@@ -38,10 +38,10 @@ func init() {
 const (
 	askers           = 800
 	recheckEvery     = 2 * time.Second
-	goneWithin       = recheckEvery + 5*time.Second
+	revokedWithin    = recheckEvery + 5*time.Second
 	admittedWithin   = 2 * time.Second
 	questionsAllowed = 20 // about strangers, within a second
-	newMembers       = 10
+	newcomers        = 10
 	giveUpAfter      = 6 * time.Second
 	tryAgain         = 100 * time.Millisecond
 )
@@ -109,7 +109,7 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		m.begin()
 		var slowest time.Duration
 		punctual := 0
-		for i := range newMembers {
+		for i := range newcomers {
 			took := l.newMember(ctx, r, a.source, memberAddr(memberCount+1+i))
 			slowest = max(slowest, took)
 			if took <= admittedWithin {
@@ -118,7 +118,7 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		}
 		l.say("a member is revoked")
 		a.admit(false, leaver.Public())
-		gone := endsAfter(leaves, time.Now(), goneWithin+giveUpAfter)
+		gone := endsAfter(leaves, time.Now(), revokedWithin+giveUpAfter)
 		questions := slices.DeleteFunc(a.asked(begun, false), func(q question) bool { return q.who == leaver.Public() })
 		lasted := time.Since(begun)
 		t, err := strangers.stop()
@@ -131,8 +131,8 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		}
 		return []measured{
 			strength("connections of strangers a second", float64(t.tried())/lasted.Seconds(), 200, ""),
-			promise(fmt.Sprintf("new members admitted within %v", admittedWithin), punctual == newMembers, "%d of %d, the slowest after %.1f s", punctual, newMembers, slowest.Seconds()),
-			promise(fmt.Sprintf("a revoked member is gone within DERP_VERIFY_INTERVAL + 5 s, %v", goneWithin), gone <= goneWithin, "%s", atMost(gone, goneWithin+giveUpAfter)),
+			promise(fmt.Sprintf("new members admitted within %v", admittedWithin), punctual == newcomers, "%d of %d, the slowest after %.1f s", punctual, newcomers, slowest.Seconds()),
+			promise(fmt.Sprintf("a revoked member is gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter)),
 			promise(fmt.Sprintf("at most %d questions about strangers within a second", questionsAllowed), mostPerSecond(questions) <= questionsAllowed,
 				"%d, %.1f on average", mostPerSecond(questions), float64(len(questions))/lasted.Seconds()),
 			promise("no stranger is admitted", t.counts["admitted"] == 0, "%d", t.counts["admitted"]),

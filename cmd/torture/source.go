@@ -17,8 +17,8 @@ import (
 // source is the admission URL of both servers. Its answers and its delay may change at
 // any time.
 type source struct {
-	url  string
-	stop func() // refuses connections from now on
+	url    string
+	server *http.Server
 
 	mu        sync.Mutex
 	members   map[key.NodePublic]bool // who is admitted
@@ -50,12 +50,14 @@ func (l *lab) newSource(ctx context.Context, workers int) (*source, error) {
 	if workers > 0 {
 		s.workers = make(chan struct{}, workers)
 	}
-	server := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second}
-	go func() { _ = server.Serve(listener) }()
-	s.stop = func() { _ = server.Close() }
+	s.server = &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second}
+	go func() { _ = s.server.Serve(listener) }()
 	l.onClose(s.stop)
 	return s, nil
 }
+
+// stop refuses connections from now on.
+func (s *source) stop() { _ = s.server.Close() }
 
 // ServeHTTP implements [http.Handler].
 func (s *source) ServeHTTP(w http.ResponseWriter, r *http.Request) {

@@ -57,6 +57,9 @@ type CA struct {
 	// Refuse answers orders in place of the authority while it is set.
 	Refuse atomic.Pointer[http.HandlerFunc]
 
+	// Orders counts the requests for new orders.
+	Orders atomic.Int64
+
 	front   *httptest.Server
 	dns     string
 	handler http.Handler
@@ -95,9 +98,12 @@ func New(dir, server string) (*CA, error) {
 	c := &CA{dns: server, serving: make(chan struct{}), Asked: make(chan struct{})}
 	front := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c.askOnce.Do(func() { close(c.Asked) })
-		if refuse := c.Refuse.Load(); refuse != nil && r.URL.Path == "/order-plz" {
-			(*refuse)(w, r)
-			return
+		if r.URL.Path == "/order-plz" {
+			c.Orders.Add(1)
+			if refuse := c.Refuse.Load(); refuse != nil {
+				(*refuse)(w, r)
+				return
+			}
 		}
 		select {
 		case <-c.serving:
