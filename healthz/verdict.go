@@ -203,6 +203,7 @@ func (j *Judgements) Of(c Clients, roots func() *x509.CertPool, sent []*x509.Cer
 
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	now = now.Round(0) // the monotonic clock does not change when the clock is set
 	age := now.Sub(j.judged)
 	fresh := key == j.key && age >= 0 && age < judgedFor && (j.verdict.Until.IsZero() || !now.After(j.verdict.Until))
 	if !fresh {

@@ -316,3 +316,14 @@ func BenchmarkJudgements(b *testing.B) {
 		}
 	})
 }
+
+// The age of a verdict is by the wall clock, which may be set. With a monotonic time, a
+// verdict would stay after the clock was set back.
+func TestJudgementsAreByTheWallClock(t *testing.T) {
+	t.Parallel()
+	var j Judgements
+	j.Of(Clients{}, x509.NewCertPool, nil, time.Now())
+	if j.judged.IsZero() || j.judged != j.judged.Round(0) {
+		t.Errorf("judged at %v", j.judged)
+	}
+}
