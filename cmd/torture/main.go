@@ -95,6 +95,9 @@ func parse(args []string) (options, error) {
 
 // run executes one command line.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	if len(args) > 2 && args[0] == underClock {
+		return execUnderClock(ctx, args[1:])
+	}
 	if len(args) == 2 {
 		switch args[0] {
 		case modeRow:
