@@ -22,12 +22,13 @@ import (
 
 // job is what the process of a row gets to know.
 type job struct {
-	Row    string `json:"row"`
-	Server string `json:"server"` // derpd or derper
-	Derpd  string `json:"derpd"`
-	Derper string `json:"derper"`
-	Short  bool   `json:"short"`
-	Dir    string `json:"dir"` // empty directory, which the caller removes
+	Row    string        `json:"row"`
+	Server string        `json:"server"` // derpd or derper
+	Derpd  string        `json:"derpd"`
+	Derper string        `json:"derper"`
+	Short  bool          `json:"short"`
+	Soak   time.Duration `json:"soak"` // how long the soak lasts
+	Dir    string        `json:"dir"`  // empty directory, which the caller removes
 }
 
 // attackAll runs the rows in turn, and prints each when it has ended.
@@ -36,7 +37,7 @@ func attackAll(ctx context.Context, o options, rows []row, stdout, progress io.W
 	for _, r := range rows {
 		begun := time.Now()
 		done := result{row: r}
-		base := job{Row: r.name, Derpd: o.derpd, Derper: o.derper, Short: o.short}
+		base := job{Row: r.name, Derpd: o.derpd, Derper: o.derper, Short: o.short, Soak: o.soak}
 		var err error
 		base.Server = testrelay.Derpd
 		if done.derpd, err = attackOne(ctx, base, r, progress); err != nil {
@@ -69,6 +70,7 @@ func attackOne(ctx context.Context, j job, r row, progress io.Writer) (outcome, 
 	if limit == 0 {
 		limit = usualLimit
 	}
+	limit += j.Soak // of which only one row makes use
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	command, err := itself(limited, nil, modeRow, j)

@@ -19,6 +19,7 @@ import (
 	"regexp"
 	"strings"
 	"syscall"
+	"time"
 )
 
 const (
@@ -31,6 +32,7 @@ const usage = `usage: torture [flags]
 
   --derper FILE   upstream's server; without it, only derpd is attacked
   --derpd FILE    the derpd to attack
+  --soak TIME     how long the soak lasts, 3m by default and 20s with --short
   --short         only the short attacks, as CI runs them
   --only REGEXP   only attacks whose name matches
   --list          list the attacks
@@ -66,6 +68,7 @@ func exitCode(err error, stderr io.Writer) int {
 type options struct {
 	derper, derpd string
 	short, list   bool
+	soak          time.Duration
 	only          *regexp.Regexp
 }
 
@@ -77,6 +80,7 @@ func parse(args []string) (options, error) {
 	flags.StringVar(&o.derper, "derper", "", "")
 	flags.StringVar(&o.derpd, "derpd", "", "")
 	flags.BoolVar(&o.short, "short", false, "")
+	flags.DurationVar(&o.soak, "soak", 0, "")
 	flags.BoolVar(&o.list, "list", false, "")
 	flags.StringVar(&only, "only", "", "")
 	err := flags.Parse(args)
@@ -87,8 +91,16 @@ func parse(args []string) (options, error) {
 	case err != nil:
 	case flags.NArg() > 0:
 		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case o.soak < 0:
+		err = fmt.Errorf("--soak: not a time (got %v); use a time such as 1h", o.soak)
 	case o.derpd == "" && !o.list:
 		err = errors.New("--derpd is not set; use make torture, which sets it")
+	}
+	if o.soak == 0 {
+		o.soak = usualSoak
+		if o.short {
+			o.soak = shortSoak
+		}
 	}
 	return o, err
 }
