@@ -27,7 +27,7 @@ func init() {
 				// No address opens more than another. Each is held to the end.
 				return runCrowd(ctx, l, limit<<20, load{
 					Kind: "hold", Stage: silentTLS, Connections: pick(l, 9000, 3000), AtOnce: pick(l, 9000, 3000), Addresses: 1000,
-					Rate: pick[float64](l, 300, 500), Hold: pick(l, 40*time.Second, 8*time.Second), For: pick(l, 45*time.Second, 10*time.Second),
+					Rate: pick[float64](l, 300, 500), Hold: pick(l, 40*time.Second, 7*time.Second), For: pick(l, 45*time.Second, 9*time.Second),
 				})
 			},
 		})

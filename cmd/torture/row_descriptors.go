@@ -39,7 +39,7 @@ func runDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 		return nil, err
 	}
 	m.begin()
-	span := pick(l, time.Minute, 14*time.Second)
+	span := pick(l, time.Minute, 12*time.Second)
 	var assaults []*assault
 	stages := []string{silentTCP, silentTLS, silentKeepalive, silentDERP}
 	const each = 150 // more than there are descriptors, for every stage alone

@@ -34,7 +34,7 @@ func runSlow(ctx context.Context, l *lab) ([]measured, error) {
 	if err != nil {
 		return nil, err
 	}
-	fast, span := pick(l, 8*time.Second, 4*time.Second), pick(l, 30*time.Second, 10*time.Second)
+	fast, span := pick(l, 8*time.Second, 3*time.Second), pick(l, 30*time.Second, 10*time.Second)
 	a, err := l.attack(ctx, r, load{
 		Kind: "slow", AtOnce: slowReaders, Stopped: stoppedReaders, Addresses: 1000, Rate: 400, Hold: fast,
 		For: fast + span + goneWithin + 30*time.Second,
