@@ -87,30 +87,44 @@ func runDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 // joining connects new members, one after the other, and returns how many are admitted
 // in time. The cause is the error of the first that is not.
 func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Duration) (within int, slowest time.Duration, cause string) {
-	i := 0
 	done, cancel := context.WithCancel(ctx)
 	defer cancel()
+	joined := 0
 	pace(done, 0, every, func(time.Time) error {
-		private := key.NewNode()
-		s.admit(true, private.Public())
-		begun := time.Now()
-		// From an address that no client had.
-		c, err := testrelay.Dial(ctx, r.Target(), private, netip.AddrFrom4([4]byte{127, 201, 0, byte(1 + i)}))
-		took := time.Since(begun)
+		took, err := l.join(ctx, r, s, netip.AddrFrom4([4]byte{127, 201, 0, byte(1 + joined)}))
 		slowest = max(slowest, took)
 		switch {
-		case err != nil && cause == "":
-			cause = ": " + firstLine(err.Error())
 		case err == nil && took < newMemberSoon:
 			within++
+		case err != nil && cause == "":
+			cause = ": " + firstLine(err.Error())
 		}
-		if err == nil {
-			l.onClose(c.Close)
-		}
-		if i++; i == newMembers {
+		if joined++; joined == newMembers {
 			cancel()
 		}
 		return nil
 	})
 	return within, slowest, cause
+}
+
+// join connects a member from an address that no client had before. A client that is
+// turned away tries again, as tailscaled does.
+func (l *lab) join(ctx context.Context, r *relay, s *source, from netip.Addr) (time.Duration, error) {
+	private := key.NewNode()
+	s.admit(true, private.Public())
+	begun := time.Now()
+	for pause := 50 * time.Millisecond; ; pause *= 2 {
+		c, err := testrelay.Dial(ctx, r.Target(), private, from)
+		took := time.Since(begun)
+		if err == nil {
+			l.onClose(c.Close)
+			return took, nil
+		}
+		if took+pause >= newMemberSoon {
+			return took, err
+		}
+		if err := wait(ctx, pause); err != nil {
+			return took, err
+		}
+	}
 }

@@ -30,7 +30,7 @@ var halfOpens = []halfOpen{
 	{"request answered, silent", silentKeepalive, 5 * time.Second, false},
 	{"DERP, silent", silentDERP, 10 * time.Second, false},
 	{"WebSocket, silent", silentWebSocket, 10 * time.Second, false},
-	{"PROXY header missing", silentTCP, 5 * time.Second, true},
+	{"PROXY header missing", silentTCP, 10 * time.Second, true}, // it may be left out, and the TLS handshake has its own 5 s
 }
 
 const (

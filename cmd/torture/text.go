@@ -19,7 +19,7 @@ func millis(d time.Duration) string {
 
 // firstLine returns the first line of a text, cut to the width of a table.
 func firstLine(text string) string {
-	const width = 60
+	const width = 40
 	line, _, _ := strings.Cut(strings.TrimSpace(text), "\n")
 	if len(line) > width {
 		return line[:width] + "…"

@@ -108,6 +108,8 @@ func TestDelay(t *testing.T) {
 		{ms(10), ms(1), ms(50), 0, broken},
 		{ms(10), ms(20), ms(99), 0, kept}, // the machine alone delays by 20 ms
 		{ms(10), ms(20), ms(100), 0, broken},
+		{ms(1), ms(1), ms(9), 0, kept}, // nobody feels it
+		{ms(1), ms(1), ms(10), 0, broken},
 		{ms(10), ms(1), 0, 100, broken}, // no packet arrived
 	} {
 		s := siege{quiet: traffic{P99: c.quiet}, under: traffic{P99: c.under, Noise: c.noise, Sent: 100, Lost: c.lost}}
