@@ -97,7 +97,7 @@ func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Durat
 		case err == nil && took < newMemberSoon:
 			within++
 		case err != nil && cause == "":
-			cause = ": " + firstLine(err.Error())
+			cause = ": " + rootCause(err)
 		}
 		if joined++; joined == newMembers {
 			cancel()

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -25,6 +26,14 @@ func firstLine(text string) string {
 		return line[:width] + "…"
 	}
 	return line
+}
+
+// rootCause prints the innermost error, without the addresses around it.
+func rootCause(err error) string {
+	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
+		err = inner
+	}
+	return firstLine(err.Error())
 }
 
 // megabytes prints a difference of memory.

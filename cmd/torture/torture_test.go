@@ -6,9 +6,12 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -221,6 +224,16 @@ func TestCountEstablished(t *testing.T) {
 	remotes := map[netip.Addr]bool{netip.MustParseAddr("127.1.0.1"): true, netip.MustParseAddr("127.1.0.3"): true}
 	if got := countEstablished(text, netip.MustParseAddrPort("127.0.0.1:8080"), remotes); got != 1 {
 		t.Errorf("%d established connections, want 1", got)
+	}
+}
+
+func TestRootCause(t *testing.T) {
+	reset := &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", syscall.ECONNRESET)}
+	if got, want := rootCause(fmt.Errorf("handshake: %w", reset)), "connection reset by peer"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := rootCause(errors.New(strings.Repeat("a", 50))); len(got) > 50 || strings.Contains(got, strings.Repeat("a", 41)) {
+		t.Errorf("%q is not cut", got)
 	}
 }
 
