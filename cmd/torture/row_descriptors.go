@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+	"tailscale.com/util/backoff"
 
 	"derpd/internal/testrelay"
 )
@@ -94,9 +96,9 @@ func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Durat
 		took, err := l.join(ctx, r, s, netip.AddrFrom4([4]byte{127, 201, 0, byte(1 + joined)}))
 		slowest = max(slowest, took)
 		switch {
-		case err == nil && took < newMemberSoon:
+		case err == nil:
 			within++
-		case err != nil && cause == "":
+		case cause == "":
 			cause = ": " + rootCause(err)
 		}
 		if joined++; joined == newMembers {
@@ -108,23 +110,25 @@ func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Durat
 }
 
 // join connects a member from an address that no client had before. A client that is
-// turned away tries again, as tailscaled does.
+// turned away tries again when tailscaled would.
 func (l *lab) join(ctx context.Context, r *relay, s *source, from netip.Addr) (time.Duration, error) {
 	private := key.NewNode()
 	s.admit(true, private.Public())
 	begun := time.Now()
-	for pause := 50 * time.Millisecond; ; pause *= 2 {
-		c, err := testrelay.Dial(ctx, r.Target(), private, from)
-		took := time.Since(begun)
+	soon, cancel := context.WithTimeout(ctx, newMemberSoon)
+	defer cancel()
+	retry := backoff.NewBackoff("derp", logger.Discard, newMemberSoon)
+	for {
+		c, err := testrelay.Dial(soon, r.Target(), private, from)
 		if err == nil {
 			l.onClose(c.Close)
-			return took, nil
+			return time.Since(begun), nil
 		}
-		if took+pause >= newMemberSoon {
-			return took, err
+		if soon.Err() == nil {
+			retry.BackOff(soon, err)
 		}
-		if err := wait(ctx, pause); err != nil {
-			return took, err
+		if soon.Err() != nil {
+			return time.Since(begun), err
 		}
 	}
 }
