@@ -96,7 +96,7 @@ func (l *lab) start(ctx context.Context, s setup) (*relay, error) {
 	var before []string
 	if s.memory > 0 {
 		var err error
-		if r.group, err = newMemoryGroup(s.memory); err != nil {
+		if r.group, err = newMemoryGroup(groupRoot, s.memory); err != nil {
 			return nil, err
 		}
 		l.onClose(r.group.remove)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -19,24 +20,27 @@ type memoryGroup struct {
 
 // groupFiles are the files of a version of cgroups.
 type groupFiles struct {
-	mount, controllers, limit, peak, events string
+	mount, controllers, limit, peak, events string // mount is below groupRoot
 }
 
 // Version 1 counts the kernel's memory too, sockets included, as version 2 does.
 var (
-	groupsV1 = groupFiles{"/sys/fs/cgroup/memory", "", "memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control"}
-	groupsV2 = groupFiles{"/sys/fs/cgroup", "cgroup.subtree_control", "memory.max", "memory.peak", "memory.events"}
+	groupsV1 = groupFiles{"memory", "", "memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control"}
+	groupsV2 = groupFiles{".", "cgroup.subtree_control", "memory.max", "memory.peak", "memory.events"}
 )
 
-// newMemoryGroup makes a cgroup. Its error is [notRun] where the machine has none.
-func newMemoryGroup(limit int64) (*memoryGroup, error) {
+const groupRoot = "/sys/fs/cgroup"
+
+// newMemoryGroup makes a cgroup below root. Its error is [notRun] where the machine has
+// none.
+func newMemoryGroup(root string, limit int64) (*memoryGroup, error) {
 	kind := groupsV2
-	if _, err := os.Stat(filepath.Join(groupsV1.mount, groupsV1.limit)); err == nil {
+	if _, err := os.Stat(filepath.Join(root, groupsV1.mount, groupsV1.limit)); err == nil {
 		kind = groupsV1
-	} else if controllers, _ := os.ReadFile(filepath.Join(kind.mount, kind.controllers)); !strings.Contains(string(controllers), "memory") {
+	} else if controllers, _ := os.ReadFile(filepath.Join(root, kind.mount, kind.controllers)); !slices.Contains(strings.Fields(string(controllers)), "memory") {
 		return nil, notRun("this machine has no cgroup with a limit of memory")
 	}
-	dir, err := os.MkdirTemp(kind.mount, "derpd-torture-")
+	dir, err := os.MkdirTemp(filepath.Join(root, kind.mount), "derpd-torture-")
 	if err != nil {
 		return nil, notRun(fmt.Sprintf("this machine makes no cgroup: %v", err))
 	}
