@@ -246,6 +246,9 @@ func TestMostPerSecond(t *testing.T) {
 	if got := mostPerSecond(list); got != 4 { // 500 to 1400
 		t.Errorf("%d a second, want 4", got)
 	}
+	if got := mostPerSecond([]question{{at: begun}, {at: begun.Add(time.Second)}}); got != 1 {
+		t.Errorf("%d a second of two a second apart, want 1", got)
+	}
 	if got := mostPerSecond(nil); got != 0 {
 		t.Errorf("%d a second without questions", got)
 	}
