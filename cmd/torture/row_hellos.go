@@ -34,5 +34,5 @@ func runHellos(ctx context.Context, l *lab) ([]measured, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append(s.promises(l), strength("hellos a second", s.tally.perSecond("tried"), rate, "")), nil
+	return append(s.promises(l), strength("hellos", s.tally.perSecond("tried"), rate, " a second")), nil
 }
