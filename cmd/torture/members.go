@@ -21,9 +21,10 @@ import (
 )
 
 const (
-	memberCount = 100
-	memberEvery = 100 * time.Millisecond // between two packets of a member
-	memberSize  = 256                    // bytes of a packet
+	memberCount   = 100
+	memberEvery   = 100 * time.Millisecond // between two packets of a member
+	membersWithin = 30 * time.Second
+	memberSize    = 256 // bytes of a packet
 
 	// lateAfter is the time after which a packet counts as lost.
 	lateAfter = 5 * time.Second
@@ -86,10 +87,15 @@ func (l *lab) members(ctx context.Context, r *relay, s *source, count int) (*mem
 	g.SetLimit(8)
 	for i := range m.clients {
 		g.Go(func() (err error) {
-			if m.clients[i], err = testrelay.Dial(gctx, r.Target(), m.keys[i], memberAddr(i)); err != nil {
-				err = fmt.Errorf("connecting member %d of %d: %w", i+1, count, err)
+			// A relay that asks about few new nodes at once turns some away.
+			for begun := time.Now(); ; {
+				if m.clients[i], err = testrelay.Dial(gctx, r.Target(), m.keys[i], memberAddr(i)); err == nil {
+					return nil
+				}
+				if time.Since(begun) > membersWithin || wait(gctx, memberEvery) != nil {
+					return fmt.Errorf("connecting member %d of %d: %w", i+1, count, err)
+				}
 			}
-			return err
 		})
 	}
 	if err := g.Wait(); err != nil {

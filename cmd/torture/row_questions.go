@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -39,9 +38,7 @@ const (
 	askers           = 800
 	recheckEvery     = 2 * time.Second
 	revokedWithin    = recheckEvery + 5*time.Second
-	admittedWithin   = 2 * time.Second
 	questionsAllowed = 20 // about strangers, within a second
-	newcomers        = 10
 	giveUpAfter      = 6 * time.Second
 	tryAgain         = 100 * time.Millisecond
 )
@@ -107,15 +104,7 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		}
 		l.say("the strangers ask")
 		m.begin()
-		var slowest time.Duration
-		punctual := 0
-		for i := range newcomers {
-			took := l.newMember(ctx, r, a.source, memberAddr(memberCount+1+i))
-			slowest = max(slowest, took)
-			if took <= admittedWithin {
-				punctual++
-			}
-		}
+		within, slowest, cause := l.joining(ctx, r, a.source, time.Second)
 		l.say("a member is revoked")
 		a.admit(false, leaver.Public())
 		gone := endsAfter(leaves, time.Now(), revokedWithin+giveUpAfter)
@@ -131,33 +120,13 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		}
 		return []measured{
 			strength("connections of strangers a second", float64(t.tried())/lasted.Seconds(), 200, ""),
-			promise(fmt.Sprintf("new members admitted within %v", admittedWithin), punctual == newcomers, "%d of %d, the slowest after %.1f s", punctual, newcomers, slowest.Seconds()),
+			promise("a new member gets in within "+newMemberSoon.String(), within == newMembers, "%d of %d, slowest %s%s", within, newMembers, millis(slowest), cause),
 			promise(fmt.Sprintf("a revoked member is gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter)),
 			promise(fmt.Sprintf("at most %d questions about strangers within a second", questionsAllowed), mostPerSecond(questions) <= questionsAllowed,
 				"%d, %.1f on average", mostPerSecond(questions), float64(len(questions))/lasted.Seconds()),
 			promise("no stranger is admitted", t.counts["admitted"] == 0, "%d", t.counts["admitted"]),
 			promise("members lose no packet", seen.Lost == 0 && seen.Disconnected == 0 && seen.Sent > 0, "%s, p99 %s", seen.loss(), millis(seen.P99)),
 		}, nil
-	}
-}
-
-// newMember makes a new node a member, connects until it is admitted, and returns how
-// long that took, or [giveUpAfter].
-func (l *lab) newMember(ctx context.Context, r *relay, s *source, from netip.Addr) time.Duration {
-	private := key.NewNode()
-	s.admit(true, private.Public())
-	begun := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, giveUpAfter)
-	defer cancel()
-	for {
-		c, err := testrelay.Dial(ctx, r.Target(), private, from)
-		if err == nil {
-			c.Close()
-			return time.Since(begun)
-		}
-		if wait(ctx, tryAgain) != nil {
-			return giveUpAfter
-		}
 	}
 }
 
