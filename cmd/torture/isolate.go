@@ -12,9 +12,11 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"derpd/internal/testrelay"
@@ -31,30 +33,60 @@ type job struct {
 	Dir    string        `json:"dir"`  // empty directory, which the caller removes
 }
 
-// attackAll runs the rows in turn, and prints each when it has ended.
+// lightAtOnce is the number of light rows that run at the same time.
+const lightAtOnce = 4
+
+// attackAll runs the light rows beside each other, and then the others in turn. It prints
+// each row when it has ended.
 func attackAll(ctx context.Context, o options, rows []row, stdout, progress io.Writer) ([]result, error) {
-	var results []result
-	for _, r := range rows {
-		begun := time.Now()
-		done := result{row: r}
-		base := job{Row: r.name, Derpd: o.derpd, Derper: o.derper, Short: o.short, Soak: o.soak}
-		var err error
-		base.Server = testrelay.Derpd
-		if done.derpd, err = attackOne(ctx, base, r, progress); err != nil {
-			return nil, err
+	results := make([]result, len(rows))
+	var printing sync.Mutex
+	attack := func(ctx context.Context, i int) error {
+		done, err := attackBoth(ctx, o, rows[i], progress)
+		if err != nil {
+			return err
 		}
-		if base.Server = testrelay.Derper; r.upstream && o.derper != "" {
-			if done.derper, err = attackOne(ctx, base, r, progress); err != nil {
+		results[i] = done
+		printing.Lock()
+		defer printing.Unlock()
+		return done.write(stdout)
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(lightAtOnce)
+	for i, r := range rows {
+		if r.light {
+			g.Go(func() error { return attack(gctx, i) })
+		}
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	for i, r := range rows {
+		if !r.light {
+			if err := attack(ctx, i); err != nil {
 				return nil, err
 			}
 		}
-		done.took = time.Since(begun)
-		if err := done.write(stdout); err != nil {
-			return nil, err
-		}
-		results = append(results, done)
 	}
 	return results, nil
+}
+
+// attackBoth runs a row on derpd, and then on derper if the row and the options say so.
+func attackBoth(ctx context.Context, o options, r row, progress io.Writer) (result, error) {
+	begun := time.Now()
+	done := result{row: r}
+	j := job{Row: r.name, Server: testrelay.Derpd, Derpd: o.derpd, Derper: o.derper, Short: o.short, Soak: o.soak}
+	var err error
+	if done.derpd, err = attackOne(ctx, j, r, progress); err != nil {
+		return result{}, err
+	}
+	if j.Server = testrelay.Derper; r.upstream && o.derper != "" {
+		if done.derper, err = attackOne(ctx, j, r, progress); err != nil {
+			return result{}, err
+		}
+	}
+	done.took = time.Since(begun)
+	return done, nil
 }
 
 // attackOne runs a row on one server in a process with a network namespace and mounts of

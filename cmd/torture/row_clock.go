@@ -19,15 +19,15 @@ import (
 func init() {
 	const year = 365 * 24 * time.Hour
 	register(row{
-		name: "clock-behind", short: true, run: wrongClock(-year),
+		name: "clock-behind", short: true, light: true, run: wrongClock(-year),
 		attack: "the relay starts with a clock a year behind, and its admission URL is down; then the clock is set, and the URL answers",
 	})
 	register(row{
-		name: "clock-ahead", short: true, run: wrongClock(year),
+		name: "clock-ahead", short: true, light: true, run: wrongClock(year),
 		attack: "the relay starts with a clock a year ahead, and its admission URL is down; then the clock is set, and the URL answers",
 	})
 	register(row{
-		name: "clock-jumps", run: clockJumps,
+		name: "clock-jumps", light: true, run: clockJumps,
 		attack: "the clock of a running relay jumps a year ahead, then two back, then is set",
 	})
 }

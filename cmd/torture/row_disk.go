@@ -15,11 +15,11 @@ import (
 
 func init() {
 	register(row{
-		name: "disk-full", short: true, run: diskFull,
+		name: "disk-full", short: true, light: true, run: diskFull,
 		attack: "the data directory is full after the start, and has room again before the stop",
 	})
 	register(row{
-		name: "disk-read-only", short: true, run: diskReadOnly,
+		name: "disk-read-only", short: true, light: true, run: diskReadOnly,
 		attack: "the data directory becomes read-only after the start, and can be written again before the stop",
 	})
 }

@@ -11,7 +11,7 @@ import (
 func init() {
 	register(row{
 		name: "halfopen", attack: "connections that fall silent at every stage before admission",
-		short: true, upstream: true, run: runHalfOpen,
+		short: true, upstream: true, light: true, run: runHalfOpen,
 	})
 }
 

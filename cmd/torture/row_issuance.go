@@ -15,7 +15,7 @@ import (
 
 func init() {
 	register(row{
-		name: "sigterm-issuance", short: true, run: stopIssuance,
+		name: "sigterm-issuance", short: true, light: true, run: stopIssuance,
 		attack: "SIGTERM while the authority does not answer: at the first question, and at the order",
 	})
 }

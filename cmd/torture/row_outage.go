@@ -21,15 +21,15 @@ import (
 
 func init() {
 	register(row{
-		name: "source-refuses", short: true, run: sourceRefuses,
+		name: "source-refuses", short: true, light: true, run: sourceRefuses,
 		attack: "the admission URL refuses connections, and the relay is restarted meanwhile",
 	})
 	register(row{
-		name: "source-silent", run: sourceSilent,
+		name: "source-silent", light: true, run: sourceSilent,
 		attack: "the admission URL takes connections and never answers, and the relay is restarted meanwhile",
 	})
 	register(row{
-		name: "dns-dead", run: dnsDead,
+		name: "dns-dead", light: true, run: dnsDead,
 		attack: "no DNS server answers, the admission URL has a name, and the relay is restarted meanwhile",
 	})
 }

@@ -18,7 +18,7 @@ import (
 func init() {
 	register(row{
 		name: "slow", attack: "40 clients that read 512 bytes each 300 ms, and 10 that read nothing, while others send 64 KiB packets to them",
-		short: true, upstream: true, run: runSlow,
+		short: true, upstream: true, light: true, run: runSlow,
 	})
 }
 

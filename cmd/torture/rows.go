@@ -26,6 +26,9 @@ type row struct {
 	// upstream rows attack derper too. Rows about what derper does not have, or does
 	// not survive, leave it out.
 	upstream bool
+	// light rows use little CPU, and measure nothing that other rows disturb. They run
+	// beside each other.
+	light bool
 	// limit is the longest time of one server; 0 is [usualLimit].
 	limit time.Duration
 	// run attacks one server, which [lab.server] names. It returns the same lines for
