@@ -54,7 +54,7 @@ type state string
 const (
 	kept       state = "ok"
 	broken     state = "FAILED"
-	notReached state = "NOT REACHED" // the attack was too weak to show anything
+	notReached state = "NOT REACHED" // the attack was too weak, or the machine too busy, to show anything
 	noted      state = ""            // nothing is promised
 )
 

@@ -113,7 +113,10 @@ func TestDelay(t *testing.T) {
 		{ms(10), ms(20), ms(100), 0, broken},
 		{ms(1), ms(1), ms(9), 0, kept}, // nobody feels it
 		{ms(1), ms(1), ms(10), 0, broken},
-		{ms(10), ms(1), 0, 100, broken}, // no packet arrived
+		{ms(10), ms(1), 0, 100, broken},         // no packet arrived
+		{ms(21), ms(1), ms(200), 0, notReached}, // the machine was busy before
+		{ms(20), ms(1), ms(200), 0, broken},
+		{ms(21), ms(1), 0, 100, broken},
 	} {
 		s := siege{quiet: traffic{P99: c.quiet}, under: traffic{P99: c.under, Noise: c.noise, Sent: 100, Lost: c.lost}}
 		if got := s.delay(); got.State != c.want {
