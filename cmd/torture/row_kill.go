@@ -28,7 +28,7 @@ import (
 
 func init() {
 	register(row{
-		name: "kill", short: true, limit: 20 * time.Minute, run: killOften,
+		name: "kill", short: true, light: true, limit: 20 * time.Minute, run: killOften,
 		attack: "kill -9 at a random time or after a random change of a file, 200 times (20 with --short): during the start, the issuance of certificates and the writing of admitted nodes",
 	})
 }
