@@ -19,6 +19,7 @@ type ListenEnv struct {
 	Health     string `envconfig:"DERP_HEALTH_ADDR" desc:"listen address for a platform's health check: GET /readyz answers ready or not ready, and nothing else is there" zh:"供平台健康检查询问 GET /readyz 的监听地址：只回答就绪或未就绪" or:"none; on Fly.io :8081, on Railway :PORT" zhor:"无；Fly.io 上是 :8081，Railway 上是 :PORT"`
 	Admin      string `envconfig:"DERP_ADMIN_ADDR" default:"127.0.0.1:9090" desc:"listen address for health, metrics and the map; never on the public listener" zh:"健康检查、指标和 DERPMap 的监听地址；不会出现在公网端口上"`
 	Congestion string `envconfig:"DERP_TCP_CONGESTION" desc:"congestion control of clients' connections, such as bbr; the kernel must have it" zh:"客户端连接使用的 TCP 拥塞控制算法，例如 bbr；内核必须支持" or:"the kernel's" zhor:"内核的默认值"`
+	Unsent     string `envconfig:"DERP_TCP_UNSENT" default:"16384" desc:"bytes for a client that may wait unsent in the kernel; fewer keep a slow client's ping short while it downloads, 0 is no limit" zh:"每个客户端在内核中等待发送的最大字节数；较小的值使慢速客户端在下载时仍保持低延迟，0 为不限"`
 }
 
 // Listen are the addresses to listen on, host:port.
@@ -29,16 +30,22 @@ type Listen struct {
 	Admin  string
 	Health string // empty when off
 
-	Congestion string // congestion control of clients' connections; empty for the kernel's
+	TCP TCP // of clients' connections
+}
+
+// TCP are options of TCP connections.
+type TCP struct {
+	Congestion string // congestion control; empty for the kernel's
+	Unsent     int    // bytes that may wait unsent in the kernel; 0 is no limit
 }
 
 // parseListen parses the addresses. If TLS is off, the plain HTTP listener is off
 // by default: the program that terminates TLS has port 80 too.
 func parseListen(p *problems, env ListenEnv, tlsOff bool) Listen {
 	l := Listen{
-		HTTPS:      p.hostPort("DERP_ADDR", env.Addr),
-		Admin:      p.hostPort("DERP_ADMIN_ADDR", env.Admin),
-		Congestion: parseCongestion(p, env.Congestion),
+		HTTPS: p.hostPort("DERP_ADDR", env.Addr),
+		Admin: p.hostPort("DERP_ADMIN_ADDR", env.Admin),
+		TCP:   TCP{parseCongestion(p, env.Congestion), parseUnsent(p, env.Unsent)},
 	}
 	if env.Health != "" {
 		l.Health = p.hostPort("DERP_HEALTH_ADDR", env.Health)
@@ -111,4 +118,17 @@ func parseCongestion(p *problems, name string) string {
 			strings.Join(available, ", "), name, name)
 	}
 	return name
+}
+
+// leastUnsent is the smallest limit. A smaller one would cost a system call for each
+// segment.
+const leastUnsent = 4 << 10
+
+func parseUnsent(p *problems, value string) int {
+	n, err := strconv.ParseInt(value, 10, 32)
+	if err != nil || n != 0 && n < leastUnsent {
+		p.add("DERP_TCP_UNSENT", "want a number of bytes from %d, such as 16384, or 0 for no limit, got %q", leastUnsent, value)
+		return 0
+	}
+	return int(n)
 }

@@ -42,7 +42,7 @@ func equal[T any](t *testing.T, what string, got, want T) {
 
 func TestDefaults(t *testing.T) {
 	c := good(t)
-	equal(t, "listen", c.Listen, Listen{HTTPS: ":443", HTTP: ":80", STUN: ":3478", Admin: "127.0.0.1:9090"})
+	equal(t, "listen", c.Listen, Listen{HTTPS: ":443", HTTP: ":80", STUN: ":3478", Admin: "127.0.0.1:9090", TCP: TCP{Unsent: 16384}})
 	equal(t, "domains", len(c.Domains), 0)
 	equal(t, "mode", c.Certificate.Mode, ModePinned)
 	equal(t, "certificates", c.Storage.CertDir, filepath.Join(c.Storage.DataDir, "certs"))
@@ -69,16 +69,19 @@ func TestDefaultDataDir(t *testing.T) {
 }
 
 func TestListen(t *testing.T) {
+	unsent := TCP{Unsent: 16384}
 	for env, want := range map[string]Listen{
-		"DERP_ADDR=192.0.2.1:8443":                                     {HTTPS: "192.0.2.1:8443", HTTP: "192.0.2.1:80", STUN: "192.0.2.1:3478", Admin: "127.0.0.1:9090"},
-		"DERP_ADDR=[::1]:0443 DERP_STUN_PORT=0":                        {HTTPS: "[::1]:443", HTTP: "[::1]:80", STUN: "[::1]:0", Admin: "127.0.0.1:9090"},
-		"DERP_ADDR=localhost:65535 DERP_STUN=fAlSe":                    {HTTPS: "localhost:65535", HTTP: "localhost:80", Admin: "127.0.0.1:9090"},
-		"DERP_CERT_MODE=off":                                           {HTTPS: ":443", STUN: ":3478", Admin: "127.0.0.1:9090"},
-		"DERP_CERT_MODE=off DERP_HTTP_PORT=8080":                       {HTTPS: ":443", HTTP: ":8080", STUN: ":3478", Admin: "127.0.0.1:9090"},
-		"DERP_HTTP_PORT=-1 DERP_STUN_ADDR=[2001:db8::1]":               {HTTPS: ":443", STUN: "[2001:db8::1]:3478", Admin: "127.0.0.1:9090"},
-		"DERP_HTTP_PORT=0 DERP_ADDR=:0 DERP_ADMIN_ADDR=:0":             {HTTPS: ":0", HTTP: ":0", STUN: ":3478", Admin: ":0"},
-		"DERP_HEALTH_ADDR=:8081 DERP_STUN_ADDR=host":                   {HTTPS: ":443", HTTP: ":80", STUN: "host:3478", Admin: "127.0.0.1:9090", Health: ":8081"},
-		"DERP_ADDR=:8080 DERP_STUN_PORT=8080 DERP_TCP_CONGESTION=reno": {HTTPS: ":8080", HTTP: ":80", STUN: ":8080", Admin: "127.0.0.1:9090", Congestion: "reno"},
+		"DERP_ADDR=192.0.2.1:8443":                                     {HTTPS: "192.0.2.1:8443", HTTP: "192.0.2.1:80", STUN: "192.0.2.1:3478", Admin: "127.0.0.1:9090", TCP: unsent},
+		"DERP_ADDR=[::1]:0443 DERP_STUN_PORT=0":                        {HTTPS: "[::1]:443", HTTP: "[::1]:80", STUN: "[::1]:0", Admin: "127.0.0.1:9090", TCP: unsent},
+		"DERP_ADDR=localhost:65535 DERP_STUN=fAlSe":                    {HTTPS: "localhost:65535", HTTP: "localhost:80", Admin: "127.0.0.1:9090", TCP: unsent},
+		"DERP_CERT_MODE=off":                                           {HTTPS: ":443", STUN: ":3478", Admin: "127.0.0.1:9090", TCP: unsent},
+		"DERP_CERT_MODE=off DERP_HTTP_PORT=8080":                       {HTTPS: ":443", HTTP: ":8080", STUN: ":3478", Admin: "127.0.0.1:9090", TCP: unsent},
+		"DERP_HTTP_PORT=-1 DERP_STUN_ADDR=[2001:db8::1]":               {HTTPS: ":443", STUN: "[2001:db8::1]:3478", Admin: "127.0.0.1:9090", TCP: unsent},
+		"DERP_HTTP_PORT=0 DERP_ADDR=:0 DERP_ADMIN_ADDR=:0":             {HTTPS: ":0", HTTP: ":0", STUN: ":3478", Admin: ":0", TCP: unsent},
+		"DERP_HEALTH_ADDR=:8081 DERP_STUN_ADDR=host":                   {HTTPS: ":443", HTTP: ":80", STUN: "host:3478", Admin: "127.0.0.1:9090", Health: ":8081", TCP: unsent},
+		"DERP_TCP_UNSENT=0":                                            {HTTPS: ":443", HTTP: ":80", STUN: ":3478", Admin: "127.0.0.1:9090", TCP: TCP{Unsent: 0}},
+		"DERP_TCP_UNSENT=4096":                                         {HTTPS: ":443", HTTP: ":80", STUN: ":3478", Admin: "127.0.0.1:9090", TCP: TCP{Unsent: 4096}},
+		"DERP_ADDR=:8080 DERP_STUN_PORT=8080 DERP_TCP_CONGESTION=reno": {HTTPS: ":8080", HTTP: ":80", STUN: ":8080", Admin: "127.0.0.1:9090", TCP: TCP{Congestion: "reno", Unsent: 16384}},
 	} {
 		equal(t, env, good(t, strings.Fields(env)...).Listen, want)
 	}

@@ -134,7 +134,7 @@ func TestCheckListeners(t *testing.T) {
 // TestUnknownCongestionControl asserts that a congestion control which the kernel
 // lacks is refused, and that no socket stays open.
 func TestUnknownCongestionControl(t *testing.T) {
-	_, err := listen(t.Context(), config.Listen{HTTPS: "127.0.0.1:0", Admin: "127.0.0.1:0", Congestion: "nonsense"})
+	_, err := listen(t.Context(), config.Listen{HTTPS: "127.0.0.1:0", Admin: "127.0.0.1:0", TCP: config.TCP{Congestion: "nonsense"}})
 	if _, bind := errors.AsType[BindError](err); !bind || !strings.Contains(err.Error(), "DERP_TCP_CONGESTION: using nonsense") {
 		t.Errorf("got %v", err)
 	}

@@ -47,11 +47,11 @@ func (e BindError) Unwrap() error { return e.error }
 func listen(ctx context.Context, c config.Listen) (*listeners, error) {
 	var l listeners
 	var errs []error
-	tcp := func(variable, addr, congestion string) net.Listener {
+	tcp := func(variable, addr string, options config.TCP) net.Listener {
 		if addr == "" {
 			return nil
 		}
-		lc := net.ListenConfig{Control: tcpOptions(congestion), KeepAlive: keepAlive}
+		lc := net.ListenConfig{Control: tcpOptions(options), KeepAlive: keepAlive}
 		lc.SetMultipathTCP(false) // MPTCP has no TCP_USER_TIMEOUT
 		ln, err := lc.Listen(ctx, "tcp", addr)
 		if err != nil {
@@ -60,10 +60,10 @@ func listen(ctx context.Context, c config.Listen) (*listeners, error) {
 		}
 		return ln
 	}
-	l.https = tcp("DERP_ADDR", c.HTTPS, c.Congestion)
-	l.http = tcp("DERP_HTTP_PORT", c.HTTP, "")
-	l.admin = tcp("DERP_ADMIN_ADDR", c.Admin, "")
-	l.health = tcp("DERP_HEALTH_ADDR", c.Health, "")
+	l.https = tcp("DERP_ADDR", c.HTTPS, c.TCP)
+	l.http = tcp("DERP_HTTP_PORT", c.HTTP, config.TCP{})
+	l.admin = tcp("DERP_ADMIN_ADDR", c.Admin, config.TCP{})
+	l.health = tcp("DERP_HEALTH_ADDR", c.Health, config.TCP{})
 	if c.STUN != "" {
 		conn, err := new(net.ListenConfig).ListenPacket(ctx, "udp", c.STUN)
 		if err != nil {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"syscall"
@@ -8,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"tailscale.com/net/ktimeout"
+
+	"derpd/cmd/derpd/internal/config"
 )
 
 const (
@@ -22,7 +25,7 @@ const (
 
 // tcpOptions sets options on the listening socket. Accepted connections inherit
 // them without further system calls.
-func tcpOptions(congestion string) func(network, address string, c syscall.RawConn) error {
+func tcpOptions(options config.TCP) func(network, address string, c syscall.RawConn) error {
 	userTimeout := ktimeout.UserTimeout(tcpUserTimeout)
 	return func(network, address string, c syscall.RawConn) error {
 		if err := userTimeout(network, address, c); err != nil {
@@ -40,11 +43,18 @@ func tcpOptions(congestion string) func(network, address string, c syscall.RawCo
 					optionErr = os.NewSyscallError("setsockopt", err)
 				}
 			}
-			if congestion == "" {
+			if options.Unsent > 0 {
+				// Sandboxes such as gVisor lack the option, and derpd works without it.
+				err := unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, options.Unsent)
+				if err != nil && !errors.Is(err, unix.ENOPROTOOPT) && optionErr == nil {
+					optionErr = os.NewSyscallError("setting TCP_NOTSENT_LOWAT", err)
+				}
+			}
+			if options.Congestion == "" {
 				return
 			}
-			if err := unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, congestion); err != nil {
-				optionErr = fmt.Errorf("DERP_TCP_CONGESTION: using %s: %w; allow it on the host with sysctl net.ipv4.tcp_allowed_congestion_control", congestion, err)
+			if err := unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, options.Congestion); err != nil {
+				optionErr = fmt.Errorf("DERP_TCP_CONGESTION: using %s: %w; allow it on the host with sysctl net.ipv4.tcp_allowed_congestion_control", options.Congestion, err)
 			}
 		}); err != nil {
 			return err

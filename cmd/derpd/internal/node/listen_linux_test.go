@@ -24,7 +24,7 @@ func TestTCPOptions(t *testing.T) {
 			t.Logf("the kernel has no %s", congestion)
 			continue
 		}
-		l, err := listen(t.Context(), config.Listen{HTTPS: "127.0.0.1:0", Admin: "127.0.0.1:0", Congestion: congestion})
+		l, err := listen(t.Context(), config.Listen{HTTPS: "127.0.0.1:0", Admin: "127.0.0.1:0", TCP: config.TCP{Congestion: congestion, Unsent: 16 << 10}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -45,13 +45,14 @@ func TestTCPOptions(t *testing.T) {
 		}
 		if err := raw.Control(func(fd uintptr) {
 			for name, option := range map[string]struct{ level, name, want int }{
-				"SO_PROTOCOL":      {unix.SOL_SOCKET, unix.SO_PROTOCOL, unix.IPPROTO_TCP}, // not MPTCP
-				"SO_KEEPALIVE":     {unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-				"TCP_KEEPIDLE":     {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 600},
-				"TCP_KEEPINTVL":    {unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
-				"TCP_KEEPCNT":      {unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9},
-				"TCP_NODELAY":      {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
-				"TCP_USER_TIMEOUT": {unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(15 * time.Second / time.Millisecond)},
+				"SO_PROTOCOL":       {unix.SOL_SOCKET, unix.SO_PROTOCOL, unix.IPPROTO_TCP}, // not MPTCP
+				"SO_KEEPALIVE":      {unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+				"TCP_KEEPIDLE":      {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 600},
+				"TCP_KEEPINTVL":     {unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
+				"TCP_KEEPCNT":       {unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9},
+				"TCP_NODELAY":       {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+				"TCP_NOTSENT_LOWAT": {unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 16 << 10},
+				"TCP_USER_TIMEOUT":  {unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(15 * time.Second / time.Millisecond)},
 			} {
 				if got, err := unix.GetsockoptInt(int(fd), option.level, option.name); err != nil || got != option.want {
 					t.Errorf("%s is %d, %v; want %d", name, got, err, option.want)
