@@ -74,7 +74,7 @@ func TestDescribeTailscaled(t *testing.T) {
 			http.Error(w, "no match for IP:port", http.StatusNotFound)
 		}
 	}))
-	s := &tailscaled{client: &local.Client{Transport: server.Client().Transport}}
+	s := newTailscaled("", &local.Client{Transport: server.Client().Transport}, 0)
 	node := newNode()
 	ask := func() { _, _ = s.ask(t.Context(), node, netip.Addr{}) }
 	if _, ok := s.described.of(node); ok {
