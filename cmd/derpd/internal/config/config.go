@@ -15,11 +15,11 @@
 //	keys.go         the sources, one file each: keys.go, tailnet.go,
 //	                tailscaled.go and url.go
 //	tell.go         DERP_TELL_CLIENTS
-//	rates.go        limits of one node
+//	nodelimits.go   limits of one node
 //	region.go       this node in the DERP map
 //	mesh.go         the other nodes of the region
 //	proxies.go      proxies in front of derpd
-//	limits.go       limits of connections
+//	connlimits.go   limits of connections
 //	web.go          what browsers and bootstrap clients get
 //	updates.go      the search for newer releases
 //	log.go          logging

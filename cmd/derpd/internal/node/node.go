@@ -5,10 +5,11 @@
 //   - listen*.go binds the sockets, certificates.go chooses the certificate manager
 //   - admission.go connects the relay to the gate, and autoclose.go closes an open
 //     relay when a tailscaled appears
-//   - selfcheck.go, overload.go, eyes.go, checks.go, misdirected.go, connections.go and
-//     metrics.go observe; a new health check is one function and one line in checks.go
+//   - selfcheck.go, overload.go, eyes.go, checks.go, misdirected.go and metrics.go
+//     observe; a new health check is one function and one line in checks.go
 //   - public.go and region.go make the map, and mapcert.go remembers its pin
-//   - rates.go limits what a node may send
+//   - connlimits.go reports the limits of connections, and nodelimits.go applies and
+//     reports those of each node
 //   - notices.go warns clients, updates.go looks for newer releases
 package node
 
@@ -32,7 +33,7 @@ import (
 	"derpd/cmd/derpd/internal/admin"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/cmd/derpd/internal/host"
-	"derpd/cmd/derpd/internal/limits"
+	"derpd/cmd/derpd/internal/nodelimits"
 	"derpd/healthz"
 	"derpd/internal/httpserver"
 	"derpd/internal/release"
@@ -73,7 +74,7 @@ type Node struct {
 	stun      *stun.Server               // nil when off
 	certs     certs.Manager              // nil in mode off
 	gate      atomic.Pointer[admit.Gate] // nil when open; see autoclose.go
-	limits    *limits.Limits
+	limits    *nodelimits.Limits
 	bootstrap *relay.BootstrapDNS
 	health    *healthz.Health
 	selfCheck *healthz.SelfCheck

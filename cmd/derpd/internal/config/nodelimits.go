@@ -1,7 +1,7 @@
 package config
 
 import (
-	"derpd/cmd/derpd/internal/limits"
+	"derpd/cmd/derpd/internal/nodelimits"
 	"derpd/relay"
 )
 
@@ -25,7 +25,7 @@ func (r Rates) May() bool { return r.Defaults.Rate > 0 || r.File != "" }
 func parseRates(p *problems, e *environment) Rates {
 	var r Rates
 	var rate, burst, connections error
-	r.Defaults, rate, burst, connections = limits.Defaults(e.ClientRate, e.ClientBurst, e.MaxPerNode)
+	r.Defaults, rate, burst, connections = nodelimits.Defaults(e.ClientRate, e.ClientBurst, e.MaxPerNode)
 	if rate != nil {
 		p.add("DERP_CLIENT_RATE", "%w", rate)
 	}
@@ -39,7 +39,7 @@ func parseRates(p *problems, e *environment) Rates {
 	if r.File == "" || p.has("DERP_LIMITS_FILE") {
 		return r
 	}
-	if _, err := limits.Load(r.File, r.Defaults); err != nil {
+	if _, err := nodelimits.Load(r.File, r.Defaults); err != nil {
 		p.add("DERP_LIMITS_FILE", "%w%s", err, readHint(err))
 	}
 	return r

@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sync/errgroup"
 	"tailscale.com/types/key"
 
-	"derpd/cmd/derpd/internal/limits"
+	"derpd/cmd/derpd/internal/nodelimits"
 	"derpd/healthz"
 	"derpd/relay"
 	"derpd/relay/admit"
 )
 
 // newLimits reads the limits of nodes.
-func (n *Node) newLimits() (*limits.Limits, error) {
-	l, err := limits.New(limits.Config{
+func (n *Node) newLimits() (*nodelimits.Limits, error) {
+	l, err := nodelimits.New(nodelimits.Config{
 		Defaults: n.config.Rates.Defaults,
 		Path:     n.config.Rates.File,
 		Describe: n.describeNode,
@@ -73,7 +73,7 @@ func (n *Node) explainLimit(node key.NodePublic) string {
 }
 
 func (n *Node) checkLimits(context.Context) healthz.Result {
-	line := "each node: " + limits.Describe(n.config.Rates.Defaults)
+	line := "each node: " + nodelimits.Describe(n.config.Rates.Defaults)
 	if n.config.Rates.File != "" {
 		line += fmt.Sprintf("; %d lines of %s", n.limits.Lines(), n.config.Rates.File)
 	}

@@ -1,7 +1,7 @@
-// Package limits says which limit applies to a node: the defaults of the environment,
+// Package nodelimits says which limit applies to a node: the defaults of the environment,
 // or a line of a file (file.go) that operators write by hand (parse.go). values.go reads
 // rates and sizes.
-package limits
+package nodelimits
 
 import (
 	"fmt"
