@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/netip"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -54,6 +53,7 @@ type URLConfig struct {
 type admissionURL struct {
 	URLConfig
 	client  *http.Client
+	strict  *net.Resolver // fails if the answer of one family is missing
 	breaker *gobreaker.CircuitBreaker[struct{}]
 	last    atomic.Pointer[error] // error of the last failed request
 	open    atomic.Pointer[error] // why FailOpen admits every node now; nil if it does not
@@ -76,6 +76,7 @@ func newAdmissionURL(c URLConfig) *admissionURL {
 	return &admissionURL{
 		URLConfig: c,
 		client:    &http.Client{Transport: t, CheckRedirect: checkRedirect},
+		strict:    &net.Resolver{PreferGo: true, StrictErrors: true},
 		breaker: gobreaker.NewCircuitBreaker[struct{}](gobreaker.Settings{
 			Timeout:      breakFor,
 			ReadyToTrip:  func(counts gobreaker.Counts) bool { return counts.ConsecutiveFailures >= breakAfter },
@@ -131,20 +132,6 @@ func (u *admissionURL) failsOpen(err error) bool {
 	return true
 }
 
-// isDown reports whether the server of a URL is plainly down: it refuses connections,
-// has no route, or its name does not exist. A timeout may be the fault of this relay.
-func isDown(err error) bool {
-	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		return dns.IsNotFound
-	}
-	return !isExhausted(err) && (errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.ENETUNREACH))
-}
-
-// isExhausted reports whether this host lacks descriptors or memory for a question.
-func isExhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)
-}
-
 // problem implements [Source].Problem.
 func (u *admissionURL) problem() error {
 	if err := u.open.Load(); err != nil {
@@ -158,7 +145,8 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.Target, bytes.NewReader(body))
+	var tried attempts
+	req, err := http.NewRequestWithContext(tried.trace(ctx), http.MethodPost, u.Target, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -170,6 +158,9 @@ func (u *admissionURL) post(ctx context.Context, node key.NodePublic, addr netip
 	if err != nil {
 		if !isExhausted(err) && !abandoned(ctx) {
 			u.client.CloseIdleConnections() // the network may have lost them too
+		}
+		if u.FailOpen && isDown(err) {
+			err = tried.confirm(ctx, u.strict, err)
 		}
 		return fmt.Errorf("%w: %w", errUnreachable, explainConnection(err))
 	}
