@@ -1,12 +1,15 @@
 package node
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -17,7 +20,6 @@ import (
 	"derpd/certs"
 	"derpd/cmd/derpd/internal/config"
 	"derpd/internal/testkit"
-	"derpd/relay/admit"
 )
 
 // nextText returns the next text that a client gets.
@@ -142,32 +144,36 @@ func TestRefusedClientsAreTold(t *testing.T) {
 	}
 }
 
-// TestBusyIsTold asserts that a new node that nobody was asked about is not told that
-// it must be admitted.
+// TestBusyIsTold asserts that a new node that nobody was asked about for seconds is not
+// told that it must be admitted.
 func TestBusyIsTold(t *testing.T) {
-	answers := make(chan struct{})
-	source := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		select {
-		case <-answers:
-		case <-r.Context().Done():
-		}
-	}))
+	source := httptest.NewServer(answer(http.StatusOK, `{"Allow":false}`))
 	t.Cleanup(source.Close)
 	n := begin(t, testkit.Environ(t, "DERP_VERIFY_CLIENT_URL="+source.URL))
 	r := region(t, parsePolicy(t, n.printed))
-	texts := make(chan string, admit.QuestionsRunning+1)
-	for range admit.QuestionsRunning + 1 {
-		c := testkit.RegionClient(t, r, key.NewNode())
-		go func() {
-			message, err := c.Recv()
-			texts <- fmt.Sprintf("%v %v", message, err)
-		}()
+	flooding, end := context.WithCancel(t.Context())
+	var strangers sync.WaitGroup
+	for range 8 {
+		strangers.Go(func() {
+			for flooding.Err() == nil {
+				node := key.NewNode().Public()
+				for range 2 { // at first, and again
+					_ = n.gate.Load().Admit(flooding, node, netip.MustParseAddr("127.0.0.1"))
+				}
+				<-time.After(5 * time.Millisecond)
+			}
+		})
 	}
-	const want = "too many new nodes connect to this relay now; the next attempt may succeed"
-	if got := testkit.Receive(t, "the first text", texts); !strings.Contains(got, want) {
-		t.Errorf("told %q, want %q", got, want)
-	}
-	close(answers)
+	t.Cleanup(func() { end(); strangers.Wait() })
+	node := key.NewNode()
+	testkit.Until(t, "a new node is told that there are too many", func() bool {
+		message, err := testkit.RegionClient(t, r, node).Recv()
+		text := fmt.Sprintf("%v %v", message, err)
+		if strings.Contains(text, "does not admit this node") { // it was asked about, and is no new node
+			node = key.NewNode()
+		}
+		return strings.Contains(text, "too many new nodes connect to this relay now; the next attempt may succeed")
+	})
 	if text := scrape(t, n); !strings.Contains(text, `derpd_told_total{reason="busy"} 1`) {
 		t.Errorf("metrics:\n%s", text)
 	}
