@@ -39,6 +39,10 @@ const (
 	// and is one of Limits.Strangers.
 	maxHeld = 256
 
+	// heldOfAddress is the part of the held connections that one address may have. The
+	// nodes of other addresses then get their texts too.
+	heldOfAddress = 4
+
 	// heldBytes are read from a held client and discarded. Further bytes stay in
 	// the socket, until TCP stops the client. The kernel's buffer of a socket grows
 	// with the bytes that are read fast, up to several megabytes.
@@ -81,6 +85,7 @@ type teller struct {
 // hold is the held connection of one node.
 type hold struct {
 	session *session
+	addr    netip.Addr // by [places.addressOf]
 	since   time.Time
 	end     context.CancelFunc
 }
@@ -145,18 +150,19 @@ func (t *teller) hold(s *session) bool {
 	if !refused || end != nil {
 		return false
 	}
+	addr := s.all.places.addressOf(addrPort(s.client).Addr())
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch older := t.held[node]; {
 	case t.closed,
-		older == nil && len(t.held) >= t.limit,
+		older == nil && (len(t.held) >= t.limit || t.heldOf(addr) >= max(1, t.limit/heldOfAddress)),
 		older != nil && time.Since(older.since) < replacedAfter:
 		return false
 	case older != nil:
 		older.end()
 	}
 	ctx, cancel := context.WithTimeout(t.ctx, r.held+rand.N(r.held/4))
-	t.held[node] = &hold{s, time.Now(), cancel}
+	t.held[node] = &hold{s, addr, time.Now(), cancel}
 	t.holding.Go(func() {
 		defer cancel()
 		defer func() {
@@ -169,6 +175,17 @@ func (t *teller) hold(s *session) bool {
 		t.keep(ctx, s, r)
 	})
 	return true
+}
+
+// heldOf returns the number of held connections of an address. The zero address stands
+// for many clients, and has none. It holds t.mu.
+func (t *teller) heldOf(addr netip.Addr) (count int) {
+	for _, h := range t.held {
+		if addr.IsValid() && h.addr == addr {
+			count++
+		}
+	}
+	return count
 }
 
 // take returns why a node was refused, once.

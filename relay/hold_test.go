@@ -30,9 +30,15 @@ type refusedConn struct {
 // client reads until the end.
 func refuse(t *testing.T, all *sessions, node key.NodePublic, private key.NodePrivate, r refusal) refusedConn {
 	t.Helper()
+	return refuseFrom(t, "192.0.2.7", all, node, private, r)
+}
+
+// refuseFrom is refuse for a node at an address.
+func refuseFrom(t *testing.T, addr string, all *sessions, node key.NodePublic, private key.NodePrivate, r refusal) refusedConn {
+	t.Helper()
 	near, far := net.Pipe()
 	t.Cleanup(func() { _ = far.Close() })
-	s := newSession(all, near, nil, &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 4000})
+	s := newSession(all, near, nil, &net.TCPAddr{IP: net.ParseIP(addr), Port: 4000})
 	all.add(s)
 	c := refusedConn{far, s, make(chan []byte, 1), make(chan time.Duration, 1)}
 	serverKey := append([]byte{byte(derp.FrameServerKey), 0, 0, 0, 40}, append([]byte(derp.Magic), private.Public().AppendTo(nil)...)...)
@@ -204,7 +210,7 @@ func TestHoldLimit(t *testing.T) {
 		all, private := holding(limit)
 		var held []refusedConn
 		for i := range limit + 2 {
-			c := refuse(t, all, key.NewNode().Public(), private, byRefusal)
+			c := refuseFrom(t, fmt.Sprintf("192.0.2.%d", i), all, key.NewNode().Public(), private, byRefusal)
 			if text := <-c.first; (text != nil) != (i < limit) {
 				t.Errorf("connection %d: text %q", i, text)
 			}
@@ -228,6 +234,32 @@ func TestHoldLimit(t *testing.T) {
 			t.Errorf("held during the stop: %q", text)
 		}
 		<-late.ended
+	})
+}
+
+// One address has a quarter of the held connections, so that nodes of others get their
+// texts. Clients of a proxy without a header count for no address.
+func TestHoldOfOneAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const limit = 16
+		all, private := holding(limit)
+		all.places = newPlaces(Config{TrustedProxies: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}})
+		defer all.end()
+		hold := func(addr string, want bool) {
+			t.Helper()
+			c := refuseFrom(t, addr, all, key.NewNode().Public(), private, byRefusal)
+			if text := <-c.first; (text != nil) != want {
+				t.Errorf("a node at %s: text %q", addr, text)
+			}
+		}
+		for i := range limit/heldOfAddress + 2 {
+			hold(fmt.Sprintf("2001:db8::%d", i), i < limit/heldOfAddress)
+		}
+		hold("2001:db8:0:1::1", true)
+		hold("192.0.2.7", true)
+		for range limit/heldOfAddress + 2 {
+			hold("198.51.100.1", true)
+		}
 	})
 }
 

@@ -376,7 +376,7 @@ func (p *places) now() time.Duration { return time.Since(p.begin) }
 func (p *places) addressOf(addr netip.Addr) netip.Addr {
 	addr = addr.Unmap().WithZone("")
 	switch {
-	case contains(p.exempt, addr):
+	case p != nil && contains(p.exempt, addr):
 		return netip.Addr{}
 	case addr.Is6():
 		return netip.PrefixFrom(addr, 64).Masked().Addr()
