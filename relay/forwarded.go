@@ -35,6 +35,7 @@ func forwarded(trusted []netip.Prefix, p *places, next http.Handler) http.Handle
 			r = r.WithContext(r.Context()) // a copy
 			r.RemoteAddr = client.String()
 			if conn, ok := r.Context().Value(connKey{}).(net.Conn); ok && !p.identify(conn, client.Addr()) {
+				w.Header().Set("Connection", "close") // it has no place now
 				http.Error(w, "too many connections", http.StatusServiceUnavailable)
 				return
 			}

@@ -254,6 +254,36 @@ func TestPlacesBehindProxies(t *testing.T) {
 	}
 }
 
+// A connection of a proxy that loses its place ends, so that it cannot serve another
+// request without a place.
+func TestRefusedClientOfAProxy(t *testing.T) {
+	ln := listen(t)
+	start(t, Config{TrustedProxies: proxies, Log: zerolog.Nop(), Limits: Limits{AcceptRate: 1, AcceptBurst: 1}}, ln)
+	conn, err := dialFrom(t.Context(), "127.0.0.9", ln)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	_ = conn.SetDeadline(time.Now().Add(testkit.Patience))
+	responses := bufio.NewReader(conn)
+	ok := http.StatusNoContent
+	for i, want := range []int{ok, ok, http.StatusServiceUnavailable, 0} {
+		client := "192.0.2." + string("1213"[i])
+		if _, err := io.WriteString(conn, "GET /generate_204 HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: "+client+"\r\n\r\n"); err != nil && want != 0 {
+			t.Fatal(err)
+		}
+		response, err := http.ReadResponse(responses, nil)
+		if (err != nil) != (want == 0) {
+			t.Fatalf("request %d: %v", i, err)
+		}
+		if err == nil {
+			if _, err := io.Copy(io.Discard, response.Body); err != nil || response.StatusCode != want {
+				t.Errorf("request %d: status %d, want %d; %v", i, response.StatusCode, want, err)
+			}
+		}
+	}
+}
+
 // A node of the mesh that this one has reached is known.
 func TestMeshAddressIsKnown(t *testing.T) {
 	r := newRelay(t, Config{Admit: admitAll, Log: zerolog.Nop()})
