@@ -101,7 +101,7 @@ bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstre
 	go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) $(BENCH)
 
 .PHONY: bench-path
-bench-path: $(if $(DERPD),,build) $(DERPER) ## measure congestion control with a client far away; as root, in four minutes
+bench-path: $(if $(DERPD),,build) $(DERPER) ## measure delays and rates on slow, long, lossy and shared links; as root, in a quarter of an hour
 	unshare --net go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) --path $(BENCH)
 
 # TORTURE holds flags, which `go run ./cmd/torture -h` lists: TORTURE='--only hellos'.

@@ -40,8 +40,8 @@ const usage = `usage: bench [flags]
   --derpd-env X=Y set a variable of derpd, to measure a setting; may be repeated
   --quick         three minutes: few and short measurements
   --full          half an hour: every size, burst and number of pairs
-  --path          measure only the rate that arrives at a client behind a long
-                  path with losses; needs a network namespace: unshare --net
+  --path          measure only paths with slow, long, lossy or shared links; needs a
+                  network namespace: unshare --net
   --only REGEXP   only measurements whose name matches
   --rounds N      number of rounds; ratios are reliable from 5 on
 
@@ -212,7 +212,7 @@ func measure(ctx context.Context, o options, progress io.Writer) (*report, error
 		Rounds: o.rounds, ServerCPUs: len(serverCPUs), Pinned: len(serverCPUs) > 0,
 	}
 	if o.path {
-		r.Congestion = systemCongestion()
+		r.Congestion = strings.Join(allowedCongestion(), " and ")
 	}
 	for round := range o.rounds {
 		if err := measureRound(ctx, list, programs, round, r, progress); err != nil {

@@ -13,9 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"slices"
-	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,74 +21,6 @@ import (
 
 	"derpd/internal/testrelay"
 )
-
-// The path between a relay and a client on the other side of the world.
-const (
-	pathDelay = 50 * time.Millisecond  // one way
-	pathLoss  = 0.01                   // share of the packets to the client that are lost
-	pathRate  = 50e6 / 8               // bytes per second
-	pathQueue = 100 * time.Millisecond // longest wait in the queue; packets that would wait longer are dropped
-
-	pathLoad   = 2000            // packets per second that are sent to the client
-	pathSize   = 1280            // bytes of each
-	pathWarmup = 3 * time.Second // time for congestion control to find its rate
-	pathTime   = 5 * time.Second
-)
-
-// congestionControls are the congestion controls of derpd. derper always uses the
-// system's default.
-var congestionControls = []string{"cubic", "bbr"}
-
-func pathName(congestion string) string { return "a client far away, " + congestion }
-
-// measurePath measures the rate that arrives at a client at the far end of the path.
-// It needs an empty network namespace, and creates another namespace for the client.
-// This process carries the packets between the two.
-func measurePath(ctx context.Context, p *program, congestion string) (sample, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	path, err := newPath(ctx)
-	if err != nil {
-		return nil, err
-	}
-	g, gctx := errgroup.WithContext(ctx)
-	stop := context.AfterFunc(gctx, path.close)
-	defer stop()
-	defer path.close()
-	g.Go(func() error { return ended(gctx, path.carry()) })
-
-	near := *p
-	near.Address = pathNear
-	near.Env = append(slices.Clip(p.Env), "DERP_TCP_CONGESTION="+congestion)
-	s, err := near.Start(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Stop()
-	l := load{size: pathSize, burst: 1, rate: pathLoad}
-	var timed atomic.Bool
-	ends, err := newPair(ctx, s, l, &timed, path.dial)
-	if err != nil {
-		return nil, err
-	}
-	defer ends.close()
-
-	stopEnds := context.AfterFunc(gctx, ends.close)
-	defer stopEnds()
-	g.Go(func() error { return ended(gctx, ends.receive()) })
-	g.Go(func() error { return pace(gctx, []*pair{ends}, l) })
-	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
-		if err := waitFor(gctx, pathWarmup); err != nil {
-			return interval{}, err
-		}
-		return observe(gctx, s, pathTime, ends.received.Load)
-	})
-	if err != nil {
-		return nil, err
-	}
-	out[arrivedRate] = u.count * pathSize * 8 / 1e6 / u.span
-	return out, nil
-}
 
 // ownNetwork prepares the network namespace of this process. It refuses the machine's
 // own namespace.
@@ -108,15 +37,6 @@ func ownNetwork(ctx context.Context) error {
 	return ip(ctx, "link", "set", "lo", "up")
 }
 
-// systemCongestion returns the congestion control that the system uses by default.
-func systemCongestion() string {
-	b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control")
-	if err != nil {
-		return "unknown"
-	}
-	return strings.TrimSpace(string(b))
-}
-
 func ip(ctx context.Context, args ...string) error {
 	if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("ip %q: %w: %s", args, err, out)
@@ -130,15 +50,24 @@ var (
 	pathFar  = netip.MustParseAddr("198.18.0.2")
 )
 
+// link is one direction of a path.
+type link struct {
+	delay time.Duration // of each packet
+	rate  float64       // bytes per second
+	queue time.Duration // longest wait; packets that would wait longer are dropped
+	loss  float64       // share of the other packets that are dropped
+}
+
 // path is a network device in each of two namespaces. This process carries packets
 // from one to the other.
 type path struct {
+	down, up  link // from near to far, and back
 	near, far *os.File
 	work      chan func() // functions for the thread in the far namespace
 }
 
-func newPath(ctx context.Context) (*path, error) {
-	p := &path{work: make(chan func())}
+func newPath(ctx context.Context, down, up link) (*path, error) {
+	p := &path{down: down, up: up, work: make(chan func())}
 	var err error
 	if p.near, err = openDevice(ctx, pathNear); err != nil {
 		return nil, err
@@ -223,8 +152,8 @@ func openDevice(ctx context.Context, addr netip.Addr) (*os.File, error) {
 // carry carries packets both ways until the devices are closed.
 func (p *path) carry() error {
 	var g errgroup.Group
-	g.Go(func() error { return carry(p.near, p.far, pathLoss) })
-	g.Go(func() error { return carry(p.far, p.near, 0) })
+	g.Go(func() error { return carry(p.near, p.far, p.down) })
+	g.Go(func() error { return carry(p.far, p.near, p.up) })
 	return g.Wait()
 }
 
@@ -234,10 +163,10 @@ type parcel struct {
 	due    time.Time
 }
 
-// carry carries packets from one device to the other, and loses this share of them.
-func carry(from io.Reader, to io.Writer, loss float64) error {
+// carry carries packets from one device to the other.
+func carry(from io.Reader, to io.Writer, l link) error {
 	const longest = 64 << 10
-	under := make(chan parcel, int(pathRate*(pathDelay+pathQueue).Seconds())/20) // IP packets have 20 bytes or more
+	under := make(chan parcel, int(l.rate*(l.delay+l.queue).Seconds())/20) // IP packets have 20 bytes or more
 	var g errgroup.Group
 	g.Go(func() error {
 		defer close(under)
@@ -253,11 +182,11 @@ func carry(from io.Reader, to io.Writer, loss float64) error {
 			if free.Before(now) {
 				free = now
 			}
-			if free.Sub(now) > pathQueue || random.Float64() < loss {
+			if free.Sub(now) > l.queue || random.Float64() < l.loss {
 				continue
 			}
-			free = free.Add(time.Duration(float64(n) / pathRate * float64(time.Second)))
-			under <- parcel{append([]byte(nil), buffer[:n]...), free.Add(pathDelay)}
+			free = free.Add(time.Duration(float64(n) / l.rate * float64(time.Second)))
+			under <- parcel{append([]byte(nil), buffer[:n]...), free.Add(l.delay)}
 		}
 	})
 	g.Go(func() error {

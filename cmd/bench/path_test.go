@@ -31,10 +31,13 @@ func TestLongPath(t *testing.T) {
 		return
 	}
 	ctx := t.Context()
+	slow := link{delay: 50 * time.Millisecond, rate: 50e6 / 8, queue: 100 * time.Millisecond}
+	lossy := slow
+	lossy.loss = 0.01
 	if err := ownNetwork(ctx); err != nil {
 		t.Fatal(err)
 	}
-	path, err := newPath(ctx)
+	path, err := newPath(ctx, lossy, slow)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,8 +67,8 @@ func TestLongPath(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(began); took < 2*pathDelay {
-		t.Errorf("connected after %v, want %v or more", took, 2*pathDelay)
+	if took := time.Since(began); took < 2*slow.delay {
+		t.Errorf("connected after %v, want %v or more", took, 2*slow.delay)
 	}
 	if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, sent) {
 		t.Errorf("%d of %d bytes arrived, equal %v, %v", len(got), len(sent), bytes.Equal(got, sent), err)

@@ -24,7 +24,7 @@ type report struct {
 	Rounds     int       `json:"rounds"`
 	ServerCPUs int       `json:"server_cpus,omitempty"` // 0 is all
 	Pinned     bool      `json:"pinned"`
-	Congestion string    `json:"congestion,omitempty"` // congestion control of the system, with --path only
+	Congestion string    `json:"congestion,omitempty"` // congestion controls that could be measured, with --path only
 	Results    []*result `json:"results"`
 	Targets    []verdict `json:"targets,omitempty"`
 	Notes      []string  `json:"notes,omitempty"`
@@ -146,7 +146,7 @@ func notes(r *report) []string {
 		add("%d rounds are too few for a reliable spread; use --rounds 5 or more", r.Rounds)
 	}
 	if r.Congestion != "" {
-		add("derper has no setting for congestion control, and used the system's: %s", r.Congestion)
+		add("network namespaces may use %s; for others, set sysctl net.ipv4.tcp_allowed_congestion_control", r.Congestion)
 	}
 	if !r.Pinned {
 		add("servers and load shared all CPUs: rates depend on both; use a machine with two CPUs or more")

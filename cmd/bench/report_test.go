@@ -166,7 +166,7 @@ func TestNotes(t *testing.T) {
 	}{
 		{report{Rounds: 4, Pinned: true}, "4 rounds are too few for a reliable spread; use --rounds 5 or more"},
 		{report{Rounds: 5}, "servers and load shared all CPUs"},
-		{report{Rounds: 5, Pinned: true, Congestion: "cubic"}, "derper has no setting for congestion control, and used the system's: cubic"},
+		{report{Rounds: 5, Pinned: true, Congestion: "cubic"}, "network namespaces may use cubic; for others, set sysctl net.ipv4.tcp_allowed_congestion_control"},
 	} {
 		c.report.conclude()
 		if len(c.report.Notes) != 1 || !strings.HasPrefix(c.report.Notes[0], c.want) {

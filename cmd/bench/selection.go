@@ -31,6 +31,7 @@ const (
 	systemCallsPer  metric = "system calls per packet"
 	delayMedian     metric = "p50 latency, ms"
 	delayP99        metric = "p99 latency, ms"
+	lostShare       metric = "share of packets lost"
 	connectRate     metric = "connects/s"
 	cpuPerConnect   metric = "CPU ms per connect"
 	memoryPerClient metric = "KiB per connection"
@@ -51,7 +52,7 @@ const (
 // itself.
 var metrics = []metric{
 	packetRate, arrivedRate, cpuPerPacket, cpuPerByte, callsPer, systemCallsPer, connectRate, cpuPerConnect,
-	memoryPerClient, memoryAlone, answerRate, answersPer, delayMedian, delayP99, startDERP, startSTUN,
+	memoryPerClient, memoryAlone, answerRate, answersPer, delayMedian, delayP99, lostShare, startDERP, startSTUN,
 	serverBusy, loadBusy, othersBusy, lostPackets,
 }
 
@@ -77,7 +78,7 @@ func (s sample) setDelays(delays []time.Duration) {
 	s[delayP99] = quantile(delays, 0.99).Seconds() * 1e3
 }
 
-// Names of measurements other than [load.name] and [pathName].
+// Names of measurements other than [load.name] and [scenario.title].
 const (
 	connectName = "connect"
 	startName   = "start"
@@ -136,8 +137,12 @@ func selection(o options) []measurement {
 		}
 	}
 	if o.path {
-		for _, congestion := range congestionControls {
-			add(pathName(congestion), false, func(ctx context.Context, s *server) (sample, error) { return measurePath(ctx, s.Program, congestion) })
+		for _, c := range scenarios() {
+			for _, congestion := range allowedCongestion() {
+				add(c.title(congestion), false, func(ctx context.Context, s *server) (sample, error) {
+					return measureScenario(ctx, s.Program, c, congestion)
+				})
+			}
 		}
 		return list
 	}
