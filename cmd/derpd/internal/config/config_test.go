@@ -134,7 +134,7 @@ var badConfigurations = []struct {
 	{env: "DERP_LIMITS_FILE=limits", want: []string{"DERP_LIMITS_FILE: want an absolute path, got \"limits\"; write $PWD/limits"}},
 	{env: "DERP_LIMITS_FILE=$D/limits", want: []string{"DERP_LIMITS_FILE: reading limits: open $D/limits: no such file or directory; create it, or correct the path (for a container: its path inside)"}},
 	{env: "DERP_LIMITS_FILE=$D/limits", setup: file("limits", "tag:a rate=1\n* burst=64KiB\n"), want: []string{
-		`DERP_LIMITS_FILE: reading limits from $D/limits: line 1: rate=: want at least 128kbit, or a node seems broken, got "1"; write unlimited for no limit\nline 2: burst=: there is no rate for it; add rate=, or remove burst=`,
+		`DERP_LIMITS_FILE: reading limits from $D/limits: line 1: rate=: want at least 128kbit, or a node seems broken, got "1"; write unlimited for no limit\nline 2: burst=: is only used with a rate, but there is none; add rate=, or remove burst=`,
 	}},
 
 	// Platforms.

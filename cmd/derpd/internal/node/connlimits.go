@@ -29,12 +29,12 @@ var limitVariable = map[relay.Limit]string{
 	relay.LimitAcceptRate:  "DERP_ACCEPT_RATE",
 }
 
-// limitMeaning is what it means for clients that a limit closes connections.
+// limitMeaning is what a limit does to clients while it closes connections.
 var limitMeaning = map[relay.Limit]string{
-	relay.LimitConnections: "the relay is full, and new clients cannot connect",
+	relay.LimitConnections: "the relay is full; a new client is refused, or closes a connection without an admitted node",
 	relay.LimitStrangers:   "many connections have no admitted node, and the oldest ones make room for new clients",
-	relay.LimitPerAddress:  "one address has too many connections; a proxy that hides its clients belongs into DERP_TRUSTED_PROXIES",
-	relay.LimitAcceptRate:  "one address connects too often; a proxy that hides its clients belongs into DERP_TRUSTED_PROXIES",
+	relay.LimitPerAddress:  "one address has too many connections; a proxy in front must send the addresses of its clients, see DERP_TRUSTED_PROXIES",
+	relay.LimitAcceptRate:  "one address connects too often; a proxy in front must send the addresses of its clients, see DERP_TRUSTED_PROXIES",
 }
 
 // relayLimits are the limits of the configuration. Clients come from the gateway of a
@@ -88,7 +88,7 @@ func (n *Node) logLimits(closing map[relay.Limit]bool, limited []relay.LimitCoun
 // checkConnections never fails: strangers could otherwise make the relay refuse its clients.
 func (n *Node) checkConnections(context.Context) healthz.Result {
 	places := n.relay.Places()
-	line := fmt.Sprintf("%d connections, %d of them without an admitted node", places.Open, places.Waiting)
+	line := fmt.Sprintf("%d open, %d of them without an admitted node", places.Open, places.Waiting)
 	limited := false
 	for _, l := range places.Limited {
 		if isReported(l) {

@@ -75,10 +75,10 @@ func (n *Node) explainLimit(node key.NodePublic) string {
 func (n *Node) checkLimits(context.Context) healthz.Result {
 	line := "each node: " + nodelimits.Describe(n.config.Rates.Defaults)
 	if n.config.Rates.File != "" {
-		line += fmt.Sprintf("; %d lines of %s", n.limits.Lines(), n.config.Rates.File)
+		line += fmt.Sprintf("; lines of %s: %d", n.config.Rates.File, n.limits.Lines())
 	}
 	now := n.relay.Limited()
-	line += fmt.Sprintf("; %d nodes with a rate are connected, %d are slowed down", now.Nodes, now.Slowed)
+	line += fmt.Sprintf("; connected nodes with a rate: %d, slowed down: %d", now.Nodes, now.Slowed)
 	if err := n.limits.Problem(); err != nil {
 		return healthz.Warnf("%s; %s", line, strings.ReplaceAll(err.Error(), "\n", "; "))
 	}

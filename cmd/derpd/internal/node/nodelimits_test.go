@@ -34,7 +34,7 @@ func TestLimitsOfNodes(t *testing.T) {
 	testkit.MustAdmit(t, a, b)
 	limit := func(node key.NodePublic) string { return n.admission(t.Context(), node).Limit }
 	const others = "no limit on what it sends, 5 connections (DERP_CLIENT_RATE, DERP_MAX_PER_NODE)"
-	if got, want := limit(alice.Public()), "sends 2 Mbit/s, 64KiB at once, 2 connections (comment:alice, "+file+":1); connections now: 1"; got != want {
+	if got, want := limit(alice.Public()), "sends at most 2 Mbit/s, 64KiB at once, 2 connections (comment:alice, "+file+":1); connections now: 1"; got != want {
 		t.Errorf("alice: %q, want %q", got, want)
 	}
 	if got, want := limit(bob.Public()), others+"; connections now: 1"; got != want {
@@ -49,7 +49,7 @@ func TestLimitsOfNodes(t *testing.T) {
 	if got := n.nodeLimit(n.probe.public[0]); got.Rate != 0 || got.Connections != 0 {
 		t.Errorf("the self-check has the limit %+v", got)
 	}
-	if got := n.checkLimits(context.Background()); got.Level != healthz.OK || !strings.Contains(got.Detail, "1 lines of "+file+"; 1 nodes with a rate are connected, 0 are slowed down") {
+	if got := n.checkLimits(context.Background()); got.Level != healthz.OK || !strings.Contains(got.Detail, "lines of "+file+": 1; connected nodes with a rate: 1, slowed down: 0") {
 		t.Errorf("%+v", got)
 	}
 
@@ -68,7 +68,7 @@ func TestLimitsOfNodes(t *testing.T) {
 	put(keys, alice.Public().String()+" # carol\n"+bob.Public().String()+"\n")
 	n.Reload()
 	n.relay.ApplyLimits() // the relay does so every ten seconds
-	if got := limit(alice.Public()); !strings.Contains(got, "sends 4 Mbit/s") {
+	if got := limit(alice.Public()); !strings.Contains(got, "sends at most 4 Mbit/s") {
 		t.Errorf("alice: %q, want the line of her new comment", got)
 	}
 	if got := limit(bob.Public()); got != others+"; connections now: 1" {

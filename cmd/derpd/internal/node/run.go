@@ -170,7 +170,7 @@ func (n *Node) logStart() {
 	}
 	e.Msg("listening")
 	n.log.Info().Int("connections", c.Limits.Connections).Int("strangers", c.Limits.Strangers).Int("per_address", c.Limits.PerAddress).
-		Int("accept_rate", c.Limits.AcceptRate).Msg("limits of connections; derpd env prints their variables, and 0 is off")
+		Int("accept_rate", c.Limits.AcceptRate).Msg("limits of connections, 0 is no limit; derpd env prints the variables")
 	if c.Platform.Name != "" {
 		n.log.Info().Str("platform", c.Platform.Name).Strs("assumed", c.Platform.Assumed).Msg("platform found; derpd env prints the defaults it sets")
 	}

@@ -55,7 +55,7 @@ func (r Rule) fits(node key.NodePublic, d admit.Description) bool {
 func Describe(l relay.NodeLimit) string {
 	rate, connections := "no limit on what it sends", "any number of connections"
 	if l.Rate > 0 {
-		rate = fmt.Sprintf("sends %s, %s at once", relay.FormatRate(l.Rate), formatSize(l.Burst))
+		rate = fmt.Sprintf("sends at most %s, %s at once", relay.FormatRate(l.Rate), formatSize(l.Burst))
 	}
 	switch {
 	case l.Connections == 1:

@@ -120,8 +120,8 @@ func TestOf(t *testing.T) {
 func TestParseErrors(t *testing.T) {
 	k := key.NewNode().Public().String()
 	for text, want := range map[string]string{
-		"":                             "holds no line such as: tag:guest rate=2Mbit",
-		"# nothing\n\n":                "holds no line such as: tag:guest rate=2Mbit",
+		"":                             "no line has a limit; add one such as: tag:guest rate=2Mbit",
+		"# nothing\n\n":                "no line has a limit; add one such as: tag:guest rate=2Mbit",
 		"tag:guest":                    "line 1: want a limit after who it is for, such as rate=2Mbit or connections=4, got none",
 		"rate=2Mbit":                   "line 1: want who the limit is for, and then settings, got \"rate=2Mbi…\"; write * before it for every node\nline 1: want a limit after who it is for, such as rate=2Mbit or connections=4, got none",
 		"guest rate=2Mbit":             `line 1: want nodekey:…, comment:"…", tag:…, tailnet:… or *, got "gues…"`,
@@ -133,8 +133,8 @@ func TestParseErrors(t *testing.T) {
 		"* rate 2Mbit":                 "line 1: want rate=, burst= or connections=, without blanks around the =, got \"rate\"\nline 1: want rate=, burst= or connections=, without blanks around the =, got \"2Mbi…\"",
 		"* rates=2Mbit":                `line 1: want rate=, burst= or connections=, without blanks around the =, got "rates=2Mbi…"`,
 		"* rate=2MB":                   `line 1: rate=: want a rate in bits per second such as 20Mbit, 1.5Mbit, 512kbit or 1Gbit, or unlimited, got "2MB"`,
-		"* rate=2Mbit rate=3Mbit":      "line 1: rate= is there twice; remove one of the two",
-		"* rate=unlimited burst=64KiB": "line 1: burst=: there is no rate for it; add rate=, or remove burst=",
+		"* rate=2Mbit rate=3Mbit":      "line 1: rate= is set twice; remove one of the two",
+		"* rate=unlimited burst=64KiB": "line 1: burst=: is only used with a rate, but there is none; add rate=, or remove burst=",
 		"* burst=1":                    `line 1: burst=: want at least 16KiB for this rate, got "1"`,
 		"* connections=-1":             `line 1: connections=: want a number of connections from 1 to 100000, or unlimited, got "-1"`,
 		`comment:"a rate=2Mbit`:        `line 1: a quote is not closed; write comment:"the comment"`,
@@ -240,9 +240,9 @@ func TestExample(t *testing.T) {
 	}
 	if want := []string{
 		"comment:my nas: no limit on what it sends, 16 connections",
-		"tag:guest: sends 2 Mbit/s, 128KiB at once, 2 connections",
-		"tailnet:friends.ts.net: sends 10 Mbit/s, 306KiB at once, 16 connections",
-		"*: sends 50 Mbit/s, 1526KiB at once, 16 connections",
+		"tag:guest: sends at most 2 Mbit/s, 128KiB at once, 2 connections",
+		"tailnet:friends.ts.net: sends at most 10 Mbit/s, 306KiB at once, 16 connections",
+		"*: sends at most 50 Mbit/s, 1526KiB at once, 16 connections",
 	}; !slices.Equal(list, want) {
 		t.Errorf("%q", list)
 	}

@@ -57,7 +57,7 @@ func Parse(text string, defaults relay.NodeLimit) ([]Rule, error) {
 		rules = append(rules, r)
 	}
 	if len(errs) == 0 && len(rules) == 0 {
-		errs = append(errs, errors.New("holds no line such as: tag:guest rate=2Mbit"))
+		errs = append(errs, errors.New("no line has a limit; add one such as: tag:guest rate=2Mbit"))
 	}
 	return rules, errors.Join(errs...)
 }
@@ -153,7 +153,7 @@ func limit(words []string, defaults relay.NodeLimit) (l relay.NodeLimit, errs []
 		case !ok || name != "rate" && name != "burst" && name != "connections":
 			errs = append(errs, fmt.Errorf("want rate=, burst= or connections=, without blanks around the =, got %q", shown(word)))
 		case twice:
-			errs = append(errs, fmt.Errorf("%s= is there twice; remove one of the two", name))
+			errs = append(errs, fmt.Errorf("%s= is set twice; remove one of the two", name))
 		default:
 			values[name] = value
 		}
@@ -174,7 +174,7 @@ func limit(words []string, defaults relay.NodeLimit) (l relay.NodeLimit, errs []
 	if burst, ok := values["burst"]; ok && !rateFailed {
 		var err error
 		if l.Rate == 0 {
-			err = errors.New("there is no rate for it; add rate=, or remove burst=")
+			err = errors.New("is only used with a rate, but there is none; add rate=, or remove burst=")
 		} else {
 			l.Burst, err = Burst(burst, l.Rate)
 		}
