@@ -281,7 +281,7 @@ func TestSlowedIsTold(t *testing.T) {
 		<-time.After(10*time.Second + time.Millisecond)
 		none(t, "after ten seconds", list)
 		<-time.After(2 * time.Second)
-		const want = "this relay limits what this node sends to 160 kbit/s; the owner of the relay can raise the limit"
+		const want = "this node may send at most 160 kbit/s through this relay; the owner of the relay can raise the limit"
 		if got := next(t, "after twelve seconds", list); got != want {
 			t.Errorf("text %q, want %q", got, want)
 		}

@@ -67,7 +67,7 @@ func (p *pace) isFull() bool { return p.limiter.Tokens() >= float64(p.limiter.Bu
 
 // text is the health problem of a node that is slowed down.
 func (p *pace) text() string {
-	return "this relay limits what this node sends to " + FormatRate(p.rate) + "; the owner of the relay can raise the limit"
+	return "this node may send at most " + FormatRate(p.rate) + " through this relay; the owner of the relay can raise the limit"
 }
 
 // FormatRate returns a rate in bytes per second as text, in bits: 20 Mbit/s.
