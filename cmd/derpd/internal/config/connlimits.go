@@ -10,10 +10,10 @@ import (
 
 // LimitsEnv are the limits of connections.
 type LimitsEnv struct {
-	MaxConnections string `envconfig:"DERP_MAX_CONNECTIONS" desc:"most connections to the HTTPS and HTTP listeners together; if nodes are admitted, an eighth is for addresses that an admitted node came from; off is no limit" zh:"HTTPS 和 HTTP 端口的连接总数上限；如果只准入特定节点，其中八分之一只留给已准入节点来过的地址；off 表示不限制" or:"one for each 64 KiB of memory, as far as open files allow" zhor:"每 64 KiB 内存一个，且不超过打开文件数的限制"`
-	MaxStrangers   string `envconfig:"DERP_MAX_STRANGERS" desc:"most connections of which no node is admitted yet; another one closes an older one of the address that has the most; off is no limit" zh:"尚未有节点获准的连接数上限；超过时，新的连接会取代占用最多的地址上较旧的一个；off 表示不限制" or:"a third of DERP_MAX_CONNECTIONS" zhor:"DERP_MAX_CONNECTIONS 的三分之一"`
-	MaxPerAddress  string `envconfig:"DERP_MAX_PER_ADDRESS" desc:"most connections from one IPv4 address or IPv6 /64 of which no node is admitted yet; on an open relay, most connections; off is no limit" zh:"同一个 IPv4 地址或 IPv6 /64 网段上尚未有节点获准的连接数上限；开放的中继则计算全部连接；off 表示不限制" or:"an eighth of DERP_MAX_CONNECTIONS, at least 64" zhor:"DERP_MAX_CONNECTIONS 的八分之一，至少 64"`
-	AcceptRate     string `envconfig:"DERP_ACCEPT_RATE" default:"50" desc:"most new connections a second from one IPv4 address or IPv6 /64; five times as many may come at once; off is no limit" zh:"同一个 IPv4 地址或 IPv6 /64 网段每秒新建连接数的上限；允许一次突发五倍；off 表示不限制"`
+	MaxConnections string `envconfig:"DERP_MAX_CONNECTIONS" desc:"most connections to the HTTPS and HTTP listeners together; on a closed relay, an eighth is for addresses from which an admitted node came; off is no limit" zh:"HTTPS 和 HTTP 端口的连接总数上限；中继不开放时，其中八分之一留给有节点被放行过的地址；off 表示不限制" or:"one for each 64 KiB of the container's memory limit, or else of half the machine's memory, as far as open files allow" zhor:"容器内存上限（没有时为机器内存的一半）每 64 KiB 一个，且不超过打开文件数的限制"`
+	MaxStrangers   string `envconfig:"DERP_MAX_STRANGERS" desc:"most connections whose node is not admitted yet; one more closes an older one of the address that has the most; off is no limit" zh:"节点尚未被放行的连接数上限；再多一个，就关闭占用最多的地址上较旧的一个；off 表示不限制" or:"a third of DERP_MAX_CONNECTIONS" zhor:"DERP_MAX_CONNECTIONS 的三分之一"`
+	MaxPerAddress  string `envconfig:"DERP_MAX_PER_ADDRESS" desc:"most connections from one IPv4 address or IPv6 /64 whose node is not admitted yet; on an open relay, all connections count; off is no limit" zh:"同一个 IPv4 地址或 IPv6 /64 网段上，节点尚未被放行的连接数上限；中继开放时计算全部连接；off 表示不限制" or:"an eighth of DERP_MAX_CONNECTIONS, at least 64" zhor:"DERP_MAX_CONNECTIONS 的八分之一，至少 64"`
+	AcceptRate     string `envconfig:"DERP_ACCEPT_RATE" default:"50" desc:"most new connections a second from one IPv4 address or IPv6 /64; five times as many may come at once after a pause; off is no limit" zh:"同一个 IPv4 地址或 IPv6 /64 网段每秒新建连接数的上限；停顿之后可一次新建五倍；off 表示不限制"`
 }
 
 // Each connection takes up to connectionMemory: a client that does nothing takes 36 KiB with
@@ -22,7 +22,7 @@ const (
 	connectionMemory = 64 << 10
 	ownMemory        = 32 << 20
 
-	// burstSeconds is the time after whose rest an address may use its rate at once.
+	// burstSeconds is the number of seconds of the rate that an address may use at once.
 	// A campus behind one address connects again at once after a restart.
 	burstSeconds = 5
 )

@@ -19,7 +19,7 @@ type ListenEnv struct {
 	Health     string `envconfig:"DERP_HEALTH_ADDR" desc:"listen address for a platform's health check: GET /readyz answers ready or not ready, and nothing else is there" zh:"供平台健康检查询问 GET /readyz 的监听地址：只回答就绪或未就绪" or:"none; on Fly.io :8081, on Railway :PORT" zhor:"无；Fly.io 上是 :8081，Railway 上是 :PORT"`
 	Admin      string `envconfig:"DERP_ADMIN_ADDR" default:"127.0.0.1:9090" desc:"listen address for health, metrics and the map; never on the public listener" zh:"健康检查、指标和 DERPMap 的监听地址；不会出现在公网端口上"`
 	Congestion string `envconfig:"DERP_TCP_CONGESTION" desc:"congestion control of clients' connections, such as bbr; the kernel must have it" zh:"客户端连接使用的 TCP 拥塞控制算法，例如 bbr；内核必须支持" or:"the kernel's" zhor:"内核的默认值"`
-	Unsent     string `envconfig:"DERP_TCP_UNSENT" default:"16384" desc:"bytes for a client that may wait unsent in the kernel; fewer keep a slow client's ping short while it downloads, 0 is no limit" zh:"每个客户端在内核中等待发送的最大字节数；较小的值使慢速客户端在下载时仍保持低延迟，0 为不限"`
+	Unsent     string `envconfig:"DERP_TCP_UNSENT" default:"16384" desc:"bytes for a client that may wait unsent in the kernel; a small number keeps the latency of a slow client low while it downloads; 0 is no limit" zh:"每个客户端在内核中等待发送的最大字节数；值小时，慢速客户端在下载时延迟仍然低；0 表示不限"`
 }
 
 // Listen are the addresses to listen on, host:port.

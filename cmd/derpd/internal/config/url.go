@@ -16,7 +16,7 @@ func init() {
 // URLEnv are the admission URLs to ask.
 type URLEnv struct {
 	URLs     string `envconfig:"DERP_VERIFY_CLIENT_URL" secret:"url" desc:"admission URLs, comma-separated (Headscale's /verify)" zh:"准入网址，逗号分隔（Headscale 的 /verify）"`
-	FailOpen string `envconfig:"DERP_VERIFY_CLIENT_URL_FAIL_OPEN" default:"false" desc:"true: anybody may connect while an admission URL cannot be reached, as derper does by default" zh:"true：准入网址无法访问时任何人都可以连接（derper 的默认行为）"`
+	FailOpen string `envconfig:"DERP_VERIFY_CLIENT_URL_FAIL_OPEN" default:"false" desc:"true: anybody may connect while an admission URL refuses connections, has no route, or its name does not exist; derper does the like by default" zh:"true：准入网址拒绝连接、没有路由，或域名不存在时，任何人都可以连接（derper 默认与此相近）"`
 }
 
 func (env *URLEnv) parse(p *problems, shared sharedByAll) parsedSources {
