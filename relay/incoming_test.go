@@ -211,7 +211,7 @@ func FuzzIncoming(f *testing.F) {
 			return
 		}
 		s := sessionOf(&chunks{stream: bytes.Clone(stream), pieces: pieces}, nil)
-		s.all.nodes[full] = &limited{sessions: []*session{s}, backlog: backlog{size: longestBacklog, changed: time.Now().Add(time.Hour)}}
+		s.all.nodes[full] = &limitedNode{sessions: []*session{s}, backlog: backlog{size: longestBacklog, changed: time.Now().Add(time.Hour)}}
 		got, err := io.ReadAll(readerOf{s, int(size)*9 + 1})
 		want, refused := delivered(stream, full)
 		if !bytes.Equal(got, want) || errors.Is(err, errFirstFrame) != refused || !refused && err != nil {

@@ -42,13 +42,13 @@ const (
 	maxParted = 10_000
 )
 
-// limits applies [Config.NodeLimit].
-type limits struct {
+// nodeLimits applies [Config.NodeLimit].
+type nodeLimits struct {
 	of      func(key.NodePublic) NodeLimit // nil: no node has a limit
 	private key.NodePrivate                // opens the first frame of other nodes of the region
 	meshKey key.DERPMesh                   // zero: no mesh
 
-	nodes map[key.NodePublic]*limited // guarded by sessions.mu
+	nodes map[key.NodePublic]*limitedNode // guarded by sessions.mu
 
 	// parted is the number of nodes without a connection. Their pace is kept until they
 	// could send a whole burst again. With a new pace, each new connection would bring
@@ -61,8 +61,8 @@ type limits struct {
 	replaced      int64        // connections closed for a newer one; guarded by sessions.mu
 }
 
-// limited is a node with its limit.
-type limited struct {
+// limitedNode is a node with its limit.
+type limitedNode struct {
 	sessions []*session // oldest first
 	pace     *pace      // nil without a rate
 	backlog  backlog
@@ -84,7 +84,7 @@ func (all *sessions) limit(s *session) {
 	}
 	n := all.nodes[node]
 	if n == nil {
-		n = new(limited)
+		n = new(limitedNode)
 		all.nodes[node] = n
 	} else if len(n.sessions) == 0 {
 		all.parted--
@@ -98,7 +98,7 @@ func (all *sessions) limit(s *session) {
 }
 
 // apply gives a node a limit. The caller holds all.mu.
-func (all *sessions) apply(n *limited, limit NodeLimit) {
+func (all *sessions) apply(n *limitedNode, limit NodeLimit) {
 	before := n.pace
 	switch {
 	case limit.Rate == 0 || n.mesh:
@@ -161,8 +161,8 @@ func (all *sessions) unlimit(s *session, node key.NodePublic) {
 	}
 }
 
-// ApplyLimits asks [Config.NodeLimit] again about every connected node.
-func (r *Relay) ApplyLimits() {
+// ApplyNodeLimits asks [Config.NodeLimit] again about every connected node.
+func (r *Relay) ApplyNodeLimits() {
 	all := r.sessions
 	all.mu.Lock()
 	nodes := make([]key.NodePublic, 0, len(all.nodes))
@@ -179,10 +179,10 @@ func (r *Relay) ApplyLimits() {
 	}
 }
 
-// RunLimits sends a text to nodes that are slowed down, takes it back afterwards, and
-// calls [Relay.ApplyLimits] from time to time, until ctx ends. It is not needed
+// RunNodeLimits sends a text to nodes that are slowed down, takes it back afterwards, and
+// calls [Relay.ApplyNodeLimits] from time to time, until ctx ends. It is not needed
 // without a rate.
-func (r *Relay) RunLimits(ctx context.Context) error {
+func (r *Relay) RunNodeLimits(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for i := 1; ; i++ {
@@ -192,7 +192,7 @@ func (r *Relay) RunLimits(ctx context.Context) error {
 		case <-tick.C:
 		}
 		if i%limitEvery == 0 {
-			r.ApplyLimits()
+			r.ApplyNodeLimits()
 		}
 		if list := r.sessions.lookAtPaces(); len(list) > 0 {
 			ctx, cancel := context.WithTimeout(ctx, slowedTake)
@@ -237,8 +237,8 @@ func (p *pace) look() bool {
 	return is || was
 }
 
-// Limited are numbers about limits.
-type Limited struct {
+// LimitedNodes are numbers about [Config.NodeLimit].
+type LimitedNodes struct {
 	Nodes  int // connected nodes with a rate
 	Slowed int // of these, the ones that have been slowed down for ten seconds
 
@@ -247,12 +247,12 @@ type Limited struct {
 	Replaced int64         // connections closed for a newer one of the same node, since the start
 }
 
-// Limited returns the numbers.
-func (r *Relay) Limited() Limited {
+// LimitedNodes returns the numbers.
+func (r *Relay) LimitedNodes() LimitedNodes {
 	all := r.sessions
 	all.mu.Lock()
 	defer all.mu.Unlock()
-	l := Limited{Waits: all.waits.Load(), Waited: time.Duration(all.waited.Load()), Replaced: all.replaced}
+	l := LimitedNodes{Waits: all.waits.Load(), Waited: time.Duration(all.waited.Load()), Replaced: all.replaced}
 	for _, n := range all.nodes {
 		if n.pace == nil || len(n.sessions) == 0 {
 			continue

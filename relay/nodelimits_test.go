@@ -118,7 +118,7 @@ func TestConnectionsOfNode(t *testing.T) {
 	if n, slowed := r.Connections(node.Public()); n != 3 || slowed {
 		t.Errorf("%d connections, slowed %t; want 3", n, slowed)
 	}
-	if got := r.Limited(); got != (Limited{Replaced: 5}) {
+	if got := r.LimitedNodes(); got != (LimitedNodes{Replaced: 5}) {
 		t.Errorf("%+v, want 5 connections replaced", got)
 	}
 	testkit.Exchange(t, all[7], other)
@@ -152,10 +152,10 @@ func TestNoLimits(t *testing.T) {
 	r := start(t, Config{Log: zerolog.Nop()}, ln)
 	a, b := connect(t, ln, nil, key.NewNode()), connect(t, ln, nil, key.NewNode())
 	testkit.Exchange(t, a, b)
-	if n, _ := r.Connections(a.SelfPublicKey()); n != 0 || r.Limited() != (Limited{}) {
-		t.Errorf("%d connections, %+v", n, r.Limited())
+	if n, _ := r.Connections(a.SelfPublicKey()); n != 0 || r.LimitedNodes() != (LimitedNodes{}) {
+		t.Errorf("%d connections, %+v", n, r.LimitedNodes())
 	}
-	r.ApplyLimits()
+	r.ApplyNodeLimits()
 }
 
 // Another node of the region has no rate, and a client of this relay has one. A client
@@ -180,7 +180,7 @@ func TestMeshHasNoRate(t *testing.T) {
 	testkit.MustAdmit(t, pretends)
 	testkit.Exchange(t, onA, onB)
 	testkit.Exchange(t, pretends, onA)
-	a.ApplyLimits()
+	a.ApplyNodeLimits()
 	for node, want := range map[key.NodePublic]bool{b.PublicKey(): false, onA.SelfPublicKey(): true, pretends.SelfPublicKey(): true} {
 		a.sessions.mu.Lock()
 		n := a.sessions.nodes[node]
@@ -191,7 +191,7 @@ func TestMeshHasNoRate(t *testing.T) {
 		}
 		a.sessions.mu.Unlock()
 	}
-	if got := a.Limited().Nodes; got != 2 {
+	if got := a.LimitedNodes().Nodes; got != 2 {
 		t.Errorf("%d nodes with a rate, want 2", got)
 	}
 }
@@ -248,7 +248,7 @@ func TestSlowedIsTold(t *testing.T) {
 		all, limit := limiting(NodeLimit{Rate: 20_000, Burst: 64 << 10})
 		r := &Relay{sessions: all}
 		ctx, cancel := context.WithCancel(t.Context())
-		go func() { _ = r.RunLimits(ctx) }()
+		go func() { _ = r.RunNodeLimits(ctx) }()
 		node := key.NewNode().Public()
 		answered := func(node key.NodePublic) (*session, net.Conn, <-chan string) {
 			s, far := join(t, all, node)
@@ -288,7 +288,7 @@ func TestSlowedIsTold(t *testing.T) {
 		if got := next(t, "on the other connection", second); got != want {
 			t.Errorf("text %q, want %q", got, want)
 		}
-		if got := r.Limited(); got.Nodes != 2 || got.Slowed != 1 || got.Waits == 0 || got.Waited < 9*time.Second || got.Waited > 13*time.Second {
+		if got := r.LimitedNodes(); got.Nodes != 2 || got.Slowed != 1 || got.Waits == 0 || got.Waited < 9*time.Second || got.Waited > 13*time.Second {
 			t.Errorf("%+v", got)
 		}
 		if n, slowed := r.Connections(node); n != 2 || !slowed {

@@ -37,7 +37,7 @@ type pace struct {
 	waited atomic.Int64 // nanoseconds that readers have waited since the last look
 	slowed atomic.Bool  // whether the node has been slowed down for slowedAfter
 
-	busy, quiet int // looks at a slowed node, and at one that is not; owned by [Relay.RunLimits]
+	busy, quiet int // looks at a slowed node, and at one that is not; owned by [Relay.RunNodeLimits]
 }
 
 // newPace returns a pace. Before is the pace that it replaces, or nil: the tokens are

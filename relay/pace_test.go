@@ -186,7 +186,7 @@ func TestPaceChanges(t *testing.T) {
 				<-time.After(3 * time.Second)
 				limit.Store(&tt.next)
 				before := read.Load()
-				(&Relay{sessions: all}).ApplyLimits()
+				(&Relay{sessions: all}).ApplyNodeLimits()
 				<-time.After(10 * time.Second)
 				if got := read.Load() - before; got > tt.want || got < tt.want-3000 {
 					t.Errorf("%d bytes in 10 s, want %d", got, tt.want)
@@ -211,7 +211,7 @@ func TestPaceOfNextConnection(t *testing.T) {
 		all, _ := limiting(NodeLimit{Rate: 1000, Burst: 10_000})
 		r := &Relay{sessions: all}
 		ctx, cancel := context.WithCancel(t.Context())
-		go func() { _ = r.RunLimits(ctx) }()
+		go func() { _ = r.RunNodeLimits(ctx) }()
 		node := key.NewNode().Public()
 		send := func() int64 {
 			s, far := join(t, all, node)

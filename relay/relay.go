@@ -49,7 +49,7 @@ type Config struct {
 	DisallowApps []string
 
 	// TellClients is whether clients get the reason why they are refused, and the
-	// texts of [Relay.Tell] and [Relay.RunLimits].
+	// texts of [Relay.Tell] and [Relay.RunNodeLimits].
 	TellClients bool
 
 	// Home serves the paths that clients never request.

@@ -17,7 +17,7 @@ type sessions struct {
 	log    zerolog.Logger
 	teller *teller // nil: refused clients are closed
 	places *places // nil in tests
-	limits
+	nodeLimits
 
 	refusedFirst atomic.Int64 // connections ended for their first frame
 	droppedLarge atomic.Int64 // packets dropped for the backlog of their receiver
@@ -30,7 +30,7 @@ type sessions struct {
 
 // newSessions returns an empty set.
 func newSessions(log zerolog.Logger) *sessions {
-	return &sessions{log: log, open: make(map[*session]bool), limits: limits{nodes: make(map[key.NodePublic]*limited)}}
+	return &sessions{log: log, open: make(map[*session]bool), nodeLimits: nodeLimits{nodes: make(map[key.NodePublic]*limitedNode)}}
 }
 
 // handler wraps next, so that its hijacked connections are sessions.

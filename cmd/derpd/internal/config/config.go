@@ -83,7 +83,7 @@ type Config struct {
 	Sources     []Source // of admission; an open relay has none
 	Later       []Source // of admission, that close an open relay when their Target appears
 	TellClients bool     // whether clients get reasons and warnings
-	Rates       Rates
+	NodeLimits  NodeLimits
 	Region      Region
 	Mesh        relay.MeshConfig // without Describe
 	Proxies     Proxies
@@ -142,7 +142,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	var admissionWarnings []string
 	c.Admission, c.Sources, c.Later, admissionWarnings = parseAdmission(p, e, roots)
 	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellClients)
-	c.Rates = parseRates(p, e)
+	c.NodeLimits = parseNodeLimits(p, e)
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string

@@ -113,8 +113,8 @@ func (c *Config) computedDefaults() map[string]string {
 		"DERP_MAX_STRANGERS":   formatLimit(c.Limits.Strangers),
 		"DERP_MAX_PER_ADDRESS": formatLimit(c.Limits.PerAddress),
 	}
-	if c.Rates.Defaults.Rate > 0 {
-		values["DERP_CLIENT_BURST"] = strconv.Itoa(c.Rates.Defaults.Burst)
+	if c.NodeLimits.Defaults.Rate > 0 {
+		values["DERP_CLIENT_BURST"] = strconv.Itoa(c.NodeLimits.Defaults.Burst)
 	}
 	switch c.Certificate.Mode {
 	case ModeManual:

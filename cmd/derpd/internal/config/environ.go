@@ -29,7 +29,7 @@ type Env struct {
 	RootsEnv
 	AdmissionEnv
 	TellEnv
-	RatesEnv
+	NodeLimitsEnv
 	RegionEnv
 	MeshEnv
 	ProxiesEnv

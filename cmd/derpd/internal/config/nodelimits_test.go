@@ -10,7 +10,7 @@ import (
 )
 
 // Without variables a node has no rate. With a rate its burst is shown by `derpd env`.
-func TestRates(t *testing.T) {
+func TestNodeLimits(t *testing.T) {
 	for env, want := range map[string]relay.NodeLimit{
 		"":                        {Connections: 16},
 		"DERP_MAX_PER_NODE=0":     {},
@@ -21,8 +21,8 @@ func TestRates(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.Rates.Defaults != want || c.Rates.May() != (want.Rate > 0) {
-			t.Errorf("%s: %+v, want %+v", env, c.Rates, want)
+		if c.NodeLimits.Defaults != want || c.NodeLimits.May() != (want.Rate > 0) {
+			t.Errorf("%s: %+v, want %+v", env, c.NodeLimits, want)
 		}
 		var shown bytes.Buffer
 		if err := c.WriteEffective(&shown); err != nil {

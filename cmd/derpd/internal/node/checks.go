@@ -27,8 +27,8 @@ func (n *Node) checks() []healthz.Check {
 		list = append(list, healthz.Check{Name: "stun", Run: n.checkSTUN})
 	}
 	list = append(list, healthz.Check{Name: "admission", Run: n.checkAdmission})
-	if n.config.Rates.May() {
-		list = append(list, healthz.Check{Name: "limits", Run: n.checkLimits})
+	if n.config.NodeLimits.May() {
+		list = append(list, healthz.Check{Name: "limits", Run: n.checkNodeLimits})
 	}
 	if n.config.Meshed() {
 		list = append(list, healthz.Check{Name: "mesh", Run: n.checkMesh})

@@ -37,9 +37,9 @@ var limitMeaning = map[relay.Limit]string{
 	relay.LimitAcceptRate:  "one address connects too often; a proxy in front must send the addresses of its clients, see DERP_TRUSTED_PROXIES",
 }
 
-// relayLimits are the limits of the configuration. Clients come from the gateway of a
+// connectionLimits are the limits of the configuration. Clients come from the gateway of a
 // container's network, where that hides their addresses.
-func (n *Node) relayLimits() relay.Limits {
+func (n *Node) connectionLimits() relay.Limits {
 	l := n.config.Limits
 	for _, gateway := range n.options.Gateways {
 		l.Shared = append(l.Shared, netip.PrefixFrom(gateway, gateway.BitLen()))

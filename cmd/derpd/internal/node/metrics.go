@@ -59,7 +59,7 @@ func (n *Node) metrics() []expvar.KeyValue {
 				expvar.KeyValue{Key: "gauge_derpd_update_answer_timestamp_seconds", Value: number(asOf.Unix())})
 		}
 	}
-	return slices.Concat(list, n.listenerMetrics(), relay.ProcessMetrics(), n.toldMetrics(), n.connectionMetrics(), n.limitMetrics(), n.admissionMetrics(), n.meshMetrics())
+	return slices.Concat(list, n.listenerMetrics(), relay.ProcessMetrics(), n.toldMetrics(), n.connectionMetrics(), n.nodeLimitMetrics(), n.admissionMetrics(), n.meshMetrics())
 }
 
 // The types are labels of metrics.

@@ -69,20 +69,20 @@ type Node struct {
 	options Options
 	log     zerolog.Logger
 
-	listeners *listeners
-	relay     *relay.Relay
-	stun      *stun.Server               // nil when off
-	certs     certs.Manager              // nil in mode off
-	gate      atomic.Pointer[admit.Gate] // nil when open; see autoclose.go
-	limits    *nodelimits.Limits
-	bootstrap *relay.BootstrapDNS
-	health    *healthz.Health
-	selfCheck *healthz.SelfCheck
-	probe     probeKeys
-	eyes      *eyes
-	updates   *updates // nil when off
-	packets   *packets
-	mapCert   mapCert
+	listeners  *listeners
+	relay      *relay.Relay
+	stun       *stun.Server               // nil when off
+	certs      certs.Manager              // nil in mode off
+	gate       atomic.Pointer[admit.Gate] // nil when open; see autoclose.go
+	nodeLimits *nodelimits.Limits
+	bootstrap  *relay.BootstrapDNS
+	health     *healthz.Health
+	selfCheck  *healthz.SelfCheck
+	probe      probeKeys
+	eyes       *eyes
+	updates    *updates // nil when off
+	packets    *packets
+	mapCert    mapCert
 
 	plain      http.Handler // of the plain HTTP listener
 	admin      *http.Server
@@ -139,7 +139,7 @@ func (n *Node) build(ctx context.Context) error {
 		}
 		n.gate.Store(gate)
 	}
-	if n.limits, err = n.newLimits(); err != nil {
+	if n.nodeLimits, err = n.newNodeLimits(); err != nil {
 		return err
 	}
 	n.bootstrap = relay.NewBootstrapDNS(c.Web.BootstrapDNS, n.log)
@@ -188,7 +188,7 @@ func (n *Node) relayConfig(private key.NodePrivate) relay.Config {
 		Mesh:           mesh,
 		TrustedProxies: c.Proxies.Trusted,
 		ProxyProtocol:  c.Proxies.ProxyProtocol,
-		Limits:         n.relayLimits(),
+		Limits:         n.connectionLimits(),
 		Open:           func() bool { return n.gate.Load() == nil },
 		Misdirected:    n.misdirected,
 		Log:            n.log,

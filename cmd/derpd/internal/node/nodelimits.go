@@ -15,14 +15,14 @@ import (
 	"derpd/relay/admit"
 )
 
-// newLimits reads the limits of nodes.
-func (n *Node) newLimits() (*nodelimits.Limits, error) {
+// newNodeLimits reads the limits of nodes.
+func (n *Node) newNodeLimits() (*nodelimits.Limits, error) {
 	l, err := nodelimits.New(nodelimits.Config{
-		Defaults: n.config.Rates.Defaults,
-		Path:     n.config.Rates.File,
+		Defaults: n.config.NodeLimits.Defaults,
+		Path:     n.config.NodeLimits.File,
 		Describe: n.describeNode,
 		Changed: func() {
-			n.relay.ApplyLimits()
+			n.relay.ApplyNodeLimits()
 			n.health.Changed()
 		},
 		Log: n.log,
@@ -46,23 +46,23 @@ func (n *Node) nodeLimit(node key.NodePublic) relay.NodeLimit {
 	if n.probe.has(node) {
 		return relay.NodeLimit{}
 	}
-	limit, _ := n.limits.Of(node)
+	limit, _ := n.nodeLimits.Of(node)
 	return limit
 }
 
-// runLimits keeps the limits current until ctx ends.
-func (n *Node) runLimits(ctx context.Context) error {
+// runNodeLimits keeps the limits current until ctx ends.
+func (n *Node) runNodeLimits(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return n.relay.RunLimits(ctx) })
-	if n.config.Rates.File != "" {
-		group.Go(func() error { return n.limits.Run(ctx) })
+	group.Go(func() error { return n.relay.RunNodeLimits(ctx) })
+	if n.config.NodeLimits.File != "" {
+		group.Go(func() error { return n.nodeLimits.Run(ctx) })
 	}
 	return group.Wait()
 }
 
 // explainLimit describes the limit of a node for `derpd admit`.
 func (n *Node) explainLimit(node key.NodePublic) string {
-	text := n.limits.Explain(node)
+	text := n.nodeLimits.Explain(node)
 	switch connections, slowed := n.relay.Connections(node); {
 	case slowed:
 		text += fmt.Sprintf("; connections now: %d, slowed down", connections)
@@ -72,23 +72,23 @@ func (n *Node) explainLimit(node key.NodePublic) string {
 	return text
 }
 
-func (n *Node) checkLimits(context.Context) healthz.Result {
-	line := "each node: " + nodelimits.Describe(n.config.Rates.Defaults)
-	if n.config.Rates.File != "" {
-		line += fmt.Sprintf("; lines of %s: %d", n.config.Rates.File, n.limits.Lines())
+func (n *Node) checkNodeLimits(context.Context) healthz.Result {
+	line := "each node: " + nodelimits.Describe(n.config.NodeLimits.Defaults)
+	if n.config.NodeLimits.File != "" {
+		line += fmt.Sprintf("; lines of %s: %d", n.config.NodeLimits.File, n.nodeLimits.Lines())
 	}
-	now := n.relay.Limited()
+	now := n.relay.LimitedNodes()
 	line += fmt.Sprintf("; connected nodes with a rate: %d, slowed down: %d", now.Nodes, now.Slowed)
-	if err := n.limits.Problem(); err != nil {
+	if err := n.nodeLimits.Problem(); err != nil {
 		return healthz.Warnf("%s; %s", line, strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	return healthz.Okf("%s", line)
 }
 
-func (n *Node) limitMetrics() []expvar.KeyValue {
-	now := n.relay.Limited()
+func (n *Node) nodeLimitMetrics() []expvar.KeyValue {
+	now := n.relay.LimitedNodes()
 	list := []expvar.KeyValue{{Key: "counter_derpd_connections_replaced_total", Value: number(now.Replaced)}}
-	if !n.config.Rates.May() {
+	if !n.config.NodeLimits.May() {
 		return list
 	}
 	waited := new(expvar.Float)
@@ -98,10 +98,10 @@ func (n *Node) limitMetrics() []expvar.KeyValue {
 		expvar.KeyValue{Key: "gauge_derpd_slowed_nodes", Value: number(now.Slowed)},
 		expvar.KeyValue{Key: "counter_derpd_rate_waits_total", Value: number(now.Waits)},
 		expvar.KeyValue{Key: "counter_derpd_rate_waited_seconds_total", Value: waited})
-	if n.config.Rates.File != "" {
+	if n.config.NodeLimits.File != "" {
 		list = append(list,
-			expvar.KeyValue{Key: "gauge_derpd_limits_lines", Value: number(n.limits.Lines())},
-			expvar.KeyValue{Key: "counter_derpd_limits_read_errors_total", Value: number(n.limits.Failures())})
+			expvar.KeyValue{Key: "gauge_derpd_limits_lines", Value: number(n.nodeLimits.Lines())},
+			expvar.KeyValue{Key: "counter_derpd_limits_read_errors_total", Value: number(n.nodeLimits.Failures())})
 	}
 	return list
 }

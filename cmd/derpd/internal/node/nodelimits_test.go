@@ -43,31 +43,31 @@ func TestLimitsOfNodes(t *testing.T) {
 	if got := limit(key.NewNode().Public()); got != "" {
 		t.Errorf("a refused node has the limit %q", got)
 	}
-	if got := n.relay.Limited().Nodes; got != 1 {
+	if got := n.relay.LimitedNodes().Nodes; got != 1 {
 		t.Errorf("%d nodes with a rate, want 1", got)
 	}
 	if got := n.nodeLimit(n.probe.public[0]); got.Rate != 0 || got.Connections != 0 {
 		t.Errorf("the self-check has the limit %+v", got)
 	}
-	if got := n.checkLimits(context.Background()); got.Level != healthz.OK || !strings.Contains(got.Detail, "lines of "+file+": 1; connected nodes with a rate: 1, slowed down: 0") {
+	if got := n.checkNodeLimits(context.Background()); got.Level != healthz.OK || !strings.Contains(got.Detail, "lines of "+file+": 1; connected nodes with a rate: 1, slowed down: 0") {
 		t.Errorf("%+v", got)
 	}
 
 	put(file, "comment:nobody rate=2Mbit\n")
-	testkit.Until(t, "no node has a rate", func() bool { return n.relay.Limited().Nodes == 0 })
+	testkit.Until(t, "no node has a rate", func() bool { return n.relay.LimitedNodes().Nodes == 0 })
 	put(file, "comment:bob rate=2Mbit\ncomment:alice\n")
-	testkit.Until(t, "a warning", func() bool { return n.checkLimits(context.Background()).Level == healthz.Warn })
+	testkit.Until(t, "a warning", func() bool { return n.checkNodeLimits(context.Background()).Level == healthz.Warn })
 	put(file, "comment:bob rate=2Mbit\ncomment:carol rate=4Mbit\n")
 	if files := n.Reload(); len(files) < 2 || files[1] != file {
 		t.Errorf("files %q are read again", files)
 	}
-	if got := n.relay.Limited().Nodes; got != 1 {
+	if got := n.relay.LimitedNodes().Nodes; got != 1 {
 		t.Errorf("%d nodes with a rate after a reload, want 1", got)
 	}
 
 	put(keys, alice.Public().String()+" # carol\n"+bob.Public().String()+"\n")
 	n.Reload()
-	n.relay.ApplyLimits() // the relay does so every ten seconds
+	n.relay.ApplyNodeLimits() // the relay does so every ten seconds
 	if got := limit(alice.Public()); !strings.Contains(got, "sends at most 4 Mbit/s") {
 		t.Errorf("alice: %q, want the line of her new comment", got)
 	}

@@ -9,9 +9,9 @@ func (n *Node) Reload() []string {
 	if gate := n.gate.Load(); gate != nil {
 		files = gate.Reload()
 	}
-	if n.config.Rates.File != "" {
-		n.limits.Reload()
-		files = append(files, n.config.Rates.File)
+	if n.config.NodeLimits.File != "" {
+		n.nodeLimits.Reload()
+		files = append(files, n.config.NodeLimits.File)
 	}
 	if c, ok := n.certs.(interface{ Reload() []string }); ok {
 		files = append(files, c.Reload()...)

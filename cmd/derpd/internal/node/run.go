@@ -54,8 +54,8 @@ func (n *Node) tasks() []task {
 	} else if n.mayClose() {
 		list = append(list, task{"admission", n.closeWithSocket})
 	}
-	if n.config.Rates.May() {
-		list = append(list, task{"limits", n.runLimits})
+	if n.config.NodeLimits.May() {
+		list = append(list, task{"limits", n.runNodeLimits})
 	}
 	if n.config.Meshed() {
 		list = append(list, task{"mesh", n.relay.Mesh().Run})
