@@ -147,10 +147,8 @@ func New(c Config) (*Relay, error) {
 		r.tls = tlsConfig(server, r.names, r.turns, c.GetCertificate)
 	}
 	r.public = httpserver.Public(r.handler(), c.Log)
-	if r.readsForwarded() {
-		r.public.ConnContext = withConn
-	}
 	r.plain = httpserver.Public(nil, c.Log)
+	r.public.ConnContext, r.plain.ConnContext = withConn, withConn
 	return r, nil
 }
 

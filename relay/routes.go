@@ -29,17 +29,35 @@ func (r *Relay) handler() http.Handler {
 	return handler
 }
 
+// maxProbes is the number of probes of one connection. Without it a few connections could
+// take all processors, and no limit of connections would apply.
+const maxProbes = 10
+
 // closing closes the connection after each response, except after the probes that clients
 // repeat. An idle connection would keep its place.
 func closing(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		keep := false
 		switch req.URL.Path {
 		case "/derp/probe", "/derp/latency-check", "/generate_204":
-		default:
+			keep = mayProbeAgain(req)
+		}
+		if !keep {
 			w.Header().Set("Connection", "close")
 		}
 		next.ServeHTTP(w, req)
 	})
+}
+
+// mayProbeAgain counts a probe of a connection.
+func mayProbeAgain(req *http.Request) bool {
+	conn, _ := req.Context().Value(connKey{}).(net.Conn)
+	c := socketOf(conn)
+	if c == nil {
+		return true
+	}
+	c.probes++
+	return c.probes < maxProbes
 }
 
 // upgraded passes requests with an upgrade to DERP or WebSocket to derp, and all

@@ -82,6 +82,7 @@ type socketConn struct {
 
 	places *places // nil: none are counted
 	place  place   // guarded by places.mu
+	probes int     // HTTP probes so far; owned by the HTTP server
 }
 
 // socketOf returns the TCP connection below the other layers of a connection, or nil.

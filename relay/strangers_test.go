@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -433,4 +434,39 @@ func TestKeepAlive(t *testing.T) {
 		_ = server.Close()
 	}
 	transport.CloseIdleConnections()
+}
+
+// A connection ends after some probes, so that the rate of new connections limits probes
+// too. Both listeners count them.
+func TestProbesOfAConnection(t *testing.T) {
+	r := newRelay(t, Config{Log: zerolog.Nop()})
+	public, plain := listen(t), listen(t)
+	go func() { _ = r.Serve(public) }()
+	go func() { _ = r.ServePlain(plain, RedirectHandler(443)) }()
+	t.Cleanup(func() { _ = r.Close() })
+	for _, ln := range []net.Listener{public, plain} {
+		conn, err := dialFrom(t.Context(), "127.0.0.1", ln)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		_ = conn.SetDeadline(time.Now().Add(testkit.Patience))
+		if _, err := io.WriteString(conn, strings.Repeat("GET /generate_204 HTTP/1.1\r\nHost: x\r\n\r\n", maxProbes+5)); err != nil {
+			t.Fatal(err)
+		}
+		responses := bufio.NewReader(conn)
+		for i := range maxProbes {
+			response, err := http.ReadResponse(responses, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = response.Body.Close()
+			if last := i == maxProbes-1; response.Close != last {
+				t.Errorf("probe %d: the connection is closed: %t", i+1, response.Close)
+			}
+		}
+		if b, err := io.ReadAll(responses); len(b) > 0 || os.IsTimeout(err) {
+			t.Errorf("after the last probe: %q, %v", b, err)
+		}
+	}
 }
