@@ -49,6 +49,9 @@ type memory struct {
 	log   zerolog.Logger
 	dirty chan struct{} // filled when a node is added or removed
 
+	loaded time.Time // when the file was read
+	latest time.Time // the latest time in the file then, at most loaded if the clock was right
+
 	mu      sync.Mutex
 	nodes   map[key.NodePublic]time.Time // time of the last admission; guarded by mu
 	unsaved bool                         // guarded by mu
@@ -73,13 +76,36 @@ func (m *memory) load() {
 	if err != nil || m.nodes == nil { // null is JSON too
 		m.nodes = make(map[key.NodePublic]time.Time)
 	}
-	m.prune(time.Now())
+	m.loaded = time.Now()
+	for _, at := range m.nodes {
+		if at.After(m.latest) {
+			m.latest = at
+		}
+	}
+	delete(m.nodes, saved)
+	m.prune()
 	m.shrink()
 }
 
-// prune drops expired nodes. It also drops times in the future, which a wrong clock
-// causes, because a grace must end. mu must be held once the gate is in use.
-func (m *memory) prune(now time.Time) {
+// saved is no node. Its element in the file is the time of saving.
+var saved key.NodePublic
+
+// clock returns a time of the system's clock by the clock of the memory. A computer
+// without a battery starts with a clock that is behind. Until it is set, the clock of the
+// memory continues from the latest time in the file. So the grace neither ends at such
+// a start nor begins again.
+func (m *memory) clock(at time.Time) time.Time {
+	now := time.Now()
+	if behind := m.latest.Add(now.Sub(m.loaded)).Sub(now.Round(0)); behind > 0 {
+		return at.Round(0).Add(behind)
+	}
+	return at
+}
+
+// prune drops expired nodes, and times in the future, because a grace must end. mu must
+// be held once the gate is in use.
+func (m *memory) prune() {
+	now := m.clock(time.Now())
 	maps.DeleteFunc(m.nodes, func(_ key.NodePublic, at time.Time) bool {
 		return at.After(now) || now.Sub(at) > max(m.grace, knownFor)
 	})
@@ -101,6 +127,7 @@ func (m *memory) remember(node key.NodePublic, asOf time.Time) {
 	if asOf.IsZero() {
 		return
 	}
+	asOf = m.clock(asOf)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	before, ok := m.nodes[node]
@@ -138,7 +165,7 @@ func (m *memory) holds(node key.NodePublic) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	at, ok := m.nodes[node]
-	return ok && m.grace > 0 && time.Since(at) <= m.grace
+	return ok && m.grace > 0 && m.clock(time.Now()).Sub(at) <= m.grace
 }
 
 // knows reports whether a source admitted the node within knownFor, or the grace.
@@ -182,12 +209,14 @@ func (m *memory) run(ctx context.Context) {
 
 func (m *memory) save() error {
 	m.mu.Lock()
-	m.prune(time.Now())
-	if !m.unsaved {
+	m.prune()
+	now := m.clock(time.Now())
+	if behind := now.After(time.Now()); !m.unsaved && !behind {
 		m.mu.Unlock()
 		return nil
 	}
 	nodes := maps.Clone(m.nodes)
+	nodes[saved] = now
 	m.unsaved = false
 	m.mu.Unlock()
 

@@ -1,10 +1,12 @@
 package admit
 
 import (
+	"context"
 	"encoding/json"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -186,6 +188,10 @@ func stored(t *testing.T, path string) map[string]time.Time {
 	if err := json.Unmarshal(data, &nodes); err != nil {
 		t.Fatal(err)
 	}
+	if _, ok := nodes[saved.String()]; !ok {
+		t.Error("the time of saving is not stored")
+	}
+	delete(nodes, saved.String())
 	return nodes
 }
 
@@ -300,13 +306,9 @@ func TestMemoryNotSaved(t *testing.T) {
 // A damaged file does not prevent the start, and admits no node.
 func TestMemoryDamaged(t *testing.T) {
 	node := newNode()
-	future, err := json.Marshal(map[key.NodePublic]time.Time{node: time.Now().Add(time.Hour)})
-	if err != nil {
-		t.Fatal(err)
-	}
 	for content, warns := range map[string]bool{
 		"": true, "null": false, "[]": true, `{"nodekey:12":"2026-01-01T00:00:00Z"}`: true,
-		`{"` + node.String() + `":"yesterday"}`: true, string(future): false,
+		`{"` + node.String() + `":"yesterday"}`: true,
 	} {
 		path := filepath.Join(t.TempDir(), "admitted.json")
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
@@ -362,6 +364,83 @@ func TestGraceCountsFromTheAnswer(t *testing.T) {
 		m.remember(newNode(), time.Time{})
 		if m.holds(other) || len(m.nodes) != 2 {
 			t.Errorf("holds %v", m.nodes)
+		}
+	})
+}
+
+// A clock that is behind at the start ends no grace, and starts after starts do not make
+// it longer.
+func TestMemoryClockBehind(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "admitted.json")
+	synctest.Test(t, func(t *testing.T) {
+		const year = 365 * 24 * time.Hour
+		latest := time.Now().Add(10 * year)
+		fresh, older, old, new := newNode(), newNode(), newNode(), newNode()
+		data, err := json.Marshal(map[key.NodePublic]time.Time{
+			fresh: latest, older: latest.Add(-50 * time.Minute), old: latest.Add(-61 * time.Minute),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var m *memory
+		var stop func()
+		start := func() {
+			m = loadMemory(path, time.Hour, zerolog.Nop())
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan struct{})
+			go func() { defer close(ended); m.run(ctx) }()
+			stop = func() { cancel(); <-ended }
+		}
+		want := func(when string, nodes ...key.NodePublic) {
+			t.Helper()
+			for i, node := range []key.NodePublic{fresh, older, old, new, saved} {
+				if got := m.holds(node); got != slices.Contains(nodes, node) {
+					t.Errorf("%s: node %d has a grace: %t", when, i, got)
+				}
+			}
+		}
+		start()
+		want("at first", fresh, older)
+		<-time.After(9 * time.Minute)
+		want("after 9 minutes", fresh, older)
+		stop()
+		start()
+		want("after another start", fresh, older)
+		<-time.After(2 * time.Minute)
+		want("after 11 minutes", fresh)
+		m.remember(new, time.Now().Add(-30*time.Minute))
+		want("with a new node", fresh, new)
+		for i := range 5 { // each with less than saveLate
+			stop()
+			start()
+			<-time.After(9 * time.Minute)
+			switch i {
+			case 2:
+				want("after 38 minutes", fresh, new)
+			case 3:
+				want("after 47 minutes", fresh)
+			}
+		}
+		want("after 56 minutes", fresh)
+		<-time.After(5 * time.Minute)
+		want("after 61 minutes")
+		m.remember(new, time.Now())
+		stop()
+		if at := stored(t, path)[new.String()]; at.Before(latest) || at.After(latest.Add(2*time.Hour)) {
+			t.Errorf("admitted at %s, after %s", at, latest)
+		}
+		<-time.After(11 * year)
+		start()
+		want("with the right clock")
+		now := time.Now()
+		m.remember(new, now)
+		want("with the right clock, admitted", new)
+		stop()
+		if at := stored(t, path)[new.String()]; !at.Equal(now) {
+			t.Errorf("admitted at %s, want %s", at, now)
 		}
 	})
 }
