@@ -142,7 +142,8 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	var admissionWarnings []string
 	c.Admission, c.Sources, c.Later, admissionWarnings = parseAdmission(p, e, roots)
 	c.TellClients = p.boolean("DERP_TELL_CLIENTS", e.TellClients)
-	c.NodeLimits = parseNodeLimits(p, e)
+	var nodeLimitWarnings []string
+	c.NodeLimits, nodeLimitWarnings = parseNodeLimits(p, e, slices.Concat(c.Sources, c.Later))
 	c.Region = parseRegion(p, e.RegionEnv, e.Domain != "", c.Certificate.Mode)
 	c.Mesh = parseMesh(p, e.MeshEnv, c.selfAddresses(), roots)
 	var proxyWarnings []string
@@ -153,7 +154,7 @@ func load(environ []string, checkPin bool) (*Config, error) {
 	c.Updates = parseUpdates(p, e.UpdatesEnv, environ)
 	c.Log = parseLog(p, e.LogEnv)
 
-	c.Warnings = slices.Concat(e.warnings(), c.Platform.warnings, optional(fallback), storageWarnings, admissionWarnings, proxyWarnings, limitWarnings)
+	c.Warnings = slices.Concat(e.warnings(), c.Platform.warnings, optional(fallback), storageWarnings, admissionWarnings, nodeLimitWarnings, proxyWarnings, limitWarnings)
 	err := p.err(e.order)
 	if err == nil {
 		c.computed = c.computedDefaults()

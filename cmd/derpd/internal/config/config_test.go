@@ -128,7 +128,7 @@ var badConfigurations = []struct {
 	// Limits of nodes.
 	{env: "DERP_CLIENT_RATE=20MB", want: []string{`DERP_CLIENT_RATE: want a rate in bits per second such as 20Mbit, 1.5Mbit, 512kbit or 1Gbit, or unlimited, got "20MB"`}},
 	{env: "DERP_CLIENT_RATE=64kbit DERP_CLIENT_BURST=1MiB", want: []string{`DERP_CLIENT_RATE: want at least 128kbit, or a node seems broken, got "64kbit"; write unlimited for no limit`}},
-	{env: "DERP_CLIENT_BURST=1MiB", want: []string{"DERP_CLIENT_BURST: is only used with DERP_CLIENT_RATE, but that is not set; set that, or remove this"}},
+	{env: "DERP_CLIENT_BURST=1MiB", want: []string{"DERP_CLIENT_BURST: is only used with a rate, but DERP_CLIENT_RATE has none; set a rate there, or remove this"}},
 	{env: "DERP_CLIENT_RATE=20Mbit DERP_CLIENT_BURST=1", want: []string{`DERP_CLIENT_BURST: want at least 25KiB for this rate, got "1"`}},
 	{env: "DERP_MAX_PER_NODE=-1", want: []string{`DERP_MAX_PER_NODE: want a number of connections from 1 to 100000, or unlimited, got "-1"`}},
 	{env: "DERP_LIMITS_FILE=limits", want: []string{"DERP_LIMITS_FILE: want an absolute path, got \"limits\"; write $PWD/limits"}},

@@ -22,8 +22,9 @@ type NodeLimits struct {
 // May reports whether a node may have a rate.
 func (r NodeLimits) May() bool { return r.Defaults.Rate > 0 || r.File != "" }
 
-func parseNodeLimits(p *problems, e *environment) NodeLimits {
-	var r NodeLimits
+// parseNodeLimits returns the limits, and warnings about lines of the file that fit no
+// node of the sources.
+func parseNodeLimits(p *problems, e *environment, sources []Source) (r NodeLimits, warnings []string) {
 	var rate, burst, connections error
 	r.Defaults, rate, burst, connections = nodelimits.Defaults(e.ClientRate, e.ClientBurst, e.MaxPerNode)
 	if rate != nil {
@@ -37,10 +38,20 @@ func parseNodeLimits(p *problems, e *environment) NodeLimits {
 	}
 	r.File = p.path("DERP_LIMITS_FILE", e.LimitsFile)
 	if r.File == "" || p.has("DERP_LIMITS_FILE") {
-		return r
+		return r, nil
 	}
-	if _, err := nodelimits.Load(r.File, r.Defaults); err != nil {
+	rules, err := nodelimits.Load(r.File, r.Defaults)
+	if err != nil {
 		p.add("DERP_LIMITS_FILE", "%w%s", err, readHint(err))
+		return r, nil
 	}
-	return r
+	var known nodelimits.Known
+	for _, s := range sources {
+		known.Comments = known.Comments || s.Name == "keys"
+		known.Tags = known.Tags || s.Name == "tailnet" || s.Name == "tailscaled"
+	}
+	for _, warning := range nodelimits.Useless(rules, known) {
+		warnings = append(warnings, "DERP_LIMITS_FILE: "+warning)
+	}
+	return r, warnings
 }

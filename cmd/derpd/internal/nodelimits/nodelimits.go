@@ -51,6 +51,32 @@ func (r Rule) fits(node key.NodePublic, d admit.Description) bool {
 	return true
 }
 
+// Known is what the sources of admission say about nodes.
+type Known struct {
+	Comments bool // of DERP_ALLOW_KEYS
+	Tags     bool // and names: of Tailscale's API or a tailscaled socket
+}
+
+// Useless returns a warning for the first line of each kind that fits no node, because
+// no source says what the line is about.
+func Useless(rules []Rule, known Known) (warnings []string) {
+	warned := make(map[kind]bool)
+	for _, r := range rules {
+		from := ""
+		switch {
+		case r.kind == byComment && !known.Comments:
+			from = "comments come from DERP_ALLOW_KEYS"
+		case (r.kind == byTag || r.kind == byTailnet) && !known.Tags:
+			from = "tags and tailnets come from Tailscale's API or a tailscaled socket"
+		}
+		if from != "" && !warned[r.kind] {
+			warned[r.kind] = true
+			warnings = append(warnings, fmt.Sprintf("line %d fits no node, because %s, and the relay does not use it; write nodekey:… in place of %q", r.Line, from, shown(r.Who)))
+		}
+	}
+	return warnings
+}
+
 // Describe prints a limit for operators.
 func Describe(l relay.NodeLimit) string {
 	rate, connections := "no limit on what it sends", "any number of connections"

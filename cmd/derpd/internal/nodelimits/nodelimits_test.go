@@ -19,7 +19,7 @@ import (
 func TestRate(t *testing.T) {
 	for value, want := range map[string]int64{
 		"20Mbit": 2_500_000, "20mbit": 2_500_000, "20Mbit/s": 2_500_000, "1.5Mbit": 187_500, "512kbit": 64_000, "1Gbit": 125_000_000,
-		"128kbit": 16_000, "128000": 16_000, "128000bit": 16_000, "100Gbit": 12_500_000_000, "unlimited": 0,
+		"128kbit": 16_000, "128000": 16_000, "128000bit": 16_000, "100Gbit": 12_500_000_000, "unlimited": 0, "off": 0, "OFF": 0,
 	} {
 		if got, err := Rate(value); got != want || err != nil {
 			t.Errorf("%s: %d, %v; want %d", value, got, err, want)

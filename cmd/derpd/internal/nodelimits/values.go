@@ -34,12 +34,16 @@ const (
 	mostConnections = 100_000
 )
 
-// Unlimited is the value for no limit.
+// Unlimited is the value for no limit. off means the same, as in other variables.
 const Unlimited = "unlimited"
+
+func isUnlimited(value string) bool {
+	return strings.EqualFold(value, Unlimited) || strings.EqualFold(value, "off")
+}
 
 // Rate parses a rate in bits per second, such as 20Mbit, and returns bytes.
 func Rate(value string) (bytes int64, err error) {
-	if strings.EqualFold(value, Unlimited) {
+	if isUnlimited(value) {
 		return 0, nil
 	}
 	number, unit := split(strings.TrimSuffix(strings.ToLower(value), "/s"))
@@ -78,9 +82,9 @@ func DefaultBurst(rate int64) int {
 	return int(min(max(rate/int64(time.Second/defaultBurstTime), defaultBurst), maxDefaultBurst))
 }
 
-// Connections parses a number of connections. 0 and unlimited are no limit.
+// Connections parses a number of connections. 0, unlimited and off are no limit.
 func Connections(value string) (int, error) {
-	if strings.EqualFold(value, Unlimited) {
+	if isUnlimited(value) {
 		return 0, nil
 	}
 	n, err := strconv.Atoi(value)
@@ -99,7 +103,7 @@ func Defaults(rate, burst, connections string) (l relay.NodeLimit, rateErr, burs
 	switch {
 	case rateErr != nil:
 	case burst != "" && l.Rate == 0:
-		burstErr = errors.New("is only used with DERP_CLIENT_RATE, but that is not set; set that, or remove this")
+		burstErr = errors.New("is only used with a rate, but DERP_CLIENT_RATE has none; set a rate there, or remove this")
 	case burst != "":
 		l.Burst, burstErr = Burst(burst, l.Rate)
 	case l.Rate > 0:
