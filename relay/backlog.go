@@ -14,9 +14,10 @@ const (
 	longestBacklog = 128 << 10
 
 	// backlogForgotten is the time after which a backlog that does not change is
-	// empty. derpserver has dropped its packets: each write that leads to a large
-	// packet ends within three seconds, and there are at most six such writes.
-	backlogForgotten = 20 * time.Second
+	// empty. derpserver has dropped its packets: 31 ordinary packets of each queue
+	// may precede a large one, which are eight TLS records, and one record is being
+	// written. Each write ends within writeTimeout and deadlineStep, 16 seconds.
+	backlogForgotten = 9 * (writeTimeout + deadlineStep)
 )
 
 // backlog is the memory of the large packets for one node that derpserver has, with all

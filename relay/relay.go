@@ -115,6 +115,7 @@ func New(c Config) (*Relay, error) {
 	server := derpserver.New(c.PrivateKey, func(format string, args ...any) {
 		log.Debug().Msgf(format, args...)
 	})
+	server.SetTCPWriteTimeout(writeTimeout)
 	server.SetDisallowedAppNames(c.DisallowApps)
 	sessions := newSessions(c.Log)
 	sessions.places = newPlaces(c)

@@ -60,6 +60,13 @@ func listen(t testing.TB) net.Listener {
 func start(t testing.TB, c Config, ln net.Listener) *Relay {
 	t.Helper()
 	r := newRelay(t, c)
+	serve(t, r, ln)
+	return r
+}
+
+// serve serves ln until the test ends.
+func serve(t testing.TB, r *Relay, ln net.Listener) {
+	t.Helper()
 	ended := make(chan error, 1)
 	go func() { ended <- r.Serve(ln) }()
 	t.Cleanup(func() {
@@ -70,7 +77,6 @@ func start(t testing.TB, c Config, ln net.Listener) *Relay {
 			t.Errorf("Serve returned %v", err)
 		}
 	})
-	return r
 }
 
 // client returns a client that has not connected. Without a certificate it

@@ -139,9 +139,13 @@ func (s *session) Close() error {
 }
 
 // close closes the connection. The bytes that the joiner holds are discarded: they
-// end inside a frame, and are useless to the client.
+// end inside a frame, and are useless to the client. A client whose socket is full gets
+// no closing message of TLS, which would wait for five seconds.
 func (s *session) close() error {
 	s.ended(net.ErrClosed)
+	if !s.hasRoom() {
+		_ = socketOf(s.below).Close()
+	}
 	err := s.below.Close()
 	s.all.remove(s)
 	return err
@@ -167,8 +171,16 @@ func (s *session) state() (node key.NodePublic, end error) {
 	return s.node, s.end
 }
 
-// deadlineStep is the longest delay of a write deadline.
-const deadlineStep = time.Second
+const (
+	// writeTimeout is the time in which a write to a client must end. It equals
+	// TCP_USER_TIMEOUT, so that a client whose link stalls for ten seconds stays
+	// connected. derper's two seconds are for a kernel that takes megabytes.
+	// derpserver has its own timeout for the other nodes of a mesh, 30 seconds.
+	writeTimeout = 15 * time.Second
+
+	// deadlineStep is the longest delay of a write deadline.
+	deadlineStep = time.Second
+)
 
 // SetWriteDeadline implements [net.Conn]. A write may time out up to deadlineStep
 // late, and never early. derpserver moves the deadline with each packet, and each

@@ -1,9 +1,11 @@
 package relay
 
 import (
+	"context"
 	"crypto/tls"
 	"net"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -71,7 +73,76 @@ func newSlowRelay(t *testing.T, ln net.Listener, secure bool, getCertificate fun
 	if !secure {
 		getCertificate = nil
 	}
-	return start(t, Config{Log: zerolog.Nop(), GetCertificate: getCertificate}, ln)
+	r := newRelay(t, Config{Log: zerolog.Nop(), GetCertificate: getCertificate})
+	r.server.SetTCPWriteTimeout(2 * time.Second) // in place of writeTimeout
+	serve(t, r, ln)
+	return r
+}
+
+// fill makes the socket of a client full, with bytes that are no frames.
+func fill(t *testing.T, r *Relay, node key.NodePublic) (s *session) {
+	t.Helper()
+	r.sessions.mu.Lock()
+	s = r.sessions.nodes[node].sessions[0]
+	r.sessions.mu.Unlock()
+	if !s.hasRoom() {
+		t.Fatal("the socket is full before")
+	}
+	zeros := make([]byte, 64<<10)
+	for s.hasRoom() {
+		if err := socketOf(s.below).raw.Control(func(fd uintptr) {
+			for errno := syscall.Errno(0); errno == 0; {
+				_, errno = rawWrite(fd, zeros)
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+// A client whose socket is full delays neither the texts to others nor the end of the
+// relay, while derpserver writes nothing to it. The text of the client waits.
+func TestFullSocketDelaysNobody(t *testing.T) {
+	cert, getCertificate := certificate(t)
+	ln := listen(t)
+	r := start(t, Config{Log: zerolog.Nop(), GetCertificate: getCertificate, TellClients: true}, ln)
+	var full []*session
+	for range 3 {
+		full = append(full, fill(t, r, connect(t, ln, cert, key.NewNode()).SelfPublicKey()))
+	}
+	reads := connect(t, ln, cert, key.NewNode())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		r.Tell(ctx, "stopping", "this relay is stopping")
+	}()
+	for {
+		message, err := reads.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if message == (derp.HealthMessage{Problem: "this relay is stopping"}) {
+			break
+		}
+	}
+	cancel()
+	<-told
+	for _, s := range full {
+		if _, end := s.state(); end != nil || s.told != "" || s.writeErr != nil {
+			t.Errorf("a client whose socket is full has the text %q, write error %v, end %v", s.told, s.writeErr, end)
+		}
+	}
+	// TLS waits for five seconds with its closing message, one client after another.
+	begun := time.Now()
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begun); took > 10*time.Second {
+		t.Errorf("the relay is closed after %v", took)
+	}
 }
 
 // trickle reads ten bytes a second.

@@ -139,6 +139,21 @@ func (c *socketConn) isGone() bool {
 	return err != nil || gone
 }
 
+// hasRoom reports whether a short write to the client would not wait.
+func (s *session) hasRoom() bool {
+	c := socketOf(s.below)
+	if c == nil {
+		return true
+	}
+	full := false
+	err := c.raw.Control(func(fd uintptr) {
+		polled := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		n, err := unix.Poll(polled, 0)
+		full = err == nil && n == 0
+	})
+	return err != nil || !full
+}
+
 func closeWrite(conn net.Conn) error {
 	if c, ok := conn.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()

@@ -11,7 +11,8 @@ import (
 	"tailscale.com/derp"
 )
 
-// textTimeout limits the write of a text.
+// textTimeout limits the write of a text. It is short, because texts are only written
+// to sockets with room.
 const textTimeout = 2 * time.Second
 
 // healthFrame returns a frame that sets the health problem of this relay in a
@@ -40,7 +41,7 @@ func (r *Relay) Told() Told {
 }
 
 // retellEvery is the pause before a text is written to the clients whose
-// connection was inside a frame.
+// connection was inside a frame, or full.
 const retellEvery = 20 * time.Millisecond
 
 // tellAtOnce limits the concurrent writes of a text. Each client that does not read
@@ -114,7 +115,8 @@ func (all *sessions) deliver(ctx context.Context, list []*session) {
 
 // tell returns the function that writes a text to an admitted client, or nil if
 // there is nothing to write now. The caller must call it. It is not done while
-// derpserver is writing.
+// derpserver is writing, or the socket is full: the text must not end the connection
+// of a client whose link stalls.
 func (s *session) tell(text string) (write func() error, done bool) {
 	if !s.writeMu.TryLock() {
 		return nil, false
@@ -122,7 +124,7 @@ func (s *session) tell(text string) (write func() error, done bool) {
 	switch {
 	case s.told == text || s.writeErr != nil || !s.out.answered():
 		done = true
-	case s.out.between():
+	case s.out.between() && s.hasRoom():
 		s.told = text
 		return func() error {
 			defer s.writeMu.Unlock()
