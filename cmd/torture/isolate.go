@@ -34,7 +34,7 @@ type job struct {
 }
 
 // lightAtOnce is the number of light rows that run at the same time.
-const lightAtOnce = 4
+const lightAtOnce = 6
 
 // attackAll runs the light rows beside each other, and then the others in turn. It prints
 // each row when it has ended.

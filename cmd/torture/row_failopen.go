@@ -65,7 +65,7 @@ func failOpenDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 	for i := range silent {
 		conn, err := testrelay.DialTCP(ctx, r.HTTPS, attackerAddr(i))
 		if err != nil {
-			break
+			continue
 		}
 		held++
 		l.onClose(func() { _ = conn.Close() })

@@ -86,6 +86,11 @@ func (s *subject) stopDuring(ctx context.Context, event <-chan struct{}) (time.D
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
+	return r.terminate(), nil
+}
+
+// terminate sends SIGTERM, and returns how long the process takes to end.
+func (r life) terminate() time.Duration {
 	begun := time.Now()
 	_ = unix.Kill(r.PID, unix.SIGTERM)
 	select {
@@ -93,5 +98,5 @@ func (s *subject) stopDuring(ctx context.Context, event <-chan struct{}) (time.D
 	case <-time.After(subjectWithin):
 		r.kill()
 	}
-	return time.Since(begun), nil
+	return time.Since(begun)
 }

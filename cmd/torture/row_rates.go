@@ -21,7 +21,7 @@ import (
 
 func init() {
 	register(row{
-		name: "rates", short: true, run: rates,
+		name: "rates", short: true, light: true, run: rates,
 		attack: "a node sends all it can, on 1 and on 10 connections, while its limit changes",
 	})
 }
@@ -50,10 +50,15 @@ func rates(ctx context.Context, l *lab) ([]measured, error) {
 	if err != nil {
 		return nil, err
 	}
-	long := pick(l, 8*time.Second, 4*time.Second)
+	long := pick(l, 8*time.Second, 6*time.Second)
 	var lines []measured
+	limited := float64(askedRate)
 	check := func(f *flood, what string, wanted float64, after time.Duration) error {
 		l.say("%s", what)
+		own, err := l.measureMachine(ctx)
+		if err != nil {
+			return err
+		}
 		if err := wait(ctx, after); err != nil {
 			return err
 		}
@@ -61,10 +66,10 @@ func rates(ctx context.Context, l *lab) ([]measured, error) {
 		if err := wait(ctx, long); err != nil {
 			return err
 		}
-		rate := float64(f.taken.Load()-before) * 8 / time.Since(begun).Seconds()
-		lines = append(lines, promise(fmt.Sprintf("%s: %.0f Mbit/s within %.0f %%", what, wanted/1e6, rateWithin*100),
-			math.Abs(rate/wanted-1) <= rateWithin,
-			"%.2f Mbit/s, %d packets lost", rate/1e6, f.lost.Load()-lost))
+		took := time.Since(begun)
+		rate := float64(f.taken.Load()-before) * 8 / took.Seconds()
+		lines = append(lines, judgeRate(what, rate, wanted, limited, took, own.stop(), f.lost.Load()-lost))
+		limited = wanted
 		return nil
 	}
 	for _, connections := range []int{1, 10} {
@@ -93,6 +98,20 @@ func rates(ctx context.Context, l *lab) ([]measured, error) {
 		f.stop()
 	}
 	return lines, nil
+}
+
+// judgeRate returns the line of a rate that was measured over a time. At the ends of that
+// time, a busy machine moves bytes in or out of it, at the rate of then or of before. What
+// a few of the machine's delays move is no proof.
+func judgeRate(what string, rate, wanted, before float64, over, machine time.Duration, lost int64) measured {
+	off := math.Abs(rate - wanted)
+	line := promise(fmt.Sprintf("%s: %.0f Mbit/s within %.0f %%", what, wanted/1e6, rateWithin*100), off <= rateWithin*wanted,
+		"%.2f Mbit/s, %d packets lost, machine %s", rate/1e6, lost, millis(machine))
+	moved := max(wanted, before) * slowerBy * machine.Seconds() / over.Seconds()
+	if line.State == broken && off <= rateWithin*wanted+moved {
+		line.State = notReached
+	}
+	return line
 }
 
 // flood is a node that sends all it can. Each of its connections has a receiver, so that

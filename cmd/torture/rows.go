@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -134,24 +135,26 @@ func (r result) verdict() state {
 	return kept
 }
 
+// derpers returns derper's value of a line, or nothing.
+func (r result) derpers(what string) string {
+	for _, line := range r.derper.Lines {
+		if line.What == what {
+			return line.Value
+		}
+	}
+	return cmp.Or(firstLine(r.derper.Error), firstLine(r.derper.NotRun))
+}
+
 // write prints the row: each promise, what was measured, and derper's value.
 func (r result) write(w io.Writer) error {
 	print := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
 	print("\n%s: %s\n", r.name, r.attack)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	upstream := func(what string) string {
-		for _, line := range r.derper.Lines {
-			if line.What == what {
-				return line.Value
-			}
-		}
-		return "-"
-	}
 	if len(r.derpd.Lines) > 0 {
 		_, _ = fmt.Fprintf(table, "  promise\t%s\t%s\t\n", testrelay.Derpd, testrelay.Derper)
 	}
 	for _, line := range r.derpd.Lines {
-		_, _ = fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", line.What, line.Value, upstream(line.What), line.State)
+		_, _ = fmt.Fprintf(table, "  %s\t%s\t%s\t%s\n", line.What, line.Value, cmp.Or(r.derpers(line.What), "-"), line.State)
 	}
 	if err := table.Flush(); err != nil {
 		return err
@@ -168,9 +171,29 @@ func (r result) write(w io.Writer) error {
 	return err
 }
 
-// conclude prints how many rows have each verdict. It returns an error if a promise is
-// broken.
+// summary prints all promises as one table in Markdown.
+func summary(w io.Writer, results []result) {
+	cell := func(text string) string { return strings.ReplaceAll(cmp.Or(text, "-"), "|", `\|`) }
+	_, _ = fmt.Fprintf(w, "\n| attack | promise | %s | %s | |\n|---|---|---|---|---|\n", testrelay.Derpd, testrelay.Derper)
+	for _, r := range results {
+		lines := r.derpd.Lines
+		if text := cmp.Or(r.derpd.Error, r.derpd.NotRun); text != "" {
+			lines = append(slices.Clip(lines), measured{Value: firstLine(text), State: r.verdict()})
+		}
+		for i, line := range lines {
+			name := ""
+			if i == 0 {
+				name = r.name + ": " + r.attack
+			}
+			_, _ = fmt.Fprintf(w, "| %s | %s | %s | %s | %s |\n", name, cell(line.What), cell(line.Value), cell(r.derpers(line.What)), line.State)
+		}
+	}
+}
+
+// conclude prints all rows, and how many have each verdict. It returns an error if a
+// promise is broken.
 func conclude(w io.Writer, results []result) error {
+	summary(w, results)
 	count := map[state]int{}
 	var failed []string
 	for _, r := range results {

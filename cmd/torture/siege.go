@@ -43,7 +43,10 @@ func (l *lab) besiege(ctx context.Context, r *relay, m *members, what load) (sie
 	}
 	l.say("attack: %s", what.Kind)
 	m.begin()
-	w := l.watch(ctx, r)
+	w, err := l.watch(ctx, r)
+	if err != nil {
+		return s, err
+	}
 	a, err := l.attack(ctx, r, what)
 	if err != nil {
 		return s, err
@@ -107,7 +110,7 @@ func (w watched) promises(l *lab) []measured {
 	if w.Cause != "" {
 		ready.Value += ": " + firstLine(w.Cause)
 	}
-	return append(lines, ready, promise("/livez answers within "+livezWithin.String(), w.Livez < livezWithin, "%s at most", millis(w.Livez)))
+	return append(lines, ready, soon("/livez answers within "+livezWithin.String(), livezWithin, w.Livez, w.Machine, "%s at most", millis(w.Livez)))
 }
 
 // memory returns the lines about a server's limit of memory, in bytes.

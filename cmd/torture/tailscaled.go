@@ -15,10 +15,13 @@ import (
 // connected is the status of a tailscaled that has its network map.
 const connected = `{"Version":"1.102.5","BackendState":"Running","Self":{"InNetworkMap":true,"Online":true}}`
 
+// tailscaledSocket is the name of the socket in the directory of a row.
+const tailscaledSocket = "tailscaled.sock"
+
 // tailscaled serves the source on a socket, as a tailscaled that knows its members. It
 // returns the socket's path. Only the status takes the delay of the source.
 func (l *lab) tailscaled(ctx context.Context, s *source) (socket string, err error) {
-	socket = filepath.Join(l.Dir, "tailscaled.sock")
+	socket = filepath.Join(l.Dir, tailscaledSocket)
 	listener, err := new(net.ListenConfig).Listen(ctx, "unix", socket)
 	if err != nil {
 		return "", err

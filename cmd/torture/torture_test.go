@@ -90,6 +90,16 @@ waves:
   gone     2 s    -       ok
   ok, 0 s
 
+| attack | promise | derpd | derper | |
+|---|---|---|---|---|
+| hellos: 3,000 a second | STUN is open | 0 of 20 | 9 of 20 | ok |
+|  | ready | 3 of 20 | - | FAILED |
+|  | open | 7 | - |  |
+| silent-64: 9,000 | - | no cgroup | derper was killed | NOT RUN |
+| slow:  | gone | 2 s | - | ok |
+|  | MB | 1 of 100 | - | NOT REACHED |
+| waves:  | gone | 2 s | - | ok |
+
 4 attacks: 1 ok, 1 FAILED, 1 NOT REACHED, 1 NOT RUN
 `
 	if got := out.String(); got != want {
@@ -125,6 +135,48 @@ func TestDelay(t *testing.T) {
 	}
 }
 
+func TestSoon(t *testing.T) {
+	ms := func(n int) time.Duration { return time.Duration(n) * time.Millisecond }
+	for _, c := range []struct {
+		longest, machine time.Duration
+		want             state
+	}{
+		{ms(1999), ms(0), kept},
+		{ms(1999), ms(900), kept},
+		{ms(2000), ms(0), broken},
+		{ms(2499), ms(100), notReached}, // the machine alone delays by 100 ms
+		{ms(2500), ms(100), broken},
+		{newMemberEver, ms(500), broken}, // a member that never gets in
+	} {
+		if got := soon("admitted", newMemberSoon, c.longest, c.machine, "slowest"); got.State != c.want {
+			t.Errorf("%+v: %+v", c, got)
+		}
+	}
+}
+
+func TestJudgeRate(t *testing.T) {
+	const over = 10 * time.Second
+	for _, c := range []struct {
+		rate, wanted, before float64
+		machine              time.Duration
+		want                 state
+	}{
+		{21, 20, 20, 0, kept},
+		{19, 20, 20, 0, kept},
+		{21.1, 20, 20, 0, broken},
+		{18.9, 20, 20, 0, broken},
+		{18.9, 20, 20, 20 * time.Millisecond, notReached},
+		{18.7, 20, 20, 20 * time.Millisecond, broken},
+		{6.2, 5, 20, 100 * time.Millisecond, notReached}, // the change was half a second late
+		{6.3, 5, 20, 100 * time.Millisecond, broken},
+		{40, 20, 20, 100 * time.Millisecond, broken},
+	} {
+		if got := judgeRate("rate", c.rate, c.wanted, c.before, over, c.machine, 0); got.State != c.want {
+			t.Errorf("%+v: %+v", c, got)
+		}
+	}
+}
+
 func TestWatchedPromises(t *testing.T) {
 	good := watched{STUN: 20, Ready: 19, Livez: 999 * time.Millisecond}
 	for _, c := range []struct {
@@ -135,7 +187,8 @@ func TestWatchedPromises(t *testing.T) {
 		{func(w *watched) { w.NoSTUN = 1 }, []string{"STUN is open"}},
 		{func(w *watched) { w.NotReady, w.Cause = 1, "derp: refused\nmore" }, []string{"ready"}},
 		{func(w *watched) { w.Livez = time.Second }, []string{"/livez answers within 1s"}},
-		{func(w *watched) { *w = watched{} }, []string{"STUN is open", "ready"}}, // nobody looked
+		{func(w *watched) { w.Livez, w.Machine = time.Second, time.Millisecond }, nil}, // the machine was busy
+		{func(w *watched) { *w = watched{} }, []string{"STUN is open", "ready"}},       // nobody looked
 	} {
 		w := good
 		c.change(&w)
@@ -272,7 +325,7 @@ func TestSelection(t *testing.T) {
 		t.Errorf("without options: %q, want all", got)
 	}
 	short := names(selection(options{short: true}))
-	if !slices.Contains(short, "hellos") || slices.Contains(short, "silent-64") {
+	if !slices.Contains(short, "hellos") || slices.Contains(short, "silent-128") {
 		t.Errorf("short: %q", short)
 	}
 }

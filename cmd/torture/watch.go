@@ -27,21 +27,27 @@ type watched struct {
 	STUN, NoSTUN    int // looks, and those without an answer to any of three requests
 	Ready, NotReady int // looks, and those without a 200 from /readyz
 	Livez           time.Duration
-	Cause           string // the first text of /readyz that was not ready
+	Machine         time.Duration // its own longest delay
+	Cause           string        // the first text of /readyz that was not ready
 }
 
 // watcher looks at a server once a second.
 type watcher struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup
+	own    *machine
 
 	mu   sync.Mutex
 	seen watched // guarded by mu
 }
 
 // watch begins to look at a server. Only derpd has /readyz and /livez.
-func (l *lab) watch(ctx context.Context, r *relay) *watcher {
-	w := &watcher{}
+func (l *lab) watch(ctx context.Context, r *relay) (*watcher, error) {
+	own, err := l.measureMachine(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w := &watcher{own: own}
 	ctx, w.cancel = context.WithCancel(ctx)
 	w.every(ctx, func() func(*watched) {
 		answered := answersSTUN(ctx, r.STUN)
@@ -71,7 +77,7 @@ func (l *lab) watch(ctx context.Context, r *relay) *watcher {
 		})
 	}
 	l.onClose(func() { _ = w.stop() })
-	return w
+	return w, nil
 }
 
 // every looks once a second. look returns how to count what it saw.
@@ -96,6 +102,7 @@ func (w *watcher) stop() watched {
 	w.done.Wait()
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.seen.Machine = w.own.stop()
 	return w.seen
 }
 
