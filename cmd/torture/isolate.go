@@ -169,6 +169,9 @@ func runRow(ctx context.Context, argument string, stdout, progress io.Writer) er
 	if err != nil {
 		return err
 	}
+	if l.own, err = l.measureMachine(ctx); err != nil {
+		return err
+	}
 	lines, err := registered[at].run(ctx, l)
 	l.close()
 	return json.NewEncoder(stdout).Encode(outcomeOf(lines, err))

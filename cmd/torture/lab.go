@@ -23,6 +23,7 @@ type lab struct {
 	progress    io.Writer
 	begun       time.Time
 	closers     []func()
+	own         *machine // during the whole row
 }
 
 func newLab(j job, progress io.Writer) (*lab, error) {

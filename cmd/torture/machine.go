@@ -53,9 +53,31 @@ func (l *lab) measureMachine(ctx context.Context) (*machine, error) {
 func (m *machine) stop() time.Duration {
 	m.cancel()
 	m.done.Wait()
+	return m.soFar()
+}
+
+// soFar returns the longest delay until now.
+func (m *machine) soFar() time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.longest
+}
+
+// stallFor is a delay of the machine during which every timeout of a client, of the relay
+// and of its health may pass.
+const stallFor = time.Second
+
+// timely returns a line about what a stall of the machine may break too. On a machine that
+// has stalled during the row, a broken line is no proof.
+func (l *lab) timely(m measured) measured {
+	if l.own == nil || m.State != broken {
+		return m
+	}
+	if stall := l.own.soFar(); stall >= stallFor {
+		m.Value += ", machine " + millis(stall)
+		m.State = notReached
+	}
+	return m
 }
 
 // soon is a promise about the longest of some delays. A delay that is longer by a few

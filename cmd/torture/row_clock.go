@@ -152,7 +152,7 @@ func (c clockSubject) afterSet(ctx context.Context, l *lab, lines []measured) ([
 	c.source.answer(0, 0)
 	known := errors.Join(c.life.admitsSoon(ctx, c.member, knownWithin), c.remembers(ctx, c.member.Public()))
 	return append(lines,
-		promise("ready after the clock was set, within "+setWithin.String(), readyErr == nil && took < setWithin, "%s", timeOr(took, readyErr)),
+		l.timely(promise("ready after the clock was set, within "+setWithin.String(), readyErr == nil && took < setWithin, "%s", timeOr(took, readyErr))),
 		promise("the same node key, and a certificate that is valid", now.key == c.before.key && time.Now().After(now.leaf.NotBefore) && time.Now().Before(now.leaf.NotAfter),
 			"%s", keptOr(now.leaf.Equal(c.before.leaf), "a new certificate")),
 		promise("the member is admitted and remembered once the URL answers again", known == nil, "%s", timeOr(0, known)),

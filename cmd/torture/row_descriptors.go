@@ -87,7 +87,7 @@ func runDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 	lines := seen.promises(l)
 	return append(lines,
 		joined,
-		promise("members lose no packet", t.Lost == 0 && t.Disconnected == 0 && t.Sent > 0, "%s", t.loss()),
+		l.loseNothing(t),
 		strength("connections of strangers", float64(tried), 256*2, ""),
 		note("open at once", "%d", open),
 	), nil

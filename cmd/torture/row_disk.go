@@ -91,7 +91,7 @@ func (l *lab) withoutDisk(ctx context.Context, spoil func(data string) (repair f
 	return []measured{
 		promise("ready", readyErr == nil, "%s", timeOr(0, readyErr)),
 		promise("a new member is admitted", lateErr == nil, "%s", timeOr(0, lateErr)),
-		promise("the log says "+cause, told == nil, "%s", timeOr(0, told)),
+		l.timely(promise("the log says "+cause, told == nil, "%s", timeOr(0, told))),
 		promise("admitted nodes are not lost meanwhile", earlyErr == nil, "%s", timeOr(0, earlyErr)),
 		promise("both members are in the file after the repair and a restart", startErr == nil && afterwards == nil, "%s", timeOr(ready, errors.Join(startErr, afterwards))),
 		promise("the same node key and certificate", now.same(before), "%s", keptOr(now.same(before), "others")),

@@ -86,7 +86,7 @@ func keyFile(ctx context.Context, l *lab) ([]measured, error) {
 		known, stranger := r.admits(ctx, stays), r.admits(ctx, key.NewNode())
 		lines = append(lines,
 			promise(kind.name+": the last good keys are kept", known == nil && stranger != nil, "member %s, stranger %s", refusal(known), refusal(stranger)),
-			promise(kind.name+": health says so", told == nil, "%s", timeOr(0, told)))
+			l.timely(promise(kind.name+": health says so", told == nil, "%s", timeOr(0, told))))
 	}
 	grown := memory() - before
 	log, err := os.ReadFile(r.Log)
@@ -110,9 +110,9 @@ func keyFile(ctx context.Context, l *lab) ([]measured, error) {
 	return append(lines,
 		promise(fmt.Sprintf("memory grows by less than %d MB", mostOfDevice>>20), grown < mostOfDevice, "%s", megabytes(grown)),
 		promise("the secret is in no log and in no health text", public, "%s", keptOr(public, "printed")),
-		promise(fmt.Sprintf("then a removed node is gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter)),
+		l.timely(promise(fmt.Sprintf("then a removed node is gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter))),
 		promise("ready then", readyErr == nil, "%s", timeOr(0, readyErr)),
-		promise("SIGTERM ends the process within "+endsWithin.String()+" while the file is a pipe", ended < endsWithin, "%s", millis(ended))), nil
+		l.timely(promise("SIGTERM ends the process within "+endsWithin.String()+" while the file is a pipe", ended < endsWithin, "%s", millis(ended)))), nil
 }
 
 // replaceFile makes something else of a path.
@@ -162,7 +162,7 @@ func tailscaledLate(ctx context.Context, l *lab) ([]measured, error) {
 		return nil, err
 	}
 	return []measured{
-		promise(fmt.Sprintf("strangers of before are gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter)),
+		l.timely(promise(fmt.Sprintf("strangers of before are gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter))),
 		promise("no stranger is admitted afterwards", admitted == 0, "%d of %d", admitted, lateNodes),
 		joined,
 	}, r.died()

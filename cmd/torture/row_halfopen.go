@@ -74,7 +74,7 @@ func runHalfOpen(ctx context.Context, l *lab) ([]measured, error) {
 		if h.proxy && !l.isDerpd() {
 			continue
 		}
-		lines = append(lines, h.judge(t, span))
+		lines = append(lines, l.timely(h.judge(t, span)))
 	}
 	return lines, nil
 }

@@ -61,8 +61,8 @@ func stopIssuance(ctx context.Context, l *lab) ([]measured, error) {
 	seen, shownErr := r.shown(ctx)
 	certified := startErr == nil && shownErr == nil && seen.leaf.VerifyHostname(testrelay.Hostname) == nil
 	lines := []measured{
-		promise("SIGTERM ends the process within "+endsWithin.String(), first < endsWithin && second < endsWithin, "%s, %s", millis(first), millis(second)),
-		promise("the next start is ready with a certificate within "+issuedWithin.String(), certified && ready < issuedWithin, "%s", timeOr(ready, startErr)),
+		l.timely(promise("SIGTERM ends the process within "+endsWithin.String(), first < endsWithin && second < endsWithin, "%s, %s", millis(first), millis(second))),
+		l.timely(promise("the next start is ready with a certificate within "+issuedWithin.String(), certified && ready < issuedWithin, "%s", timeOr(ready, startErr))),
 		promise("no order is repeated needlessly", ca.Orders.Load() <= mostOrders, "%d orders", ca.Orders.Load()),
 	}
 	r.Stop()

@@ -105,7 +105,7 @@ func killOften(ctx context.Context, l *lab) ([]measured, error) {
 		}
 		lines = append(lines,
 			promise(name+": node key, certificates, pin and admitted nodes are whole and the same after each kill", len(v.damage) == 0, "%s in %d kills", first, v.kills),
-			promise(name+": ready after the last kill within "+readyWithin.String(), err == nil && took < readyWithin, "%v", took.Round(time.Millisecond)),
+			l.timely(promise(name+": ready after the last kill within "+readyWithin.String(), err == nil && took < readyWithin, "%v", took.Round(time.Millisecond))),
 			note(name+": lives that served clients, kills during a write, certificates issued, nodes in admitted.json", "%d, %d, %d, %d", v.served, v.torn, v.issued, len(v.nodes)))
 	}
 	return lines, nil

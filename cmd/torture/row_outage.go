@@ -134,11 +134,11 @@ func (l *lab) withoutSource(ctx context.Context, s *source, url string, end func
 	}
 	return []measured{
 		promise("a connected member stays", stayed >= time.Second, "%s", keptOr(stayed >= time.Second, "gone")),
-		promise("a member that was admitted before is admitted", knownErr == nil, "%s", timeOr(took, knownErr)),
-		promise("the same after a restart", againErr == nil, "%s", timeOr(tookAgain, againErr)),
+		l.timely(promise("a member that was admitted before is admitted", knownErr == nil, "%s", timeOr(took, knownErr))),
+		l.timely(promise("the same after a restart", againErr == nil, "%s", timeOr(tookAgain, againErr))),
 		promise("a stranger is refused", stranger != nil && strangerAgain != nil, "%v, %v", refusal(stranger), refusal(strangerAgain)),
 		promise("health warns of it", warned == nil, "%s", timeOr(0, warned)),
-		promise("ready after the restart within "+readyWithin.String(), startErr == nil && ready < readyWithin, "%s", timeOr(ready, startErr)),
+		l.timely(promise("ready after the restart within "+readyWithin.String(), startErr == nil && ready < readyWithin, "%s", timeOr(ready, startErr))),
 		promise("the same node key and certificate after the restart", now.key == before.key && now.leaf.Equal(before.leaf), "%s", keptOr(now.key == before.key && now.leaf.Equal(before.leaf), "another")),
 	}, nil
 }

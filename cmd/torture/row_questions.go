@@ -124,11 +124,11 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		return []measured{
 			strength("connections of strangers a second", float64(t.tried())/lasted.Seconds(), 200, ""),
 			joined,
-			promise(fmt.Sprintf("a revoked member is gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter)),
-			promise(fmt.Sprintf("at most %d questions about strangers within a second", questionsAllowed), mostPerSecond(questions) <= questionsAllowed,
-				"%d, %.1f on average", mostPerSecond(questions), float64(len(questions))/lasted.Seconds()),
+			l.timely(promise(fmt.Sprintf("a revoked member is gone within DERP_VERIFY_INTERVAL + 5 s, %v", revokedWithin), gone <= revokedWithin, "%s", atMost(gone, revokedWithin+giveUpAfter))),
+			l.timely(promise(fmt.Sprintf("at most %d questions about strangers within a second", questionsAllowed), mostPerSecond(questions) <= questionsAllowed,
+				"%d, %.1f on average", mostPerSecond(questions), float64(len(questions))/lasted.Seconds())),
 			promise("no stranger is admitted", t.counts["admitted"] == 0, "%d", t.counts["admitted"]),
-			promise("members lose no packet", seen.Lost == 0 && seen.Disconnected == 0 && seen.Sent > 0, "%s, p99 %s", seen.loss(), millis(seen.P99)),
+			l.loseNothing(seen),
 		}, nil
 	}
 }

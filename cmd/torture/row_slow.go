@@ -81,7 +81,7 @@ func runSlow(ctx context.Context, l *lab) ([]measured, error) {
 	each := max(0, peak-usual) / (slowReaders + stoppedReaders)
 	return []measured{
 		promise(fmt.Sprintf("a slow reader holds at most %d KiB", slowHolds>>10), each <= slowHolds, "%d KiB, %s in all", each>>10, megabytes(peak-usual)),
-		promise(fmt.Sprintf("gone within %.0f s without progress", goneWithin.Seconds()), gone <= goneWithin, "%.1f s", gone.Seconds()),
+		l.timely(promise(fmt.Sprintf("gone within %.0f s without progress", goneWithin.Seconds()), gone <= goneWithin, "%.1f s", gone.Seconds())),
 		note("slow readers that were closed", "%d of %d", t.counts["closed"], slowReaders),
 		strength("sent to them", float64(t.counts["bytes"]>>20), 100, " MB"),
 	}, nil

@@ -33,6 +33,7 @@ const (
 	longestStay  = 2 * time.Second
 	soakAskers   = 5
 	sampleEvery  = time.Second
+	soakSays     = 15 * time.Second
 	mostGrowth   = 2 << 20 // bytes, during the samples that count
 	shortGrowth  = 8 << 20 // the same for a short soak, in which memory still fills
 	strayFiles   = 3       // descriptors that may be open for another reason than before
@@ -65,6 +66,7 @@ func soak(ctx context.Context, l *lab) ([]measured, error) {
 	l.say("%v with %d members, %d that come and go, and %d strangers", l.Soak, memberCount, comers, soakAskers)
 	m.begin()
 	var memory, files []sampled
+	var said time.Duration
 	err = sample(ctx, l.Soak, func(at time.Duration) error {
 		bytes, err := testrelay.ResidentBytes(r.PID)
 		if err != nil {
@@ -73,6 +75,10 @@ func soak(ctx context.Context, l *lab) ([]measured, error) {
 		open, err := descriptors(r.PID)
 		if err != nil {
 			return err
+		}
+		if at >= said {
+			l.say("%d KiB, %d descriptors", bytes>>10, open)
+			said += soakSays
 		}
 		if at > l.Soak/3 {
 			memory = append(memory, sampled{at, float64(bytes)})
@@ -106,7 +112,7 @@ func soak(ctx context.Context, l *lab) ([]measured, error) {
 			"%s in %v: %+.0f KiB/min", megabytes(int64(grown)), (l.Soak * 2 / 3).Round(time.Second), slope(memory)/(1<<10)),
 		note("descriptors during the soak", "%+.1f/min", slope(files)),
 		promise("descriptors are as before when all have gone", left <= idle+strayFiles, "%d before, %d after", idle, left),
-		promise("no member is disconnected", seen.Disconnected == 0, "%s, p99 %s", seen.loss(), millis(seen.P99)),
+		l.timely(promise("no member is disconnected", seen.Disconnected == 0, "%s, p99 %s", seen.loss(), millis(seen.P99))),
 		promise("no stranger is admitted", t.counts["admitted"] == 0, "%d of %d", t.counts["admitted"], t.tried()),
 	}, nil
 }

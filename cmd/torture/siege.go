@@ -70,10 +70,15 @@ func (l *lab) besiege(ctx context.Context, r *relay, m *members, what load) (sie
 // promises returns the lines about the members and the health of a server.
 func (s siege) promises(l *lab) []measured {
 	lines := []measured{
-		promise("members lose no packet", s.under.Lost == 0 && s.under.Disconnected == 0 && s.under.Sent > 0, "%s", s.under.loss()),
+		l.loseNothing(s.under),
 		s.delay(),
 	}
 	return append(lines, s.seen.promises(l)...)
+}
+
+// loseNothing is the line about the members' packets and connections.
+func (l *lab) loseNothing(t traffic) measured {
+	return l.timely(promise("members lose no packet", t.Lost == 0 && t.Disconnected == 0 && t.Sent > 0, "%s, p99 %s", t.loss(), millis(t.P99)))
 }
 
 // delay is the line about the members' p99. The machine is as busy as the attack makes
@@ -101,7 +106,7 @@ func (t traffic) loss() string {
 // promises returns the lines about a server's health, which only derpd has but for STUN.
 func (w watched) promises(l *lab) []measured {
 	lines := []measured{
-		promise("STUN is open", w.NoSTUN == 0 && w.STUN > 0, "%d of %d looks without an answer", w.NoSTUN, w.STUN),
+		l.timely(promise("STUN is open", w.NoSTUN == 0 && w.STUN > 0, "%d of %d looks without an answer", w.NoSTUN, w.STUN)),
 	}
 	if !l.isDerpd() {
 		return lines
@@ -110,7 +115,7 @@ func (w watched) promises(l *lab) []measured {
 	if w.Cause != "" {
 		ready.Value += ": " + firstLine(w.Cause)
 	}
-	return append(lines, ready, soon("/livez answers within "+livezWithin.String(), livezWithin, w.Livez, w.Machine, "%s at most", millis(w.Livez)))
+	return append(lines, l.timely(ready), soon("/livez answers within "+livezWithin.String(), livezWithin, w.Livez, w.Machine, "%s at most", millis(w.Livez)))
 }
 
 // memory returns the lines about a server's limit of memory, in bytes.

@@ -154,6 +154,24 @@ func TestSoon(t *testing.T) {
 	}
 }
 
+func TestTimely(t *testing.T) {
+	for _, c := range []struct {
+		stall   time.Duration
+		isKept  bool
+		verdict state
+	}{
+		{0, false, broken},
+		{stallFor - 1, false, broken},
+		{stallFor, false, notReached},
+		{stallFor, true, kept},
+	} {
+		l := &lab{own: &machine{longest: c.stall}}
+		if got := l.timely(promise("no loss", c.isKept, "1 lost")); got.State != c.verdict {
+			t.Errorf("%+v: %+v", c, got)
+		}
+	}
+}
+
 func TestJudgeRate(t *testing.T) {
 	const over = 10 * time.Second
 	for _, c := range []struct {
