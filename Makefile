@@ -104,8 +104,9 @@ bench: $(if $(DERPD),,build) $(DERPER) ## measure speed and memory beside upstre
 bench-path: $(if $(DERPD),,build) $(DERPER) ## measure delays and rates on slow, long, lossy and shared links; as root, in a quarter of an hour
 	unshare --net go run ./cmd/bench --derper $(DERPER) --derpd $(abspath $(or $(DERPD),derpd)) --path $(BENCH)
 
-# TORTURE holds flags, which `go run ./cmd/torture -h` lists: TORTURE='--only hellos'.
-# SHORT=1 runs the short attacks on derpd alone, in two minutes, as CI does.
+# TORTURE holds flags, which `go run ./cmd/torture -h` lists: TORTURE='--only hellos', or
+# TORTURE='--soak 1h'. SHORT=1 runs the short attacks on derpd alone, in two minutes, as CI
+# does. A busy machine proves little: its lines say NOT REACHED.
 .PHONY: torture
 torture: $(if $(DERPD),,build) $(if $(SHORT),,$(DERPER)) ## attack it and upstream's derper, and fail if a promise is broken; as root, in half an hour
 	go run ./cmd/torture --derpd $(abspath $(or $(DERPD),derpd)) $(if $(SHORT),--short,--derper $(DERPER)) $(TORTURE)

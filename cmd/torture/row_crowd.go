@@ -10,12 +10,12 @@ import (
 
 func init() {
 	register(row{
-		name: "crowd", attack: "50,000 silent connections in waves of 5,000 from 1,000 addresses, within 128 MB",
+		name: "crowd", attack: "50,000 silent connections, 12,000 of them at once, from 1,000 addresses, within 128 MB",
 		upstream: true,
 		run: func(ctx context.Context, l *lab) ([]measured, error) {
 			return runCrowd(ctx, l, 128<<20, load{
-				Kind: "hold", Stage: silentTCP, Hold: 5 * time.Second, For: time.Minute,
-				Connections: 50_000, AtOnce: 5000, Addresses: 1000, Rate: 2000,
+				Kind: "hold", Stage: silentTCP, Hold: 20 * time.Second, For: time.Minute,
+				Connections: 50_000, AtOnce: 12_000, Addresses: 1000, Rate: 2000,
 			})
 		},
 	})
