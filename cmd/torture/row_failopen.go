@@ -17,7 +17,7 @@ func init() {
 	})
 	register(row{
 		name: "fail-open-slow", short: true, upstream: true, run: failOpenSlow,
-		attack: failOpen + "400 strangers connect, and the URL answers 8 questions at once, each in 100 ms",
+		attack: failOpen + "400 strangers connect, and the URL answers 8 questions at once, each in 1 s, so that others time out",
 	})
 	register(row{
 		name: "fail-open-down", short: true, run: failOpenDown,
@@ -83,7 +83,7 @@ func failOpenSlow(ctx context.Context, l *lab) ([]measured, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.answer(100*time.Millisecond, 0)
+	s.answer(time.Second, 0)
 	t, err := l.knock(ctx, r, 400)
 	return t.noneAdmitted(), err
 }
