@@ -74,7 +74,7 @@ func (l *lab) timely(m measured) measured {
 		return m
 	}
 	if stall := l.own.soFar(); stall >= stallFor {
-		m.Value += ", machine " + millis(stall)
+		m.Value += ", stall " + millis(stall)
 		m.State = notReached
 	}
 	return m

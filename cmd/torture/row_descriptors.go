@@ -119,8 +119,8 @@ func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Durat
 		}
 		return nil
 	})
-	return soon("a new member gets in within "+newMemberSoon.String(), newMemberSoon, slowest, own.stop(),
-		"%d of %d, slowest %s%s", within, newMembers, millis(slowest), cause), nil
+	return l.timely(soon("a new member gets in within "+newMemberSoon.String(), newMemberSoon, slowest, own.stop(),
+		"%d of %d, slowest %s%s", within, newMembers, millis(slowest), cause)), nil
 }
 
 // join connects a member from an address that no client had before. A client that is

@@ -20,7 +20,7 @@ func init() {
 		attack: failOpen + "400 strangers connect, and the URL answers 8 questions at once, each in 1 s, so that others time out",
 	})
 	register(row{
-		name: "fail-open-down", short: true, run: failOpenDown,
+		name: "fail-open-down", short: true, light: true, run: failOpenDown,
 		attack: failOpen + "the URL refuses connections: everybody may connect, which shows that the other rows can fail",
 	})
 }

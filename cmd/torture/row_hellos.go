@@ -29,7 +29,7 @@ func runHellos(ctx context.Context, l *lab) ([]measured, error) {
 	}
 	const rate, atOnce = 3000, 1000
 	s, err := l.besiege(ctx, r, m, load{
-		Kind: "hellos", Rate: rate, AtOnce: atOnce, Addresses: 1000, For: pick(l, time.Minute, 15*time.Second),
+		Kind: "hellos", Rate: rate, AtOnce: atOnce, Addresses: 1000, For: pick(l, time.Minute, 10*time.Second),
 	})
 	if err != nil {
 		return nil, err

@@ -104,7 +104,7 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		}
 		l.say("the strangers ask")
 		m.begin()
-		joined, err := l.joining(ctx, r, a.source, time.Second)
+		joined, err := l.joining(ctx, r, a.source, pick(l, time.Second, 300*time.Millisecond))
 		if err != nil {
 			return nil, err
 		}

@@ -115,7 +115,8 @@ func (w watched) promises(l *lab) []measured {
 	if w.Cause != "" {
 		ready.Value += ": " + firstLine(w.Cause)
 	}
-	return append(lines, l.timely(ready), soon("/livez answers within "+livezWithin.String(), livezWithin, w.Livez, w.Machine, "%s at most", millis(w.Livez)))
+	return append(lines, l.timely(ready),
+		l.timely(soon("/livez answers within "+livezWithin.String(), livezWithin, w.Livez, w.Machine, "%s at most", millis(w.Livez))))
 }
 
 // memory returns the lines about a server's limit of memory, in bytes.
