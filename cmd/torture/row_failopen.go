@@ -57,6 +57,7 @@ func failOpenDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 		return nil, err
 	}
 	s.answer(50*time.Millisecond, 0)
+	s.server.SetKeepAlivesEnabled(false) // each question needs a descriptor
 	r, err := l.failOpen(ctx, s, files)
 	if err != nil {
 		return nil, err
