@@ -165,16 +165,19 @@ func (f *keyFile) reload() bool {
 	defer f.reloading.Unlock()
 	keys, err := LoadKeys(f.path)
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	before, same := f.err, maps.EqualFunc(keys, f.keys, func(_, _ string) bool { return true })
+	old, before := f.keys, f.err
 	f.err = err
+	if err == nil {
+		f.keys = keys // the comments may be new
+	}
+	f.mu.Unlock() // the log may wait, and the relay describes nodes while it holds its locks
 	if err != nil {
 		if before == nil || before.Error() != err.Error() {
-			f.log.Error().Err(err).Int("keys", len(f.keys)).Msg("node keys not read; the last good list stays in force")
+			f.log.Error().Err(err).Int("keys", len(old)).Msg("node keys not read; the last good list stays in force")
 		}
 		return false
 	}
-	f.keys = keys // the comments may be new
+	same := maps.EqualFunc(keys, old, func(_, _ string) bool { return true })
 	if before == nil && same {
 		return false
 	}

@@ -232,3 +232,46 @@ func TestKeyFileBecomesSomethingElse(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// logFunc is a log that calls a function for each entry.
+type logFunc func()
+
+func (f logFunc) Write(p []byte) (int, error) {
+	f()
+	return len(p), nil
+}
+
+// A log that waits blocks nobody who asks about a node: the relay does so while it holds
+// its own locks.
+func TestKeyFileLogsWithoutLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keys")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	node := key.NewNode().Public()
+	write(node.String() + " # a\n")
+	var source Source
+	entries := 0
+	source, err := KeyFile(path, zerolog.New(logFunc(func() {
+		entries++
+		described := make(chan struct{})
+		go func() {
+			_, _ = source.Describe(node)
+			close(described)
+		}()
+		testkit.Receive(t, "the description", described)
+	})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("x\n")
+	_, _ = source.Reload()
+	write(node.String() + " # b\n")
+	_, _ = source.Reload()
+	if d, _ := source.Describe(node); entries != 2 || d.Comment != "b" {
+		t.Errorf("%d entries, %+v", entries, d)
+	}
+}
