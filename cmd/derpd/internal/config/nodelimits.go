@@ -7,10 +7,10 @@ import (
 
 // NodeLimitsEnv are the limits of one node.
 type NodeLimitsEnv struct {
-	ClientRate  string `envconfig:"DERP_CLIENT_RATE" desc:"the rate at which a node may send through this relay, on all its connections together, in bits per second: 20Mbit, 512kbit, 1.5Gbit; at least 128kbit. DERP frames count, without TLS. A node that sends more is slowed down, and loses no packet" zh:"单个节点（所有连接合计）通过本中继发送的速率，单位 bit/s：20Mbit、512kbit、1.5Gbit，最低 128kbit；按 DERP 帧计算，不含 TLS；超过时只会变慢，不会丢包" or:"no limit" zhor:"不限"`
-	ClientBurst string `envconfig:"DERP_CLIENT_BURST" desc:"what a node may send at once after a pause, in bytes: 256KiB, 1MiB" zh:"节点停顿之后可以一次性发送的数据量，单位字节：256KiB、1MiB" or:"250 ms of the rate, at least 64KiB" zhor:"速率乘以 250 毫秒，至少 64KiB"`
+	ClientRate  string `envconfig:"DERP_CLIENT_RATE" desc:"the rate at which a node may send through this relay, on all its connections together, in bits per second: 20Mbit, 512kbit, 1.5Gbit; at least 128kbit. DERP frames count, without TLS. A node that sends more is slowed down, and stays connected" zh:"单个节点（所有连接合计）通过本中继发送的速率，单位 bit/s：20Mbit、512kbit、1.5Gbit，最低 128kbit；按 DERP 帧计算，不含 TLS；超过时只会变慢，不会断开" or:"no limit" zhor:"不限"`
+	ClientBurst string `envconfig:"DERP_CLIENT_BURST" desc:"what a node may send at once after a pause, in bytes: 256KiB, 1MiB. If packets get lost at the start of transfers, less may help: a receiver may not keep up with a burst" zh:"节点停顿之后可以一次性发送的数据量，单位字节：256KiB、1MiB；如果传输开始时丢包，可以调小：接收方可能跟不上突发" or:"250 ms of the rate, at least 64KiB" zhor:"速率乘以 250 毫秒，至少 64KiB"`
 	LimitsFile  string `envconfig:"DERP_LIMITS_FILE" desc:"absolute path of a file with other limits for some nodes, read again when it changes. Each line is who and what, such as tag:guest rate=2Mbit connections=2; see docker/limits.example" zh:"为部分节点另设限制的文件（绝对路径），改动后自动重读；每行先写节点再写限制，例如 tag:guest rate=2Mbit connections=2；见 docker/limits.example" or:"none" zhor:"无"`
-	MaxPerNode  string `envconfig:"DERP_MAX_PER_NODE" default:"16" desc:"connections of one node key; with one more, the oldest is closed, mostly one of a network that the node has left; unlimited is no limit" zh:"同一节点公钥的连接数上限；超过时关闭最旧的一个（多半属于节点已经离开的网络）；unlimited 表示不限"`
+	MaxPerNode  string `envconfig:"DERP_MAX_PER_NODE" default:"16" desc:"connections of one node key; with one more, the oldest is closed, mostly one of a network that the node has left. off is no limit" zh:"同一节点公钥的连接数上限；超过时关闭最旧的一个（多半属于节点已经离开的网络）；off 表示不限制"`
 }
 
 // NodeLimits are the limits of nodes.
