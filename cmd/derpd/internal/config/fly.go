@@ -34,6 +34,9 @@ func flyIO(env, set map[string]string) *platform {
 	// whatever headers clients send.
 	if proxied, err := strconv.ParseBool(strings.ToLower(set["DERP_PROXY_PROTOCOL"])); err == nil && proxied {
 		defaults["DERP_TRUSTED_PROXIES"] = flyProxies
+	} else {
+		// All clients come from the addresses of the proxy.
+		defaults["DERP_MAX_PER_ADDRESS"], defaults["DERP_ACCEPT_RATE"] = "off", "off"
 	}
 	return &platform{name: "Fly.io", defaults: defaults, refuse: refuseOnFly}
 }

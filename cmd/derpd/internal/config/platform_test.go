@@ -106,7 +106,7 @@ func TestPlatforms(t *testing.T) {
 }
 
 // Fly.io's proxy is trusted only with DERP_PROXY_PROTOCOL: without PROXY headers it
-// forwards whatever its clients send.
+// forwards whatever its clients send, and all clients have its address.
 func TestFlyProxy(t *testing.T) {
 	for setting, want := range map[string]string{
 		"":                           "",
@@ -122,6 +122,9 @@ func TestFlyProxy(t *testing.T) {
 		if got := strings.Trim(fmt.Sprint(c.Proxies.Trusted), "[]"); got != want || c.Proxies.ProxyProtocol != (want != "") {
 			t.Errorf("%s: trusts %s, PROXY protocol %t; want %s", setting, got, c.Proxies.ProxyProtocol, want)
 		}
+		if l := c.Limits; (l.PerAddress > 0) != (want != "") || (l.AcceptRate > 0) != (want != "") {
+			t.Errorf("%s: the limits of one address are %d and %d", setting, l.PerAddress, l.AcceptRate)
+		}
 	}
 }
 
@@ -131,7 +134,7 @@ func TestPlatformIsTheSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"DERP_ADDR", "DERP_CERT_MODE", "DERP_DOMAIN", "DERP_HEALTH_ADDR", "DERP_PUBLIC_HTTP_PORT", "DERP_PUBLIC_PORT", "DERP_STUN_ADDR"}
+	want := []string{"DERP_ACCEPT_RATE", "DERP_ADDR", "DERP_CERT_MODE", "DERP_DOMAIN", "DERP_HEALTH_ADDR", "DERP_MAX_PER_ADDRESS", "DERP_PUBLIC_HTTP_PORT", "DERP_PUBLIC_PORT", "DERP_STUN_ADDR"}
 	if c.Platform.Name != "Fly.io" || !slices.Equal(c.Platform.Assumed, want) {
 		t.Errorf("platform %+v, want %q", c.Platform, want)
 	}
