@@ -73,8 +73,8 @@ func machineMemory(root fs.FS) (int64, bool) {
 }
 
 // cgroupMemory is the lowest memory limit, in bytes, of this process's cgroup
-// and the cgroups around it, or the highest number. It reads both versions of cgroups(7). A container
-// sees its own cgroup mounted as the root.
+// and the cgroups around it, or the highest number. It reads both versions of
+// cgroups(7). A container sees its own cgroup mounted as the root.
 func cgroupMemory(root fs.FS) (limit int64, ok bool) {
 	limit = math.MaxInt64
 	data, err := fs.ReadFile(root, "proc/self/cgroup")

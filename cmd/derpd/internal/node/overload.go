@@ -30,9 +30,8 @@ type overload struct {
 }
 
 // judge returns the overload that explains the error of a self-check, or nil for a
-// fault. An overload explains only what is no answer of the relay: a timeout, or a
-// socket that the kernel refuses. Clients must be served meanwhile: a relay that passes
-// no packet of theirs is broken.
+// fault. An overload explains a timeout, or a socket that the kernel refuses, and no
+// other error. A relay that passes no packet of its clients meanwhile has a fault.
 func (o *overload) judge(err error) error {
 	clients, packets := o.served()
 	refused := o.refused()
