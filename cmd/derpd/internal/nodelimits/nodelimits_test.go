@@ -126,8 +126,8 @@ func TestParseErrors(t *testing.T) {
 	)
 	k, long := key.NewNode().Public().String(), strings.Repeat("a", longestValue+1)
 	for text, want := range map[string]string{
-		"":                                        "holds no line such as: tag:guest rate=2Mbit",
-		"# nothing\n\n":                           "holds no line such as: tag:guest rate=2Mbit",
+		"":                                        "no line has a limit; add one such as: tag:guest rate=2Mbit",
+		"# nothing\n\n":                           "no line has a limit; add one such as: tag:guest rate=2Mbit",
 		"tag:guest":                               "line 1: want a limit after who it is for, such as rate=2Mbit or connections=4, got none",
 		"rate=2Mbit":                              `line 1: want who the limit is for, and then settings, got "rate=2Mbi…"; write * before it for every node`,
 		"guest rate=2Mbit":                        who + `"gues…"`,
@@ -156,8 +156,8 @@ func TestParseErrors(t *testing.T) {
 		"tag:a\u200b rate=2Mbit":                  `line 1: has an invisible character (U+200B); remove it`,
 		"* rate=2Mbit\n\x1a":                      `line 2: has an invisible character (U+001A); remove it`,
 		"* rate=2MB":                              `line 1: rate=: want a rate in bits per second such as 20Mbit, 1.5Mbit, 512kbit or 1Gbit, or unlimited, got "2MB"`,
-		"* rate=2Mbit rate=3Mbit":                 "line 1: rate= is there twice; remove one of the two",
-		"* rate=unlimited burst=64KiB":            "line 1: burst=: there is no rate for it; add rate=, or remove burst=",
+		"* rate=2Mbit rate=3Mbit":                 "line 1: rate= is set twice; remove one of the two",
+		"* rate=unlimited burst=64KiB":            "line 1: burst=: is only used with a rate, but there is none; add rate=, or remove burst=",
 		"* burst=1":                               `line 1: burst=: want at least 16KiB for this rate, got "1"`,
 		"* connections=-1":                        `line 1: connections=: want a number of connections from 1 to 100000, or unlimited, got "-1"`,
 		`comment:"a rate=2Mbit`:                   `line 1: a quote is not closed; write comment:"the comment"`,

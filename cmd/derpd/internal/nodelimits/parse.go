@@ -70,7 +70,7 @@ func Parse(text string, defaults relay.NodeLimit) ([]Rule, error) {
 		errs = append(errs[:mostErrors], fmt.Errorf("and %d more; correct these first", len(errs)-mostErrors))
 	}
 	if len(errs) == 0 && len(rules) == 0 {
-		errs = append(errs, errors.New("holds no line such as: tag:guest rate=2Mbit"))
+		errs = append(errs, errors.New("no line has a limit; add one such as: tag:guest rate=2Mbit"))
 	}
 	return rules, errors.Join(errs...)
 }
@@ -202,7 +202,7 @@ func limit(words []string, defaults relay.NodeLimit) (l relay.NodeLimit, errs []
 			}
 			return l, append(errs, fmt.Errorf("want rate=, burst= or connections=, each without blanks such as rate=2Mbit, got %q%s", shown(word), hint))
 		case twice:
-			errs = append(errs, fmt.Errorf("%s= is there twice; remove one of the two", name))
+			errs = append(errs, fmt.Errorf("%s= is set twice; remove one of the two", name))
 		case len(value) > longestValue:
 			errs = append(errs, fmt.Errorf("%s=: want a short value such as rate=2Mbit, got %q", name, shown(word)))
 		default:
@@ -228,7 +228,7 @@ func limit(words []string, defaults relay.NodeLimit) (l relay.NodeLimit, errs []
 	if burst, ok := values["burst"]; ok && !rateFailed {
 		var err error
 		if l.Rate == 0 {
-			err = errors.New("there is no rate for it; add rate=, or remove burst=")
+			err = errors.New("is only used with a rate, but there is none; add rate=, or remove burst=")
 		} else {
 			l.Burst, err = Burst(burst, l.Rate)
 		}
