@@ -87,30 +87,6 @@ func (h *crowds) Pop() any {
 	return a
 }
 
-// recent is a table of addresses. It keeps at least the size latest ones, and at most
-// twice as many.
-type recent[V any] struct {
-	size       int
-	young, old map[netip.Addr]V
-}
-
-func (t *recent[V]) get(addr netip.Addr) (v V, ok bool) {
-	if v, ok = t.young[addr]; ok {
-		return v, true
-	}
-	if v, ok = t.old[addr]; ok {
-		t.put(addr, v)
-	}
-	return v, ok
-}
-
-func (t *recent[V]) put(addr netip.Addr, v V) {
-	if t.young == nil || len(t.young) >= t.size {
-		t.young, t.old = make(map[netip.Addr]V), t.young
-	}
-	t.young[addr] = v
-}
-
 // addrPort returns the address and port of a TCP connection.
 func addrPort(a net.Addr) netip.AddrPort {
 	tcp, ok := a.(*net.TCPAddr)

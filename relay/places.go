@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+	"tailscale.com/util/lru"
 )
 
 // Limits bound the connections of both listeners. 0 is no limit.
@@ -77,8 +78,8 @@ type LimitCount struct {
 // about three round trips before its node is admitted, and each step begins the time again.
 const tenure = 300 * time.Millisecond
 
-// Tables of addresses keep at least the latest known addresses, and the latest rate
-// limiters. The memory of both is below one megabyte each.
+// Tables of addresses keep the latest known addresses, and the latest rate limiters. The
+// memory of both is below one megabyte each.
 const maxKnown, maxLimiters = 4096, 2048
 
 // places counts the connections of both listeners, and decides which are accepted. A
@@ -92,22 +93,22 @@ type places struct {
 	begin  time.Time
 
 	mu        sync.Mutex
-	total     int                     // guarded by mu
-	strangers int                     // waiting connections of unknown addresses; guarded by mu
-	waiting   int                     // waiting connections; guarded by mu
-	addresses map[netip.Addr]*address // those with a place; guarded by mu
-	crowds    crowds                  // unknown addresses with a waiting connection; guarded by mu
-	known     recent[struct{}]        // addresses without a place that had an admitted node; guarded by mu
-	limiters  recent[*rate.Limiter]   // guarded by mu
-	limited   map[Limit]*LimitCount   // of [AllLimits] alone; guarded by mu
+	total     int                                  // guarded by mu
+	strangers int                                  // waiting connections of unknown addresses; guarded by mu
+	waiting   int                                  // waiting connections; guarded by mu
+	addresses map[netip.Addr]*address              // those with a place; guarded by mu
+	crowds    crowds                               // unknown addresses with a waiting connection; guarded by mu
+	known     lru.Cache[netip.Addr, struct{}]      // addresses without a place that had an admitted node; guarded by mu
+	limiters  lru.Cache[netip.Addr, *rate.Limiter] // guarded by mu
+	limited   map[Limit]*LimitCount                // of [AllLimits] alone; guarded by mu
 }
 
 func newPlaces(c Config) *places {
 	p := &places{
 		limits: c.Limits, exempt: slices.Concat(c.TrustedProxies, c.Limits.Shared), open: c.Open, begin: time.Now(),
 		addresses: make(map[netip.Addr]*address),
-		known:     recent[struct{}]{size: maxKnown},
-		limiters:  recent[*rate.Limiter]{size: maxLimiters},
+		known:     lru.Cache[netip.Addr, struct{}]{MaxEntries: maxKnown},
+		limiters:  lru.Cache[netip.Addr, *rate.Limiter]{MaxEntries: maxLimiters},
 		limited:   make(map[Limit]*LimitCount),
 	}
 	if p.open == nil {
@@ -169,7 +170,7 @@ func (p *places) sit(c *socketConn, addr netip.Addr) (older *socketConn, ok bool
 	}
 	a := p.addresses[addr]
 	if a == nil {
-		_, client := p.known.get(addr)
+		_, client := p.known.GetOk(addr)
 		a = &address{addr: addr, client: client, known: client && !p.open(), index: -1}
 	}
 	if limit := p.reached(a); limit != "" {
@@ -190,10 +191,10 @@ func (p *places) mayCome(addr netip.Addr) bool {
 	if p.limits.AcceptRate == 0 || !addr.IsValid() {
 		return true
 	}
-	limiter, ok := p.limiters.get(addr)
+	limiter, ok := p.limiters.GetOk(addr)
 	if !ok {
 		limiter = rate.NewLimiter(rate.Limit(p.limits.AcceptRate), p.limits.AcceptBurst)
-		p.limiters.put(addr, limiter)
+		p.limiters.Set(addr, limiter)
 	}
 	return limiter.Allow()
 }
@@ -289,7 +290,7 @@ func (p *places) remember(addr netip.Addr) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.known.put(addr, struct{}{})
+	p.known.Set(addr, struct{}{})
 }
 
 // Member reports whether an admitted node came lately from an address.
@@ -305,7 +306,7 @@ func (p *places) member(addr netip.Addr) bool {
 	if a := p.addresses[addr]; a != nil {
 		return a.client
 	}
-	_, known := p.known.get(addr)
+	_, known := p.known.GetOk(addr)
 	return known
 }
 
@@ -334,7 +335,7 @@ func (p *places) leave(c *socketConn) {
 	if a.admitted == 0 && len(a.waiting) == 0 {
 		delete(p.addresses, a.addr)
 		if a.client && a.addr.IsValid() {
-			p.known.put(a.addr, struct{}{})
+			p.known.Set(a.addr, struct{}{})
 		}
 	}
 }

@@ -334,26 +334,18 @@ func TestOwnConnections(t *testing.T) {
 	}
 }
 
-// A table of addresses keeps the latest ones, and is bounded.
-func TestRecent(t *testing.T) {
-	table := recent[int]{size: 10}
+// The table of known addresses keeps those in use, and is bounded.
+func TestKnownAddressesAreBounded(t *testing.T) {
+	p := newPlaces(Config{})
 	addr := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)}) }
-	for i := range 1000 {
-		table.put(addr(i), i)
-		if v, ok := table.get(addr(0)); !ok || v != 0 {
-			t.Fatalf("an address that is used is lost after %d others", i)
-		}
-		if i > 0 {
-			if v, ok := table.get(addr(i - 1)); !ok || v != i-1 {
-				t.Fatalf("the latest address is lost: %d", i)
-			}
-		}
-		if len(table.young)+len(table.old) > 2*table.size {
-			t.Fatalf("%d addresses", len(table.young)+len(table.old))
+	for i := range 2 * maxKnown {
+		p.remember(addr(i))
+		if !p.member(addr(0)) || !p.member(addr(i)) {
+			t.Fatalf("an address in use, or the latest one, is lost after %d others", i)
 		}
 	}
-	if _, ok := table.get(addr(900)); ok {
-		t.Error("an address is kept for ever")
+	if p.known.Len() != maxKnown || p.member(addr(1)) {
+		t.Errorf("%d known addresses, want the latest %d", p.known.Len(), maxKnown)
 	}
 }
 
