@@ -10,15 +10,21 @@ import (
 // Serve accepts the connections of clients until [Relay.Close], and then
 // returns nil. It closes ln. Each connection passes these layers:
 //
-//	places.go     whether there is a place for the connection
+//	places.go     whether there is a place for the connection (connlimits.go)
 //	socket.go     the TCP connection, read ahead
 //	arrival.go    the first bytes, to see what cannot work
 //	proxy.go      the PROXY header, with Config.ProxyProtocol
+//	turns.go      the turn of a TLS handshake
 //	tls.go        TLS, with Config.GetCertificate
 //	forwarded.go  X-Forwarded-For, on each HTTP request
 //	routes.go     the path of the request
 //	hijack.go     the upgrade from HTTP to DERP
 //	session.go    the connection that derpserver reads and writes
+//	incoming.go   the frames of the client: the first one, and large packets
+//	backlog.go    the large packets that wait for a slow client
+//	pace.go       the rate of the client's node (nodelimits.go)
+//
+// The connections of the relay's own self-check (own.go) pass without a place or a turn.
 func (r *Relay) Serve(ln net.Listener) error {
 	if r.tls == nil {
 		return r.serve(r.public, r.accepted(ln, relayPort))
