@@ -277,10 +277,13 @@ func TestRefusedClientOfAProxy(t *testing.T) {
 		if (err != nil) != (want == 0) {
 			t.Fatalf("request %d: %v", i, err)
 		}
-		if err == nil {
-			if _, err := io.Copy(io.Discard, response.Body); err != nil || response.StatusCode != want {
-				t.Errorf("request %d: status %d, want %d; %v", i, response.StatusCode, want, err)
-			}
+		if err != nil {
+			break
+		}
+		_, err = io.Copy(io.Discard, response.Body)
+		_ = response.Body.Close()
+		if err != nil || response.StatusCode != want {
+			t.Errorf("request %d: status %d, want %d; %v", i, response.StatusCode, want, err)
 		}
 	}
 }
