@@ -38,7 +38,7 @@ var errAbandoned = errors.New("question abandoned")
 // abandoned reports whether ctx, that of a question, ended before its time.
 func abandoned(ctx context.Context) bool {
 	cause := context.Cause(ctx)
-	return cause != nil && cause != errNoAnswer
+	return cause != nil && !errors.Is(cause, errNoAnswer)
 }
 
 // ErrRefused is the answer of a source that refuses a node.

@@ -31,7 +31,7 @@ func isExhausted(err error) bool {
 type attempts struct {
 	mu    sync.Mutex
 	host  string               // the name that was looked up; guarded by mu
-	addrs map[netip.Addr]error // by address; guarded by mu
+	addrs map[netip.Addr]error // the last error, by address; guarded by mu
 }
 
 // trace returns ctx for a question whose connections are recorded.
@@ -46,6 +46,10 @@ func (a *attempts) trace(ctx context.Context) context.Context {
 			at, _ := netip.ParseAddrPort(addr)
 			a.mu.Lock()
 			defer a.mu.Unlock()
+			if err == nil { // before a redirect
+				delete(a.addrs, at.Addr().Unmap())
+				return
+			}
 			if a.addrs == nil {
 				a.addrs = make(map[netip.Addr]error)
 			}

@@ -72,6 +72,7 @@ func TestURLFailOpenOfAllAddresses(t *testing.T) {
 		"a container without IPv6":             {four, six, 0, map[string]syscall.Errno{four: down, six: syscall.EADDRNOTAVAIL}, true},
 		"a kernel without IPv6":                {four, six, 0, map[string]syscall.Errno{four: down, six: syscall.EAFNOSUPPORT}, true},
 		"no port is left for IPv4":             {four, six, 0, map[string]syscall.Errno{four: syscall.EADDRNOTAVAIL, six: down}, false},
+		"no port is left for another address":  {four + " 192.0.2.2", "", 0, map[string]syscall.Errno{four: down, "192.0.2.2": syscall.EADDRNOTAVAIL}, false},
 		"no such name":                         {"", "", 0, nil, true},
 		"no IPv6 record, and DNS fails":        {"SERVFAIL", "", nobody, nil, false},
 		"no IPv4 record, and DNS fails":        {"", "SERVFAIL", nobody, nil, false},
