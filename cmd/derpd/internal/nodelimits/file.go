@@ -142,7 +142,7 @@ func (l *Limits) Reload() {
 	case err != nil:
 		l.failures.Add(1)
 		if before == nil || before.Error() != err.Error() {
-			l.config.Log.Error().Err(err).Int("lines", l.Lines()).Msg("limits not read; the last good lines stay in force")
+			l.config.Log.Error().Err(err).Str("variable", "DERP_LIMITS_FILE").Int("lines", l.Lines()).Msg("limits not read; the last good lines stay in force")
 		}
 		return
 	case before == nil && same:

@@ -166,7 +166,7 @@ func who(word string) (Rule, error) {
 	before, _, setting := strings.Cut(word, "=")
 	switch {
 	case !ok && setting && slices.Contains(kinds, kind(strings.ToLower(before))):
-		return r, fmt.Errorf("want a colon after %s, got %q; write %s:", before, shown(word), before)
+		return r, fmt.Errorf("want %s: with a colon, got %q", before, shown(word))
 	case !ok && strings.Contains(word, "="):
 		return r, fmt.Errorf("want who the limit is for, and then settings, got %q; write * before it for every node", shown(word))
 	case ok && r.kind == byKey:
@@ -243,7 +243,11 @@ func limit(words []string, defaults relay.NodeLimit) (l relay.NodeLimit, errs []
 		}
 	}
 	if len(words) == 1 {
-		errs = append(errs, errors.New("want a limit after who it is for, such as rate=2Mbit or connections=4, got none"))
+		hint := ""
+		if strings.HasPrefix(words[0], string(byKey)) {
+			hint = "; a list of keys alone belongs in DERP_ALLOW_KEYS"
+		}
+		errs = append(errs, fmt.Errorf("want a limit after who it is for, such as rate=2Mbit or connections=4, got none%s", hint))
 	}
 	return l, errs
 }
