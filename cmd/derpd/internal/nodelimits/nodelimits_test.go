@@ -143,6 +143,7 @@ func TestParseErrors(t *testing.T) {
 		`tailnet: rate=2Mbit`:                     `line 1: want a name after tailnet:, got none; write tailnet:"my name" without a blank before it`,
 		`comment:my nas rate=2Mbit`:               settings + `"nas"; a comment with blanks needs quotes: comment:"my nas"`,
 		`comment:"my nas"rate=2Mbit`:              `line 1: want a blank after the closing quote, got "r"; write one`,
+		"comment:nas rate=2Mbit x":                settings + `"x"`,
 		"* rate 2Mbit":                            settings + `"rate"`,
 		"* rate = 2Mbit":                          settings + `"rate"`,
 		"* rate=2 Mbit":                           settings + `"Mbit"`,
