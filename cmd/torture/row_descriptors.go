@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"time"
 
@@ -106,13 +107,15 @@ func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Durat
 	var slowest time.Duration
 	cause := ""
 	pace(done, 0, every, func(time.Time) error {
-		took, err := l.join(ctx, r, s, netip.AddrFrom4([4]byte{127, 201, 0, byte(1 + joined)}))
+		took, refusals, err := l.join(ctx, r, s, netip.AddrFrom4([4]byte{127, 201, 0, byte(1 + joined)}))
 		slowest = max(slowest, took)
-		switch {
-		case err != nil && cause == "":
-			cause = ": " + rootCause(err)
-		case err == nil && took < newMemberSoon:
+		if err == nil && took < newMemberSoon {
 			within++
+		} else if cause == "" {
+			cause = fmt.Sprintf(": %d refusals", len(refusals))
+			if len(refusals) > 0 {
+				cause += ", the last: " + rootCause(refusals[len(refusals)-1])
+			}
 		}
 		if joined++; joined == newMembers {
 			cancel()
@@ -124,8 +127,9 @@ func (l *lab) joining(ctx context.Context, r *relay, s *source, every time.Durat
 }
 
 // join connects a member from an address that no client had before. A client that is
-// turned away tries again when tailscaled would.
-func (l *lab) join(ctx context.Context, r *relay, s *source, from netip.Addr) (time.Duration, error) {
+// turned away tries again when tailscaled would. It returns the errors of all refusals,
+// and the last one if it never got in.
+func (l *lab) join(ctx context.Context, r *relay, s *source, from netip.Addr) (took time.Duration, refusals []error, err error) {
 	private := key.NewNode()
 	s.admit(true, private.Public())
 	begun := time.Now()
@@ -136,13 +140,14 @@ func (l *lab) join(ctx context.Context, r *relay, s *source, from netip.Addr) (t
 		c, err := testrelay.Dial(ctx, r.Target(), private, from)
 		if err == nil {
 			l.onClose(c.Close)
-			return time.Since(begun), nil
+			return time.Since(begun), refusals, nil
 		}
+		refusals = append(refusals, err)
 		if ctx.Err() == nil {
 			retry.BackOff(ctx, err)
 		}
 		if ctx.Err() != nil {
-			return time.Since(begun), err
+			return time.Since(begun), refusals, err
 		}
 	}
 }
