@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"tailscale.com/derp"
+	"tailscale.com/tstime/mono"
 	"tailscale.com/types/key"
 )
 
@@ -24,7 +25,7 @@ const (
 // connections of the node. It is guarded by sessions.mu.
 type backlog struct {
 	size    int
-	changed time.Time
+	changed mono.Time
 }
 
 // roomFor returns the memory of a packet: derpserver's buffers are powers of two.
@@ -40,7 +41,7 @@ func (all *sessions) queue(to key.NodePublic, size int) (b *backlog, drop bool) 
 		return nil, false
 	}
 	b = &n.backlog
-	now := time.Now()
+	now := mono.Now()
 	if b.size+size > longestBacklog {
 		if now.Sub(b.changed) < backlogForgotten {
 			all.droppedLarge.Add(1)
@@ -61,5 +62,5 @@ func (all *sessions) unqueue(b *backlog, size int) {
 		return
 	}
 	b.size = max(0, b.size-size)
-	b.changed = time.Now()
+	b.changed = mono.Now()
 }

@@ -27,13 +27,17 @@ type incoming struct {
 	rest    int64 // bytes of the frame still to come
 	skip    bool  // whether the frame is dropped
 	greeted bool  // whether the first frame has begun
+	size    int32 // memory of the large packet that is read; zero for other frames
 
-	start [derp.FrameHeaderLen + 2*derp.KeyLen]byte // beginning of a frame
-	kept  int                                       // bytes of start that derpserver may not get yet
-	give  []byte                                    // bytes of start that derpserver gets next
+	start *beginning // nil between frames, as on an idle connection
+	to    *backlog   // of the receiver of the large packet
+}
 
-	size int      // memory of the large packet that is read; zero for other frames
-	to   *backlog // of the receiver of the large packet
+// beginning is the beginning of a frame, which derpserver may not get yet or gets next.
+type beginning struct {
+	bytes [derp.FrameHeaderLen + 2*derp.KeyLen]byte
+	kept  int    // number of bytes that derpserver may not get yet
+	give  []byte // bytes that derpserver gets next
 }
 
 // read reads the frames of the client. derpserver gets no byte of a frame that is
@@ -42,21 +46,23 @@ func (s *session) read(p []byte) (int, error) {
 	in := &s.in
 	for {
 		switch {
-		case len(in.give) > 0:
-			n := copy(p, in.give)
-			in.give = in.give[n:]
+		case in.start != nil && len(in.start.give) > 0:
+			n := copy(p, in.start.give)
+			if in.start.give = in.start.give[n:]; len(in.start.give) == 0 {
+				in.start = nil
+			}
 			return n, nil
 		case in.skip && in.rest > 0:
 			if err := s.discard(); err != nil {
 				return 0, err
 			}
-		case in.kept == 0 && len(p) >= len(in.start):
+		case in.start == nil && len(p) >= len(beginning{}.bytes):
 			n, err := s.Conn.Read(p)
 			n, refused := s.follow(p[:n])
 			if refused != nil {
 				return 0, refused
 			}
-			if n > 0 || err != nil && in.kept == 0 {
+			if n > 0 || err != nil && in.start == nil {
 				return n, err
 			}
 		case in.rest > 0 || len(p) == 0:
@@ -79,7 +85,8 @@ func (s *session) follow(p []byte) (n int, err error) {
 		if in.rest == 0 && !in.ordinary(p[at:]) {
 			needed, err := s.begin(p[at:])
 			if err != nil || len(p)-at < needed {
-				in.kept = copy(in.start[:], p[at:])
+				in.start = new(beginning)
+				in.start.kept = copy(in.start.bytes[:], p[at:])
 				return n, err
 			}
 		}
@@ -114,24 +121,30 @@ func (in *incoming) ordinary(start []byte) bool {
 // readStart reads until the client's next frame can be judged.
 func (s *session) readStart() error {
 	in := &s.in
-	needed, err := s.begin(in.start[:in.kept])
+	if in.start == nil {
+		in.start = new(beginning)
+	}
+	begun := in.start
+	needed, err := s.begin(begun.bytes[:begun.kept])
 	if err != nil {
 		return err
 	}
-	if in.kept < needed {
-		n, err := s.Conn.Read(in.start[in.kept:needed])
-		if in.kept += n; err == nil || in.kept == 0 {
+	if begun.kept < needed {
+		n, err := s.Conn.Read(begun.bytes[begun.kept:needed])
+		if begun.kept += n; err == nil || begun.kept == 0 {
 			return err
 		}
 		// The stream ends here. The next read returns the error again.
-		in.rest = int64(in.kept)
+		in.rest = int64(begun.kept)
 		in.skip = false
 	}
-	in.rest -= int64(in.kept)
-	if !in.skip {
-		in.give = in.start[:in.kept]
+	in.rest -= int64(begun.kept)
+	if in.skip {
+		in.start = nil
+	} else {
+		begun.give = begun.bytes[:begun.kept]
 	}
-	in.kept = 0
+	begun.kept = 0
 	return nil
 }
 
@@ -182,7 +195,7 @@ func (s *session) begin(start []byte) (needed int, err error) {
 		size := roomFor(length - keys)
 		in.to, in.skip = s.all.queue(key.NodePublicFromRaw32(mem.B(last[len(last)-derp.KeyLen:])), size)
 		if in.to != nil {
-			in.size = size
+			in.size = int32(size)
 		}
 	}
 	in.greeted = true
@@ -192,7 +205,7 @@ func (s *session) begin(start []byte) (needed int, err error) {
 // unread corrects the backlog of the receiver when a large packet stays incomplete.
 func (s *session) unread() {
 	if in := &s.in; in.size > 0 && in.rest > 0 {
-		s.all.unqueue(in.to, in.size)
+		s.all.unqueue(in.to, int(in.size))
 		in.size = 0
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/rs/zerolog"
 	"go4.org/mem"
 	"tailscale.com/derp"
+	"tailscale.com/tstime/mono"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
@@ -211,7 +212,7 @@ func FuzzIncoming(f *testing.F) {
 			return
 		}
 		s := sessionOf(&chunks{stream: bytes.Clone(stream), pieces: pieces}, nil)
-		s.all.nodes[full] = &limitedNode{sessions: []*session{s}, backlog: backlog{size: longestBacklog, changed: time.Now().Add(time.Hour)}}
+		s.all.nodes[full] = &limitedNode{sessions: []*session{s}, backlog: backlog{size: longestBacklog, changed: mono.Now().Add(time.Hour)}}
 		got, err := io.ReadAll(readerOf{s, int(size)*9 + 1})
 		want, refused := delivered(stream, full)
 		if !bytes.Equal(got, want) || errors.Is(err, errFirstFrame) != refused || !refused && err != nil {

@@ -85,10 +85,10 @@ const longestFrame = 1 << 20
 // the type and the length of the payload, and the payload.
 type frames struct {
 	header [derp.FrameHeaderLen]byte
-	read   int    // length of header so far
-	rest   uint32 // bytes of the payload still to come, once header is complete
+	read   uint8  // length of header so far
 	lost   bool   // whether a length was too long, so that the stream has no frames
-	large  int    // memory of the large packets that have ended
+	rest   uint32 // bytes of the payload still to come, once header is complete
+	large  uint32 // memory of the large packets that have ended
 }
 
 // follow moves the position by p. It reports whether the new position is inside a
@@ -96,11 +96,11 @@ type frames struct {
 // held.
 func (f *frames) follow(p []byte) (inside bool) {
 	for len(p) > 0 && !f.lost {
-		if f.read < len(f.header) {
+		if f.read < derp.FrameHeaderLen {
 			n := copy(f.header[f.read:], p)
-			f.read += n
+			f.read += uint8(n)
 			p = p[n:]
-			if f.read < len(f.header) {
+			if f.read < derp.FrameHeaderLen {
 				return true
 			}
 			f.rest = binary.BigEndian.Uint32(f.header[1:])
@@ -112,7 +112,7 @@ func (f *frames) follow(p []byte) (inside bool) {
 		if f.rest == 0 {
 			f.read = 0
 			if length := binary.BigEndian.Uint32(f.header[1:]); length > longestOrdinary+derp.KeyLen && f.last() == derp.FrameRecvPacket {
-				f.large += roomFor(length - derp.KeyLen)
+				f.large += uint32(roomFor(length - derp.KeyLen))
 			}
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"tailscale.com/derp"
 	"tailscale.com/net/netutil"
+	"tailscale.com/tstime/mono"
 	"tailscale.com/types/key"
 
 	"derpd/internal/caught"
@@ -26,7 +27,7 @@ type session struct {
 	net.Conn // below, after the bytes that the HTTP server has read
 	below    net.Conn
 	client   net.Addr // by the PROXY header or X-Forwarded-For, or else the peer
-	started  time.Time
+	started  mono.Time
 	all      *sessions
 
 	in    incoming              // owned by the reader
@@ -50,7 +51,7 @@ type session struct {
 // newSession returns the session of a hijacked connection. The client's first
 // bytes may be in buffered, which may be nil.
 func newSession(all *sessions, conn net.Conn, buffered *bufio.Reader, client net.Addr) *session {
-	s := &session{Conn: conn, below: conn, client: client, started: time.Now(), all: all}
+	s := &session{Conn: conn, below: conn, client: client, started: mono.Now(), all: all}
 	if buffered != nil && buffered.Buffered() > 0 {
 		s.Conn = netutil.NewDrainBufConn(conn, buffered)
 	}
@@ -124,7 +125,7 @@ func (s *session) written(err *error) {
 	}
 	if size := s.out.frames.large; size > 0 {
 		s.out.frames.large = 0
-		s.all.unqueue(s.backlog, size)
+		s.all.unqueue(s.backlog, int(size))
 	}
 	s.writeMu.Unlock()
 }

@@ -6,9 +6,9 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/rs/zerolog"
+	"tailscale.com/tstime/mono"
 	"tailscale.com/types/key"
 )
 
@@ -67,7 +67,7 @@ func (all *sessions) remove(s *session) {
 		return
 	}
 	if e := all.log.Debug(); e.Enabled() {
-		e.Stringer("client", s.client).Str("node", node.ShortString()).Dur("connected", time.Since(s.started)).AnErr("end", end).Msg("client disconnected")
+		e.Stringer("client", s.client).Str("node", node.ShortString()).Dur("connected", mono.Since(s.started)).AnErr("end", end).Msg("client disconnected")
 	}
 }
 

@@ -70,15 +70,15 @@ type socketConn struct {
 	fillFunc, drainFunc func(fd uintptr) bool
 	turn                connTurn // of the TLS handshake; nil after it
 
-	mu     sync.Mutex           // held by one reader
-	buffer *[readAheadSize]byte // nil when empty; guarded by mu
-	unread []byte               // unread bytes of buffer; guarded by mu
-	err    error                // result of the last fill; guarded by mu
-	first  firstFunc            // nil after the first fill; guarded by mu
+	mu       sync.Mutex           // held by one reader
+	buffer   *[readAheadSize]byte // nil when empty; guarded by mu
+	from, to uint16               // unread bytes of buffer; guarded by mu
+	errno    syscall.Errno        // error of the last fill, or zero; guarded by mu
+	first    firstFunc            // nil after the first fill; guarded by mu
 
-	writeMu  sync.Mutex // held by one writer
-	unsent   []byte     // unsent bytes of the write; guarded by writeMu
-	writeErr error      // result of the last drain; guarded by writeMu
+	writeMu    sync.Mutex    // held by one writer
+	unsent     []byte        // unsent bytes of the write; guarded by writeMu
+	writeErrno syscall.Errno // error of the last drain, or zero; guarded by writeMu
 
 	places *places // nil: none are counted
 	place  place   // guarded by places.mu
@@ -165,7 +165,7 @@ func closeWrite(conn net.Conn) error {
 func (c *socketConn) Read(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.unread) == 0 {
+	if c.buffer == nil {
 		if c.turn.Load() != nil {
 			c.turn.giveBack() // the handshake waits for the client
 		}
@@ -175,18 +175,21 @@ func (c *socketConn) Read(p []byte) (int, error) {
 		if err := c.raw.Read(c.fillFunc); err != nil {
 			return 0, named(err, "read")
 		}
-		if c.err != nil {
-			return 0, c.err
+		if c.errno != 0 {
+			return 0, c.failed("read", c.errno)
+		}
+		if c.buffer == nil {
+			return 0, io.EOF
 		}
 		if first := c.first; first != nil {
 			c.first = nil
 			c.places.touch(c)
-			first(c.unread, c.RemoteAddr())
+			first(c.buffer[:c.to], c.RemoteAddr())
 		}
 	}
-	n := copy(p, c.unread)
-	c.unread = c.unread[n:]
-	if len(c.unread) == 0 {
+	n := copy(p, c.buffer[c.from:c.to])
+	c.from += uint16(n)
+	if c.from == c.to {
 		c.release()
 	}
 	return n, nil
@@ -197,40 +200,39 @@ func (c *socketConn) Read(p []byte) (int, error) {
 func (c *socketConn) fill(fd uintptr) bool {
 	c.buffer = readAheadBuffers.Get().(*[readAheadSize]byte)
 	n, errno := rawRead(fd, c.buffer[:])
-	c.err = nil
+	c.errno = 0
 	if n > 0 {
-		c.unread = c.buffer[:n]
+		c.from, c.to = 0, uint16(n)
 		return true
 	}
 	c.release()
-	switch errno {
-	case unix.EAGAIN:
+	if errno == unix.EAGAIN {
 		return false
-	case 0:
-		c.err = io.EOF
-	default:
-		c.err = c.failed("read", errno)
 	}
+	c.errno = errno
 	return true
 }
 
 func (c *socketConn) release() {
 	readAheadBuffers.Put(c.buffer)
-	c.buffer, c.unread = nil, nil
+	c.buffer = nil
 }
 
 // Write implements [net.Conn].
 func (c *socketConn) Write(p []byte) (int, error) {
 	c.writeMu.Lock()
 	defer c.writeMu.Unlock()
-	c.unsent, c.writeErr = p, nil
+	c.unsent, c.writeErrno = p, 0
 	err := c.raw.Write(c.drainFunc)
 	n := len(p) - len(c.unsent)
 	c.unsent = nil
 	if err != nil {
 		return n, named(err, "write")
 	}
-	return n, c.writeErr
+	if c.writeErrno != 0 {
+		return n, c.failed("write", c.writeErrno)
+	}
+	return n, nil
 }
 
 // drain writes unsent until the socket is full, and then returns false. The
@@ -245,7 +247,7 @@ func (c *socketConn) drain(fd uintptr) bool {
 			c.turn.giveBack()
 			return false
 		default:
-			c.writeErr = c.failed("write", errno)
+			c.writeErrno = errno
 			return true
 		}
 	}
