@@ -2,7 +2,6 @@ package relay
 
 import (
 	"math/bits"
-	"time"
 
 	"tailscale.com/derp"
 	"tailscale.com/tstime/mono"

@@ -22,14 +22,18 @@ func (p place) admitted() bool { return p.since == sinceAdmitted }
 type address struct {
 	addr     netip.Addr    // zero for connections of a proxy or gateway
 	waiting  []*socketConn // the one with the oldest step first
+	attempts int           // lately, at the last one; see [visitor]
 	admitted int
 	client   bool // whether a node was admitted from here
 	known    bool // whether strangers cannot take its places
 	index    int  // position in crowds, or -1
 }
 
-// crowds is a heap of addresses. The first has the most waiting connections. Among
-// equals, the first has the connection with the oldest step.
+// weight is what an address takes: its waiting connections and its late attempts.
+func (a *address) weight() int { return len(a.waiting) + a.attempts }
+
+// crowds is a heap of addresses. The first has the largest weight. Among equals, the
+// first has the connection with the oldest step.
 type crowds []*address
 
 // update puts an address where its connections belong.
@@ -50,7 +54,7 @@ func (h crowds) Len() int { return len(h) }
 
 // Less implements [heap.Interface].
 func (h crowds) Less(i, j int) bool {
-	if a, b := len(h[i].waiting), len(h[j].waiting); a != b {
+	if a, b := h[i].weight(), h[j].weight(); a != b {
 		return a > b
 	}
 	return oldestStep(h[i]) < oldestStep(h[j])

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -16,9 +17,19 @@ import (
 // about three round trips before its node is admitted, and each step begins the time again.
 const tenure = 300 * time.Millisecond
 
-// Tables of addresses keep the latest known addresses, and the latest rate limiters. The
+// Tables of addresses keep the latest known addresses, and the latest visitors. The
 // memory of both is below one megabyte each.
-const maxKnown, maxLimiters = 4096, 2048
+const maxKnown, maxVisitors = 4096, 2048
+
+// attemptsHalved is the time in which an attempt to connect loses half of its weight.
+const attemptsHalved = 5 * time.Second
+
+// visitor is an address that has tried to connect.
+type visitor struct {
+	limiter  *rate.Limiter // nil without a rate
+	attempts float64       // an attempt at the time last counts one
+	last     time.Duration // of the last attempt, on the clock of the places
+}
 
 // places counts the connections of both listeners, and decides which are accepted. A
 // place is taken by accept, and given back by [socketConn.Close]. A nil *places accepts
@@ -31,14 +42,14 @@ type places struct {
 	begin  time.Time
 
 	mu        sync.Mutex
-	total     int                                  // guarded by mu
-	strangers int                                  // waiting connections of unknown addresses; guarded by mu
-	waiting   int                                  // waiting connections; guarded by mu
-	addresses map[netip.Addr]*address              // those with a place; guarded by mu
-	crowds    crowds                               // unknown addresses with a waiting connection; guarded by mu
-	known     lru.Cache[netip.Addr, struct{}]      // addresses without a place that had an admitted node; guarded by mu
-	limiters  lru.Cache[netip.Addr, *rate.Limiter] // guarded by mu
-	limited   map[Limit]*LimitCount                // of [AllLimits] alone; guarded by mu
+	total     int                             // guarded by mu
+	strangers int                             // waiting connections of unknown addresses; guarded by mu
+	waiting   int                             // waiting connections; guarded by mu
+	addresses map[netip.Addr]*address         // those with a place; guarded by mu
+	crowds    crowds                          // unknown addresses with a waiting connection; guarded by mu
+	known     lru.Cache[netip.Addr, struct{}] // addresses without a place that had an admitted node; guarded by mu
+	visitors  lru.Cache[netip.Addr, *visitor] // guarded by mu
+	limited   map[Limit]*LimitCount           // of [AllLimits] alone; guarded by mu
 }
 
 func newPlaces(c Config) *places {
@@ -46,7 +57,7 @@ func newPlaces(c Config) *places {
 		limits: c.Limits, exempt: slices.Concat(c.TrustedProxies, c.Limits.Shared), open: c.Open, begin: time.Now(),
 		addresses: make(map[netip.Addr]*address),
 		known:     lru.Cache[netip.Addr, struct{}]{MaxEntries: maxKnown},
-		limiters:  lru.Cache[netip.Addr, *rate.Limiter]{MaxEntries: maxLimiters},
+		visitors:  lru.Cache[netip.Addr, *visitor]{MaxEntries: maxVisitors},
 		limited:   make(map[Limit]*LimitCount),
 	}
 	if p.open == nil {
@@ -102,7 +113,8 @@ func (p *places) enter(c *socketConn, addr netip.Addr, moves bool) bool {
 // sit takes a place, or reports that a limit is reached. It returns an older connection
 // that has lost its place and must be closed.
 func (p *places) sit(c *socketConn, addr netip.Addr) (older *socketConn, ok bool) {
-	if !p.mayCome(addr) {
+	attempts, ok := p.mayCome(addr)
+	if !ok {
 		p.note(LimitAcceptRate)
 		return nil, false
 	}
@@ -111,6 +123,8 @@ func (p *places) sit(c *socketConn, addr netip.Addr) (older *socketConn, ok bool
 		_, client := p.known.GetOk(addr)
 		a = &address{addr: addr, client: client, known: client && !p.open(), index: -1}
 	}
+	a.attempts = attempts
+	p.crowds.update(a)
 	if limit := p.reached(a); limit != "" {
 		p.note(limit)
 		if older = p.crowded(a, limit); older == nil {
@@ -124,17 +138,26 @@ func (p *places) sit(c *socketConn, addr netip.Addr) (older *socketConn, ok bool
 	return older, true
 }
 
-// mayCome reports whether the rate of an address allows one more connection.
-func (p *places) mayCome(addr netip.Addr) bool {
-	if p.limits.AcceptRate == 0 || !addr.IsValid() {
-		return true
+// mayCome reports whether the rate of an address allows one more connection. It returns
+// the weight of the earlier attempts.
+func (p *places) mayCome(addr netip.Addr) (attempts int, ok bool) {
+	if !addr.IsValid() {
+		return 0, true
 	}
-	limiter, ok := p.limiters.GetOk(addr)
+	v, ok := p.visitors.GetOk(addr)
 	if !ok {
-		limiter = rate.NewLimiter(rate.Limit(p.limits.AcceptRate), p.limits.AcceptBurst)
-		p.limiters.Set(addr, limiter)
+		v = new(visitor)
+		if p.limits.AcceptRate > 0 {
+			v.limiter = rate.NewLimiter(rate.Limit(p.limits.AcceptRate), p.limits.AcceptBurst)
+		}
+		p.visitors.Set(addr, v)
 	}
-	return limiter.Allow()
+	now := p.now()
+	v.attempts *= math.Exp2(-(now - v.last).Seconds() / attemptsHalved.Seconds())
+	attempts = int(v.attempts)
+	v.attempts++
+	v.last = now
+	return attempts, v.limiter == nil || v.limiter.Allow()
 }
 
 // reached returns the limit that one more connection of an address exceeds, or "".
@@ -162,10 +185,10 @@ func (p *places) reached(a *address) Limit {
 func exceeds(count, limit int) bool { return limit > 0 && count >= limit }
 
 // crowded returns the connection that gives its place to a new one of address a, or nil.
-// It is the oldest waiting connection of the address that has the most of them, if that
-// address then still has as many as a. A crowd from one address thus never keeps another
-// address out. Otherwise the connection must be older than tenure. At the limit of an
-// address, it is a connection of the same address.
+// It is the oldest waiting connection of the address with the largest weight, if that
+// weight exceeds a's by two. A crowd from some addresses thus never keeps an address out
+// that tries less often. Otherwise the connection must be older than tenure. At the limit
+// of an address, it is a connection of the same address.
 func (p *places) crowded(a *address, limit Limit) *socketConn {
 	most := a
 	if limit != LimitPerAddress {
@@ -178,7 +201,7 @@ func (p *places) crowded(a *address, limit Limit) *socketConn {
 		return nil
 	}
 	oldest := most.waiting[0]
-	if a.known && most != a || len(most.waiting) > len(a.waiting)+1 || p.now()-oldest.place.since >= tenure {
+	if a.known && most != a || most.weight() > a.weight()+1 || p.now()-oldest.place.since >= tenure {
 		return oldest
 	}
 	return nil

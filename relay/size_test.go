@@ -17,7 +17,7 @@ func TestSizeOfIdleConnection(t *testing.T) {
 	}{
 		{"session", unsafe.Sizeof(session{}), 288},
 		{"socketConn", unsafe.Sizeof(socketConn{}), 160},
-		{"limited", unsafe.Sizeof(limited{}), 64},
+		{"limitedNode", unsafe.Sizeof(limitedNode{}), 64},
 	} {
 		if value.size > value.max {
 			t.Errorf("%s has %d bytes, want at most %d", value.name, value.size, value.max)
