@@ -164,6 +164,9 @@ func (all *sessions) unlimit(s *session, node key.NodePublic) {
 // ApplyNodeLimits asks [Config.NodeLimit] again about every connected node.
 func (r *Relay) ApplyNodeLimits() {
 	all := r.sessions
+	if all.of == nil {
+		return
+	}
 	all.mu.Lock()
 	nodes := make([]key.NodePublic, 0, len(all.nodes))
 	for node := range all.nodes {
@@ -266,7 +269,7 @@ func (r *Relay) LimitedNodes() LimitedNodes {
 }
 
 // Connections returns the number of connections of a node, and whether it has been
-// slowed down for ten seconds. Without [Config.NodeLimit] nothing is counted.
+// slowed down for ten seconds.
 func (r *Relay) Connections(node key.NodePublic) (connections int, slowed bool) {
 	r.sessions.mu.Lock()
 	defer r.sessions.mu.Unlock()

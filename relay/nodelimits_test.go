@@ -146,13 +146,13 @@ func TestConnectionsOfNode(t *testing.T) {
 	})
 }
 
-// Without NodeLimit nothing is counted.
+// Without NodeLimit no node has a limit.
 func TestNoLimits(t *testing.T) {
 	ln := listen(t)
 	r := start(t, Config{Log: zerolog.Nop()}, ln)
 	a, b := connect(t, ln, nil, key.NewNode()), connect(t, ln, nil, key.NewNode())
 	testkit.Exchange(t, a, b)
-	if n, _ := r.Connections(a.SelfPublicKey()); n != 0 || r.LimitedNodes() != (LimitedNodes{}) {
+	if n, slowed := r.Connections(a.SelfPublicKey()); n != 1 || slowed || r.LimitedNodes() != (LimitedNodes{}) {
 		t.Errorf("%d connections, %+v", n, r.LimitedNodes())
 	}
 	r.ApplyNodeLimits()
