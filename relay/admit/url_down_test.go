@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -19,11 +20,14 @@ func resolver(t *testing.T, records map[uint16]string, failures int) func(contex
 	if err != nil {
 		t.Fatal(err)
 	}
-	asked := make(map[uint16]int)
+	var mu sync.Mutex
+	asked := make(map[uint16]int) // guarded by mu
 	server := &dns.Server{PacketConn: conn, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, r *dns.Msg) {
 		answer := new(dns.Msg).SetReply(r)
 		answer.RecursionAvailable = true
 		kind := r.Question[0].Qtype
+		mu.Lock()
+		defer mu.Unlock()
 		asked[kind]++
 		text, fails := strings.CutPrefix(records[kind], "SERVFAIL")
 		switch {
