@@ -73,14 +73,21 @@ func (a *attempts) confirm(ctx context.Context, strict *net.Resolver, err error)
 	if host == "" {
 		return err // no name was looked up
 	}
-	addrs, failure := strict.LookupNetIP(ctx, "ip", host)
-	if failure != nil && (!isDown(failure) || len(tried) > 0) {
-		return fmt.Errorf("looking up its addresses again: %w", failure)
-	}
-	for _, addr := range addrs {
-		if _, ok := tried[addr.Unmap()]; !ok {
-			return fmt.Errorf("%s is another of its addresses, which was not tried", addr)
+	found := 0
+	for _, family := range []string{"ip4", "ip6"} { // one failure may hide behind the other family
+		addrs, failure := strict.LookupNetIP(ctx, family, host)
+		if _, none := errors.AsType[*net.AddrError](failure); failure != nil && !none && !isDown(failure) {
+			return fmt.Errorf("looking up its addresses again: %w", failure)
 		}
+		for _, addr := range addrs {
+			if _, ok := tried[addr.Unmap()]; !ok {
+				return fmt.Errorf("%s is another of its addresses, which was not tried", addr)
+			}
+		}
+		found += len(addrs)
+	}
+	if found == 0 && len(tried) > 0 {
+		return errors.New("its name has no address any longer")
 	}
 	return err
 }
