@@ -3,6 +3,7 @@ package relay
 import (
 	"bufio"
 	"io"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -135,25 +136,26 @@ func TestBacklogIsForgotten(t *testing.T) {
 		s.node = node
 		all.add(s)
 		all.admitted(s)
+		thirdDropped := []bool{false, false, true}
 		dropped := func() bool {
 			_, drop := all.queue(node, derp.MaxPacketSize)
 			return drop
 		}
-		if dropped() || dropped() || !dropped() {
-			t.Fatal("want the third packet dropped")
+		if list := []bool{dropped(), dropped(), dropped()}; !slices.Equal(list, thirdDropped) {
+			t.Fatalf("dropped %v, want the third packet dropped", list)
 		}
-		time.Sleep(backlogForgotten - 1)
+		<-time.After(backlogForgotten - 1)
 		if !dropped() {
 			t.Error("the backlog is forgotten early")
 		}
 		all.unqueue(s.backlog, 1)
-		time.Sleep(backlogForgotten - 1)
+		<-time.After(backlogForgotten - 1)
 		if !dropped() {
 			t.Error("the backlog is forgotten early after a change")
 		}
-		time.Sleep(1)
-		if dropped() || dropped() || !dropped() {
-			t.Error("the backlog is not forgotten")
+		<-time.After(1)
+		if list := []bool{dropped(), dropped(), dropped()}; !slices.Equal(list, thirdDropped) {
+			t.Errorf("dropped %v, want the backlog forgotten", list)
 		}
 		all.unqueue(s.backlog, 1<<30)
 		if got := all.backlogOf(node); got != 0 {

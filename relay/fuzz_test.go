@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
-	"go4.org/mem"
 	"tailscale.com/derp"
 	"tailscale.com/types/key"
 
@@ -83,7 +82,7 @@ func FuzzStranger(f *testing.F) {
 		PrivateKey: key.NewNode(), Home: http.NotFoundHandler(), TellClients: true, DisallowApps: []string{"app"},
 		Log: zerolog.Nop(),
 	}, ln)
-	client := key.NodePrivateFromRaw32(mem.S(strings.Repeat("k", derp.KeyLen)))
+	client := key.NewNode()
 	info := client.SealTo(r.PublicKey(), []byte(`{"version":2}`))
 	admitted := slices.Concat(binary.BigEndian.AppendUint32([]byte{byte(derp.FrameClientInfo)}, uint32(derp.KeyLen+len(info))), client.Public().AppendTo(nil), info)
 	const webSocket = "GET /derp HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +

@@ -113,7 +113,7 @@ func TestFirstFrameIsRefused(t *testing.T) {
 				_, err := io.Copy(io.Discard, conn)
 				ended <- err
 			}()
-			testkit.Receive(t, "the end of the connection", ended)
+			_ = testkit.Receive(t, "the end of the connection", ended)
 			if got := tt.relay.Excess().FirstFrames - before; got != 1 {
 				t.Errorf("%d first frames counted, want 1", got)
 			}

@@ -22,7 +22,7 @@ func (p place) admitted() bool { return p.since == sinceAdmitted }
 type address struct {
 	addr     netip.Addr    // zero for connections of a proxy or gateway
 	waiting  []*socketConn // the one with the oldest step first
-	attempts int           // lately, at the last one; see [visitor]
+	attempts int           // half of the late attempts; see [places.mayCome]
 	admitted int
 	client   bool // whether a node was admitted from here
 	known    bool // whether strangers cannot take its places

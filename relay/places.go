@@ -139,7 +139,7 @@ func (p *places) sit(c *socketConn, addr netip.Addr) (older *socketConn, ok bool
 }
 
 // mayCome reports whether the rate of an address allows one more connection. It returns
-// the weight of the earlier attempts.
+// half of the earlier attempts, so that a client may try again.
 func (p *places) mayCome(addr netip.Addr) (attempts int, ok bool) {
 	if !addr.IsValid() {
 		return 0, true
@@ -154,7 +154,7 @@ func (p *places) mayCome(addr netip.Addr) (attempts int, ok bool) {
 	}
 	now := p.now()
 	v.attempts *= math.Exp2(-(now - v.last).Seconds() / attemptsHalved.Seconds())
-	attempts = int(v.attempts)
+	attempts = int(v.attempts / 2)
 	v.attempts++
 	v.last = now
 	return attempts, v.limiter == nil || v.limiter.Allow()

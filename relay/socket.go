@@ -73,6 +73,7 @@ type socketConn struct {
 	mu       sync.Mutex           // held by one reader
 	buffer   *[readAheadSize]byte // nil when empty; guarded by mu
 	from, to uint16               // unread bytes of buffer; guarded by mu
+	probes   int32                // HTTP probes so far; owned by the HTTP server
 	errno    syscall.Errno        // error of the last fill, or zero; guarded by mu
 	first    firstFunc            // nil after the first fill; guarded by mu
 
@@ -82,7 +83,6 @@ type socketConn struct {
 
 	places *places // nil: none are counted
 	place  place   // guarded by places.mu
-	probes int     // HTTP probes so far; owned by the HTTP server
 }
 
 // socketOf returns the TCP connection below the other layers of a connection, or nil.
