@@ -75,7 +75,7 @@ const (
 var openTo = [...][]int{
 	firstLane:   {addressLane, firstLane},
 	againLane:   {addressLane, againLane, firstLane},
-	refusedLane: {addressLane, refusedLane, firstLane},
+	refusedLane: {addressLane, refusedLane},
 }
 
 // strangers limits the questions about strangers, and remembers their attempts.

@@ -72,6 +72,7 @@ var dropReasons = map[string]string{
 	"gone_disconnected":   "the destination disconnected before its packets were sent",
 	"queue_head":          "the queue of the destination was full: the link to it is slower than the traffic for it",
 	"queue_tail":          "the queue of the destination was full: the link to it is slower than the traffic for it",
+	"large_backlog":       "packets above 2 KiB waited for a destination whose link is slower than the traffic for it",
 	"write_error":         "the connection to the destination broke",
 	"dup_client":          "two clients are connected with the same node key",
 }

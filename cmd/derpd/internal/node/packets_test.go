@@ -170,5 +170,5 @@ func TestDroppedPackets(t *testing.T) {
 		})
 	}
 	send(testkit.RegionClient(t, r, key.NewNode()), 100, "most for unknown_dest: the destination is not connected")
-	send(idle, 60_000, "most for queue_head: the queue of the destination was full") // idle never reads
+	send(idle, 1400, "most for queue_head: the queue of the destination was full") // idle never reads
 }
