@@ -80,6 +80,15 @@ func attackBoth(ctx context.Context, o options, r row, progress io.Writer) (resu
 	if done.derpd, err = attackOne(ctx, j, r, progress); err != nil {
 		return result{}, err
 	}
+	if o.short && r.timed && done.verdict() == broken {
+		if err := done.write(progress); err != nil {
+			return result{}, err
+		}
+		_, _ = fmt.Fprintf(progress, "%s: once more\n", r.name)
+		if done.derpd, err = attackOne(ctx, j, r, progress); err != nil {
+			return result{}, err
+		}
+	}
 	if j.Server = testrelay.Derper; r.upstream && o.derper != "" {
 		if done.derper, err = attackOne(ctx, j, r, progress); err != nil {
 			return result{}, err

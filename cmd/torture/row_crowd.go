@@ -22,7 +22,7 @@ func init() {
 	for _, limit := range []int64{64, 128, 256} {
 		register(row{
 			name: fmt.Sprintf("silent-%d", limit), attack: fmt.Sprintf("9,000 silent TLS connections from 1,000 addresses, within %d MB", limit),
-			short: limit == 64, upstream: true,
+			short: limit == 64, timed: true, upstream: true,
 			run: func(ctx context.Context, l *lab) ([]measured, error) {
 				// No address opens more than another. Each is held to the end.
 				return runCrowd(ctx, l, limit<<20, load{

@@ -18,7 +18,7 @@ import (
 func init() {
 	register(row{
 		name: "descriptors", attack: "ulimit -n 256, and strangers who take all places at every stage at once",
-		short: true, upstream: true, run: runDescriptors,
+		short: true, timed: true, upstream: true, run: runDescriptors,
 	})
 }
 

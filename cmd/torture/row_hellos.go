@@ -10,7 +10,7 @@ import (
 func init() {
 	register(row{
 		name: "hellos", attack: "3,000 ClientHellos a second, 1,000 in flight, from 1,000 addresses",
-		short: true, upstream: true, run: runHellos,
+		short: true, timed: true, upstream: true, run: runHellos,
 	})
 }
 

@@ -21,7 +21,7 @@ func init() {
 		slow   = "; the admission URL answers 8 questions at once, each in 100 ms"
 	)
 	register(row{
-		name: "questions-url", short: true, upstream: true, run: underQuestions(askURL, 1),
+		name: "questions-url", short: true, timed: true, upstream: true, run: underQuestions(askURL, 1),
 		attack: attack + "from one address" + slow,
 	})
 	register(row{

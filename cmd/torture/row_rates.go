@@ -21,7 +21,7 @@ import (
 
 func init() {
 	register(row{
-		name: "rates", short: true, light: true, run: rates,
+		name: "rates", short: true, timed: true, light: true, run: rates,
 		attack: "a node sends all it can, on 1 and on 10 connections, while its limit changes",
 	})
 }

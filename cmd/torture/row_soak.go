@@ -20,7 +20,7 @@ import (
 
 func init() {
 	register(row{
-		name: "soak", short: true, upstream: true, light: true, run: soak,
+		name: "soak", short: true, timed: true, upstream: true, light: true, run: soak,
 		attack: "for the time of --soak, members come and go, packets flow, and strangers knock",
 	})
 }

@@ -30,6 +30,9 @@ type row struct {
 	// light rows use little CPU, and measure nothing that other rows disturb. They run
 	// beside each other.
 	light bool
+	// timed rows measure times or losses. In their short form a broken promise is
+	// attacked once more: some seconds may meet a busy moment of the machine.
+	timed bool
 	// limit is the longest time of one server; 0 is [usualLimit].
 	limit time.Duration
 	// run attacks one server, which [lab.server] names. It returns the same lines for
