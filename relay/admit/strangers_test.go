@@ -205,7 +205,7 @@ func TestLanes(t *testing.T) {
 	for name, steps := range map[string][]attempts{
 		"first attempts":            {{firstLane, manyPlaces, each}, {againLane, manyPlaces, each}, {refusedLane, manyPlaces, each}},
 		"nodes that try again":      {{againLane, manyPlaces, 2 * each}, {firstLane, manyPlaces, 0}, {refusedLane, manyPlaces, each}, {firstLane, home.String(), ofAddress}},
-		"refused nodes":             {{refusedLane, manyPlaces, 2 * each}, {firstLane, manyPlaces, 0}, {againLane, manyPlaces, each}},
+		"refused nodes":             {{refusedLane, manyPlaces, each}, {firstLane, manyPlaces, each}, {againLane, manyPlaces, each}},
 		"one address":               {{firstLane, someone, ofAddress}, {firstLane, neighbour, 0}, {firstLane, other, each - ofAddress}},
 		"one address, other lanes":  {{firstLane, someone, ofAddress}, {againLane, someone, ofAddress}, {refusedLane, someone, ofAddress}},
 		"the address of a member":   {{firstLane, home.String(), 2 * ofAddress}, {againLane, home.String(), ofAddress}},
