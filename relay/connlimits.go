@@ -66,3 +66,6 @@ type LimitCount struct {
 	Count uint64
 	Last  time.Time // zero before the first
 }
+
+// Within reports whether the limit was reached within the last d.
+func (l LimitCount) Within(d time.Duration) bool { return l.Count > 0 && time.Since(l.Last) < d }

@@ -96,7 +96,7 @@ func measureIdle(ctx context.Context, p *program, count int, settle time.Duratio
 		return nil, err
 	}
 	defer s.Stop()
-	if err := waitFor(ctx, settle); err != nil {
+	if err := testrelay.Wait(ctx, settle); err != nil {
 		return nil, err
 	}
 	before, err := testrelay.ResidentBytes(s.PID)
@@ -131,7 +131,7 @@ func measureIdle(ctx context.Context, p *program, count int, settle time.Duratio
 	if err := g.Wait(); err != nil {
 		return nil, fmt.Errorf("%w%s", err, s.LastWords())
 	}
-	if err := waitFor(ctx, settle); err != nil {
+	if err := testrelay.Wait(ctx, settle); err != nil {
 		return nil, err
 	}
 	after, err := testrelay.ResidentBytes(s.PID)

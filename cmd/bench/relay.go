@@ -352,15 +352,3 @@ func parsePerf(out string) (float64, error) {
 	}
 	return 0, errors.New("no count of system calls")
 }
-
-// waitFor waits for d. It returns an error if ctx ends first.
-func waitFor(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}

@@ -223,7 +223,7 @@ func measureScenario(ctx context.Context, p *program, c scenario, congestion str
 		g.Go(func() error { return f.pace(gctx) })
 	}
 	u, out, err := observeWith(g, cancel, s, func() (interval, error) {
-		if err := waitFor(gctx, pathWarmup); err != nil {
+		if err := testrelay.Wait(gctx, pathWarmup); err != nil {
 			return interval{}, err
 		}
 		timed.Store(true)

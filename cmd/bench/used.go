@@ -37,14 +37,14 @@ func usedBy(s *server, count uint64) (used, error) {
 // observe waits for the warmup and then for d. It returns the difference of the
 // counters over d.
 func observe(ctx context.Context, s *server, d time.Duration, count func() uint64) (interval, error) {
-	if err := waitFor(ctx, warmup); err != nil {
+	if err := testrelay.Wait(ctx, warmup); err != nil {
 		return interval{}, err
 	}
 	before, err := usedBy(s, count())
 	if err != nil {
 		return interval{}, err
 	}
-	if err := waitFor(ctx, d); err != nil {
+	if err := testrelay.Wait(ctx, d); err != nil {
 		return interval{}, err
 	}
 	after, err := usedBy(s, count())

@@ -37,7 +37,7 @@ func attackStrangers(ctx context.Context, l load, c *counts) error {
 				case ctx.Err() == nil:
 					c.add("refused", 1)
 				}
-				_ = wait(ctx, knockAgain)
+				_ = testrelay.Wait(ctx, knockAgain)
 			}
 			return nil
 		})

@@ -135,15 +135,3 @@ func (r *relay) died() error {
 	}
 	return fmt.Errorf("%s ended under the attack%s", r.Name, r.LastWords())
 }
-
-// wait waits for d. It returns an error if ctx ends first.
-func wait(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}

@@ -92,7 +92,7 @@ func (l *lab) members(ctx context.Context, r *relay, s *source, count int) (*mem
 				if m.clients[i], err = testrelay.Dial(gctx, r.Target(), m.keys[i], memberAddr(i)); err == nil {
 					return nil
 				}
-				if time.Since(begun) > membersWithin || wait(gctx, memberEvery) != nil {
+				if time.Since(begun) > membersWithin || testrelay.Wait(gctx, memberEvery) != nil {
 					return fmt.Errorf("connecting member %d of %d: %w", i+1, count, err)
 				}
 			}
@@ -130,7 +130,7 @@ func (m *members) close() {
 // next one at once, so that a stall counts for each packet that it delays.
 func pace(ctx context.Context, first, every time.Duration, f func(due time.Time) error) {
 	for due := time.Now().Add(first); ; due = due.Add(every) {
-		if left := time.Until(due); left > 0 && wait(ctx, left) != nil {
+		if left := time.Until(due); left > 0 && testrelay.Wait(ctx, left) != nil {
 			return
 		}
 		if ctx.Err() != nil || f(due) != nil {
@@ -253,7 +253,7 @@ func (m *members) end(ctx context.Context) (traffic, error) {
 	m.begin()
 	for deadline := time.Now().Add(lateAfter); time.Now().Before(deadline); {
 		// A sender may be about to write its last packet.
-		if err := wait(ctx, memberEvery/2); err != nil {
+		if err := testrelay.Wait(ctx, memberEvery/2); err != nil {
 			return traffic{}, err
 		}
 		if p.gotten.Load() >= p.sent.Load() {

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"derpd/internal/testrelay"
 )
 
 // arrive counts a packet that was sent in a phase some time ago.
@@ -37,7 +39,7 @@ func TestPhases(t *testing.T) {
 		m.arrive(0, 20*time.Millisecond)
 		m.ended.Add(2)
 		go func() {
-			_ = wait(t.Context(), lateAfter/2)
+			_ = testrelay.Wait(t.Context(), lateAfter/2)
 			m.arrive(number, 3*time.Millisecond)
 			m.arrive(number, 5*time.Millisecond)
 		}()
@@ -75,7 +77,7 @@ func TestPace(t *testing.T) {
 			due, called = append(due, at.Sub(begun)), append(called, time.Since(begun))
 			switch len(due) {
 			case 2:
-				_ = wait(t.Context(), 230*time.Millisecond)
+				_ = testrelay.Wait(t.Context(), 230*time.Millisecond)
 			case 5:
 				return errors.New("enough")
 			}

@@ -103,7 +103,7 @@ func wrongClock(shift time.Duration) func(ctx context.Context, l *lab) ([]measur
 			text = now
 			return warns(now, "certificate")
 		})
-		_ = wait(ctx, clockWrongFor)
+		_ = testrelay.Wait(ctx, clockWrongFor)
 		known := c.life.admits(ctx, c.member)
 		lines := []measured{
 			promise("health tells of the certificate's dates", told == nil, "%s", timeOr(0, told)),
@@ -128,7 +128,7 @@ func clockJumps(ctx context.Context, l *lab) ([]measured, error) {
 	for _, shift := range []time.Duration{year, -year} {
 		l.say("the clock jumps to %v", shift)
 		c.clock.set(shift)
-		_ = wait(ctx, clockWrongFor)
+		_ = testrelay.Wait(ctx, clockWrongFor)
 		status, text, _ := health(ctx, c.life.Admin, "/readyz")
 		lines = append(lines, note(fmt.Sprintf("/readyz after a jump to %+d days", shift/(24*time.Hour)), "%d %s", status, lineOf(text, "certificate")))
 	}

@@ -57,7 +57,7 @@ func runDescriptors(ctx context.Context, l *lab) ([]measured, error) {
 		assaults = append(assaults, a)
 	}
 	l.say("strangers take all they can")
-	if err := wait(ctx, span/4); err != nil {
+	if err := testrelay.Wait(ctx, span/4); err != nil {
 		return nil, err
 	}
 	w, err := l.watch(ctx, r)

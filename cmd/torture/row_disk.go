@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 func init() {
@@ -106,7 +108,7 @@ func (r life) untilLogged(ctx context.Context, text string) error {
 	ctx, cancel := context.WithTimeout(ctx, savedWithin)
 	defer cancel()
 	for !r.logged(text) {
-		if wait(ctx, 5*subjectEvery) != nil {
+		if testrelay.Wait(ctx, 5*subjectEvery) != nil {
 			return fmt.Errorf("not in the log: %s", text)
 		}
 	}

@@ -173,7 +173,7 @@ func (v *victim) dieOften(ctx context.Context, times int) error {
 // write.
 func (v *victim) join(ctx context.Context, r life) error {
 	compared := false
-	for wait(ctx, memberJoins) == nil {
+	for testrelay.Wait(ctx, memberJoins) == nil {
 		member := key.NewNode()
 		v.source.admit(true, member.Public())
 		if r.admits(ctx, member) != nil || compared {

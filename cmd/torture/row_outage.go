@@ -163,7 +163,7 @@ func (s *subject) remembers(ctx context.Context, node key.NodePublic) error {
 		if err == nil && strings.Contains(string(data), node.String()) {
 			return nil
 		}
-		if wait(ctx, subjectEvery) != nil {
+		if testrelay.Wait(ctx, subjectEvery) != nil {
 			return fmt.Errorf("the member is not in admitted.json after %v: %w", savedWithin, err)
 		}
 	}

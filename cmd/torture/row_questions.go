@@ -99,7 +99,7 @@ func underQuestions(ask func(context.Context, *lab) (asked, error), addresses in
 		if err != nil {
 			return nil, err
 		}
-		if err := wait(ctx, 3*time.Second); err != nil {
+		if err := testrelay.Wait(ctx, 3*time.Second); err != nil {
 			return nil, err
 		}
 		l.say("the strangers ask")

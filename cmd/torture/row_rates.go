@@ -59,11 +59,11 @@ func rates(ctx context.Context, l *lab) ([]measured, error) {
 		if err != nil {
 			return err
 		}
-		if err := wait(ctx, after); err != nil {
+		if err := testrelay.Wait(ctx, after); err != nil {
 			return err
 		}
 		before, lost, begun := f.taken.Load(), f.lost.Load(), time.Now()
-		if err := wait(ctx, long); err != nil {
+		if err := testrelay.Wait(ctx, long); err != nil {
 			return err
 		}
 		took := time.Since(begun)

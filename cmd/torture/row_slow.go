@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"derpd/internal/testrelay"
 )
 
 func init() {
@@ -66,7 +68,7 @@ func runSlow(ctx context.Context, l *lab) ([]measured, error) {
 		if gone == 0 && time.Since(begun) > goneWithin+halfOpenGrace {
 			gone = time.Since(begun)
 		}
-		if err := wait(ctx, memoryEvery); err != nil {
+		if err := testrelay.Wait(ctx, memoryEvery); err != nil {
 			return nil, err
 		}
 	}
@@ -96,7 +98,7 @@ func (a *assault) until(ctx context.Context, name string, value int64) error {
 			return errors.Join(err, fmt.Errorf("the attacker ended with %d of %d %s", a.count(name), value, name))
 		default:
 		}
-		if err := wait(ctx, printEvery); err != nil {
+		if err := testrelay.Wait(ctx, printEvery); err != nil {
 			return err
 		}
 	}

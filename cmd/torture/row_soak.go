@@ -149,7 +149,7 @@ func awaitDescriptors(ctx context.Context, pid, most int) (int, error) {
 		if err != nil || open <= most || time.Now().After(deadline) {
 			return open, err
 		}
-		if err := wait(ctx, tryAgain); err != nil {
+		if err := testrelay.Wait(ctx, tryAgain); err != nil {
 			return open, err
 		}
 	}
@@ -176,12 +176,12 @@ func (l *lab) comeAndGo(ctx context.Context, r *relay, s *source, m *members) *c
 			for ctx.Err() == nil {
 				client, err := testrelay.Dial(ctx, r.Target(), keys[rand.IntN(len(keys))], memberAddr(memberCount+i))
 				if err != nil {
-					_ = wait(ctx, tryAgain)
+					_ = testrelay.Wait(ctx, tryAgain)
 					continue
 				}
 				c.came.Add(1)
 				_, _ = client.Conn.Write(sendFrame(m.clients[rand.IntN(len(m.clients))].Public, make([]byte, 2*memberSize)))
-				_ = wait(ctx, rand.N(longestStay))
+				_ = testrelay.Wait(ctx, rand.N(longestStay))
 				client.Close()
 			}
 		})

@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"derpd/internal/testrelay"
 )
 
 const (
@@ -34,7 +36,7 @@ func (l *lab) besiege(ctx context.Context, r *relay, m *members, what load) (sie
 	var s siege
 	l.say("%d members in quiet", len(m.clients))
 	m.begin()
-	if err := wait(ctx, pick(l, 10*time.Second, 3*time.Second)); err != nil {
+	if err := testrelay.Wait(ctx, pick(l, 10*time.Second, 3*time.Second)); err != nil {
 		return s, err
 	}
 	var err error

@@ -12,6 +12,8 @@ import (
 
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 // source is the admission URL of both servers. Its answers and its delay may change at
@@ -80,7 +82,7 @@ func (s *source) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	delay := s.delay
 	s.mu.Unlock()
-	if wait(r.Context(), delay) != nil {
+	if testrelay.Wait(r.Context(), delay) != nil {
 		return
 	}
 	s.mu.Lock()

@@ -109,7 +109,7 @@ func (r life) until(ctx context.Context, what string, holds func(status int, tex
 			return fmt.Errorf("waiting for %q: the process has ended%s", what, r.LastWords())
 		default:
 		}
-		if wait(ctx, subjectEvery) != nil {
+		if testrelay.Wait(ctx, subjectEvery) != nil {
 			return fmt.Errorf("not within %v: %s; /readyz says %d %s%s", subjectWithin, what, status, text, r.LastWords())
 		}
 	}
@@ -162,7 +162,7 @@ func (r life) admitsSoon(ctx context.Context, node key.NodePrivate, within time.
 	defer cancel()
 	for {
 		err := r.admits(ctx, node)
-		if err == nil || wait(ctx, tryAgain) != nil {
+		if err == nil || testrelay.Wait(ctx, tryAgain) != nil {
 			return err
 		}
 	}

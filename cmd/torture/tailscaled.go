@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"tailscale.com/types/key"
+
+	"derpd/internal/testrelay"
 )
 
 // connected is the status of a tailscaled that has its network map.
@@ -40,7 +42,7 @@ func (s *source) serveLocalAPI(w http.ResponseWriter, r *http.Request) {
 		s.mu.Lock()
 		delay := s.delay
 		s.mu.Unlock()
-		if wait(r.Context(), delay) == nil {
+		if testrelay.Wait(r.Context(), delay) == nil {
 			_, _ = w.Write([]byte(connected))
 		}
 	case r.URL.Path != "/localapi/v0/whois", node.UnmarshalText([]byte(r.FormValue("addr"))) != nil:

@@ -3,6 +3,7 @@
 package testrelay
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"strconv"
@@ -96,4 +97,16 @@ func SetAffinity(thread int, cpus []int) error {
 func Pause(d time.Duration) {
 	t := unix.NsecToTimespec(int64(d))
 	_ = unix.Nanosleep(&t, nil) // a signal may end it early; callers accept that
+}
+
+// Wait waits for d. It returns an error if ctx ends first.
+func Wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

@@ -58,9 +58,6 @@ func (n *Node) limitOf(limit relay.Limit) int {
 	}[limit]
 }
 
-// isReported reports whether a limit has closed a connection lately.
-func isReported(l relay.LimitCount) bool { return l.Count > 0 && time.Since(l.Last) < limitedFor }
-
 // watchConnections logs when a limit begins and when it ceases to close connections, until
 // ctx ends.
 func (n *Node) watchConnections(ctx context.Context) error {
@@ -71,7 +68,7 @@ func (n *Node) watchConnections(ctx context.Context) error {
 // logLimits logs the limits that differ from closing, and updates it.
 func (n *Node) logLimits(closing map[relay.Limit]bool, limited []relay.LimitCount) {
 	for _, l := range limited {
-		if isReported(l) == closing[l.Limit] {
+		if l.Within(limitedFor) == closing[l.Limit] {
 			continue
 		}
 		closing[l.Limit] = !closing[l.Limit]
@@ -91,7 +88,7 @@ func (n *Node) checkConnections(context.Context) healthz.Result {
 	line := fmt.Sprintf("%d open, %d of them without an admitted node", places.Open, places.Waiting)
 	limited := false
 	for _, l := range places.Limited {
-		if isReported(l) {
+		if l.Within(limitedFor) {
 			limited = true
 			line += fmt.Sprintf("; %s=%d has closed %d connections, the last one %s ago: %s",
 				limitVariable[l.Limit], n.limitOf(l.Limit), l.Count, age(l.Last), limitMeaning[l.Limit])

@@ -52,7 +52,7 @@ func (o *overload) judge(err error) error {
 		return nil
 	case time.Since(handshakes.LastRefused) < overloadRecent:
 		return fmt.Errorf("%d TLS handshakes refused since the start, %d wait: more clients or strangers connect than this machine has CPU for", handshakes.Refused, handshakes.Waiting)
-	case slices.ContainsFunc(o.limited(), func(l relay.LimitCount) bool { return l.Count > 0 && time.Since(l.Last) < overloadRecent }):
+	case slices.ContainsFunc(o.limited(), func(l relay.LimitCount) bool { return l.Within(overloadRecent) }):
 		return errors.New("the limits of connections are reached: more clients or strangers connect than this machine has room for")
 	case time.Since(o.short) < overloadRecent:
 		return errors.New("connections are refused, because only the reserve of open files is left: raise the limit of open files")

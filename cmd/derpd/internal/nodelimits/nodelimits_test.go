@@ -199,7 +199,7 @@ func TestParseManyErrors(t *testing.T) {
 	}
 }
 
-// What people write in one of several ways is the same.
+// Forms that people use for the same limit are read alike.
 func TestParseIsLenient(t *testing.T) {
 	node := key.NewNode().Public()
 	k := node.String()
