@@ -115,15 +115,19 @@ func (all *sessions) deliver(ctx context.Context, list []*session) {
 
 // tell returns the function that writes a text to an admitted client, or nil if
 // there is nothing to write now. The caller must call it. It is not done while
-// derpserver is writing, or the socket is full: the text must not end the connection
+// derpserver decides about the client or is writing, or the socket is full: the text must not end the connection
 // of a client whose link stalls.
 func (s *session) tell(text string) (write func() error, done bool) {
 	if !s.writeMu.TryLock() {
 		return nil, false
 	}
 	switch {
-	case s.told == text || s.writeErr != nil || !s.out.answered():
+	case s.told == text || s.writeErr != nil:
 		done = true
+	case !s.out.answered():
+		// derpserver lists a client before it answers. It has the key of the client then.
+		node, end := s.state()
+		done = node.IsZero() || end != nil
 	case s.out.between() && s.hasRoom():
 		s.told = text
 		return func() error {

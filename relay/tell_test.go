@@ -325,6 +325,41 @@ func TestTellBetweenFrames(t *testing.T) {
 	s.writeMu.Unlock()
 }
 
+// A client that derpserver is about to answer gets the text after the answer. A client
+// that has not sent its key is not waited for.
+func TestTellAfterTheAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		all, _ := holding(maxHeld)
+		silent := newSession(all, new(recorder), nil, nil)
+		all.add(silent)
+		below := new(recorder)
+		s := newSession(all, below, nil, nil)
+		s.node = key.NewNode().Public()
+		all.add(s)
+		told := make(chan struct{})
+		go func() {
+			(&Relay{sessions: all}).Tell(t.Context(), "test", "a text")
+			close(told)
+		}()
+		<-time.After(3 * retellEvery)
+		select {
+		case <-told:
+			t.Fatal("Tell did not wait for the answer")
+		default:
+		}
+		info := frame(100)
+		info[0] = byte(derp.FrameServerInfo)
+		if _, err := s.Write(info); err != nil {
+			t.Fatal(err)
+		}
+		<-told
+		if got, want := below.bytes(), append(bytes.Clone(info), healthFrame("a text")...); !bytes.Equal(got, want) {
+			t.Errorf("%d bytes sent, want the answer and then the text: %d", len(got), len(want))
+		}
+		all.end()
+	})
+}
+
 // A client that does not read delays no text for another client.
 func TestTellPastStuckClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
